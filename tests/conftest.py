@@ -1,0 +1,54 @@
+"Tiny random models of every covered architecture, and a small byte-level tokenizer, made on the fly."
+import os
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+import pytest, torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+VOCAB, SIZES = 300, dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=300,
+                         max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+FAMILIES = dict(qwen2={}, qwen2_untied=dict(tie_word_embeddings=False), llama2=dict(num_key_value_heads=4, tie_word_embeddings=False),
+                llama3=dict(tie_word_embeddings=False), smollm2=dict(tie_word_embeddings=True), qwen3=dict(head_dim=8),
+                mistral=dict(tie_word_embeddings=False), gemma3=dict(head_dim=8))
+TYPES = dict(qwen2_untied='qwen2', llama2='llama', llama3='llama', smollm2='llama', gemma3='gemma3_text')
+
+def tiny_config(family):
+    "A configuration of `family` with about ten thousand parameters."
+    kind = TYPES.get(family, family)
+    tie = dict(tie_word_embeddings=True) if kind in ('qwen2', 'qwen3', 'gemma3_text') else {}
+    return AutoConfig.for_model(kind, **{**SIZES, **tie, **FAMILIES[family]})
+
+def tiny_model(family='qwen2', seed=0, dtype=torch.float32):
+    "A random model of `family`; biases and norms are random too, so that a channel left behind shows."
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(family)).to(dtype).eval()
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+def toy_tokenizer(eos=True):
+    "A byte-level BPE tokenizer of 300 entries with pad, bos and eos."
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=['<pad>', '<bos>', '<eos>'], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tok.train_from_iterator(['two plus two is four', 'cuatro y cuatro son ocho', '二加二等于四'] * 5, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token='<pad>', bos_token='<bos>', eos_token='<eos>')
+
+@pytest.fixture(scope='session', params=list(FAMILIES))
+def family(request): return request.param
+
+@pytest.fixture(scope='session')
+def tokenizer(): return toy_tokenizer()
+
+@pytest.fixture
+def pair(): return tiny_model('qwen2', 0), tiny_model('qwen2', 1)
+
+@pytest.fixture
+def checkpoint(tmp_path, tokenizer):
+    "A function that saves a tiny model and its tokenizer as a folder: `checkpoint(name, model, **save_pretrained options)`."
+    def _save(name, model=None, **kw):
+        (model if model is not None else tiny_model()).save_pretrained(tmp_path/name, **kw)
+        tokenizer.save_pretrained(tmp_path/name)
+        return tmp_path/name
+    return _save
