@@ -1,0 +1,44 @@
+"Write README.md from nbs/index.ipynb, without Quarto: `readme.py` writes it, `readme.py --check` fails when it is out of step."
+import base64, json, re, sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FIGURES = 'nbs/images'
+
+def _output(out, name):
+    "One cell output as Markdown; pictures go to files."
+    data = out.get('data', {})
+    text = lambda k: ''.join(data[k])
+    if 'image/png' in data:
+        path = f'{FIGURES}/{name}.png'
+        return f"![{name.replace('-', ' ')}]({path})", {path: base64.b64decode(text('image/png'))}
+    if 'text/markdown' in data: return text('text/markdown'), {}
+    if 'text/html' in data and 'text/plain' not in data: return text('text/html'), {}
+    body = text('text/plain') if 'text/plain' in data else ''.join(out.get('text', ''))
+    return '```\n' + body.rstrip() + '\n```', {}
+
+def readme(nb):
+    "Markdown of the notebook `nb` and the picture files that it needs."
+    parts, files = [], {}
+    for i, cell in enumerate(nb['cells']):
+        src = ''.join(cell['source'])
+        if cell['cell_type'] == 'markdown': parts.append(src); continue
+        if re.search(r'^#\| *hide *$', src, re.M): continue
+        label = re.search(r'^#\| *label: *(?:fig|tbl)-(\S+)', src, re.M)
+        code = re.sub(r'^#\|.*\n?', '', src, flags=re.M).strip()
+        if code and not re.search(r'^#\| *echo: *false', src, re.M): parts.append(f'```python\n{code}\n```')
+        for out in cell.get('outputs', []):
+            md, new = _output(out, label[1] if label else f'figure-{i}')
+            parts.append(md); files.update(new)
+    return '\n\n'.join(parts) + '\n', files
+
+if __name__ == '__main__':
+    md, files = readme(json.loads((ROOT/'nbs/index.ipynb').read_text(encoding='utf-8')))
+    wanted = {'README.md': md.encode(), **files}
+    if '--check' in sys.argv:
+        stale = [p for p, b in wanted.items() if not (ROOT/p).exists() or (ROOT/p).read_bytes() != b]
+        if stale: sys.exit(f"out of step with nbs/index.ipynb: {', '.join(stale)}: run make readme")
+    else:
+        for p, b in wanted.items():
+            (ROOT/p).parent.mkdir(parents=True, exist_ok=True)
+            (ROOT/p).write_bytes(b)

