@@ -88,7 +88,7 @@ def _gsm8k(r):
 
 def _mgsm(r): return f"{r['question']}\n", str(r.get('answer_number', r['answer']))
 
-def _xquad(r): return f"{r['context'].strip()}\n\n{r['question'].strip()}\n", r['answers']['text'][0] if isinstance(r.get('answers'), dict) else r['answer']
+def _xquad(r): return f"{r['context'].strip()}\n\n{r['question'].strip()}\n", r['answers']['text'][0] if isinstance(r.get('answers'), dict) else r['answers'][0]
 
 def _text(r):
     text = r['context'].strip().lstrip('\ufeff')
@@ -108,7 +108,8 @@ LANGUAGE_NAMES = dict(ar='Arabic', bg='Bulgarian', de='German', es='Spanish', fr
                       pl='Polish', pt='Portuguese', sq='Albanian', sr='Serbian', tr='Turkish', vi='Vietnamese')
 SOURCES = { # name -> where rows come from and what they become; {lang} is replaced
     'gsm8k':      dict(hub=('openai/gsm8k', 'main'), local='gsm8k/{file}.jsonl', files=dict(test='test', other='train'), item=_gsm8k, group='question'),
-    'mgsm':       dict(hub=('juletxara/mgsm', '{lang}'), local='mgsm/{lang}.jsonl', files=dict(test='test', other='test'), item=_mgsm, group=None),
+    'mgsm':       dict(hub=('juletxara/mgsm', '{lang}'), local='mgsm/{lang}.jsonl', files=dict(test='test', other='test'), item=_mgsm, group=None,
+                       shares=dict(train=0., localize=0.2, sft=0.1, validation=0.2, test=0.5)),
     'xquad':      dict(hub=('google/xquad', 'xquad.{lang}'), local='xquad/{lang}.jsonl', files=dict(test='validation', other='validation'), item=_xquad, group='context'),
     'xquad-text': dict(hub=('google/xquad', 'xquad.{lang}'), local='xquad/{lang}.jsonl', files=dict(test='validation', other='validation'), item=_text, group='context', once=True),
     'exams':      dict(hub=('mhardalov/exams', 'multilingual'), local='exams/{file}.jsonl', files=dict(test='test', validation='dev', other='train'), item=_exams, group='question', lang='lang')}
@@ -147,7 +148,7 @@ def _public(name, lang, split):
     own = src['files'].get(split)
     rows, origin = _rows(name, src, lang, own or src['files']['other'])
     shared = [s for s in SHARES if src['files'].get(s, src['files']['other']) == (own or src['files']['other'])] # splits that live in this file
-    shares = {s: SHARES[s] for s in shared}
+    shares = {s: src.get('shares', SHARES)[s] for s in shared}
     items, last = [], set()
     for i, (r, g) in enumerate(zip(rows, _groups(src, rows))):
         if src.get('lang') and r.get('lang', r.get('info', {}).get('language')) != LANGUAGE_NAMES.get(lang, lang): continue

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from .channels import _is_tied, enumerate_channels
+from .channels import enumerate_channels
 from .core import ActError, atomic_folder, quiet
 
 # %% ../nbs/01_checkpoints.ipynb #01-009
@@ -128,7 +128,12 @@ def _hash(entries):
         h.update(f'{name} {dtype} {list(shape)}\n'.encode()); h.update(data)
     return h.hexdigest()
 
-# %% ../nbs/01_checkpoints.ipynb #01-017
+# %% ../nbs/01_checkpoints.ipynb #01-016
+def _is_tied(model):
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+# %% ../nbs/01_checkpoints.ipynb #01-018
 def weight_hash(
     source, # a model, a checkpoint folder or a hub id
 ) -> str: # hexadecimal SHA-256
@@ -139,7 +144,7 @@ def weight_hash(
     raw = lambda p: memoryview(p.detach().cpu().contiguous().view(torch.uint8).numpy()).cast('B')
     return _hash((k, names[params[k].dtype], tuple(params[k].shape), raw(params[k])) for k in sorted(params))
 
-# %% ../nbs/01_checkpoints.ipynb #01-020
+# %% ../nbs/01_checkpoints.ipynb #01-021
 def resolve(
     model, # a folder, a hub id, lab/NAME or smollm2[/NAME]
 ) -> Path: # a local folder; raises ActError when there is none and none can be fetched
@@ -157,7 +162,7 @@ def resolve(
     try: return Path(snapshot_download(str(model), allow_patterns=['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja']))
     except Exception as e: raise ActError(f"{model} is not a folder here and could not be fetched from the hub ({type(e).__name__}): check the name, or pass the path of a local copy") from e
 
-# %% ../nbs/01_checkpoints.ipynb #01-022
+# %% ../nbs/01_checkpoints.ipynb #01-023
 def load_model(
     model,             # as in `resolve`
     dtype='auto',      # weight type: auto (as stored), float32, bfloat16, float16
@@ -171,7 +176,7 @@ def load_model(
     if device is not None and device_map is None: net = net.to(device)
     return net, load_tokenizer(folder)
 
-# %% ../nbs/01_checkpoints.ipynb #01-023
+# %% ../nbs/01_checkpoints.ipynb #01-024
 def load_tokenizer(
     model, # as in `resolve`
 ):
@@ -180,7 +185,7 @@ def load_tokenizer(
     try: return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as e: raise ActError(f"{folder.name} has no tokenizer that loads ({e}): copy tokenizer.json and tokenizer_config.json there") from e
 
-# %% ../nbs/01_checkpoints.ipynb #01-025
+# %% ../nbs/01_checkpoints.ipynb #01-026
 _SHAPING = ('model_type', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads', 'head_dim', 'vocab_size',
             'hidden_act', 'rms_norm_eps', 'rope_theta', 'rope_scaling', 'rope_parameters', 'sliding_window', 'tie_word_embeddings')
 
@@ -194,7 +199,7 @@ def _tensors(m):
     ck = Checkpoint(resolve(m))
     return {k: (t.shape, lambda k=k: ck.read(k)) for k, t in ck.tensors.items() if not ck._is_copy(k)}
 
-# %% ../nbs/01_checkpoints.ipynb #01-026
+# %% ../nbs/01_checkpoints.ipynb #01-027
 def check_finite(
     model, # a model, folder or hub id
 ):
@@ -202,7 +207,7 @@ def check_finite(
     for name, (_, read) in _tensors(model).items():
         if not torch.isfinite(read()).all(): raise ActError(f"tensor {name} of {_label(model)} holds NaN or infinity: the checkpoint is damaged, get it again")
 
-# %% ../nbs/01_checkpoints.ipynb #01-027
+# %% ../nbs/01_checkpoints.ipynb #01-028
 def check_tokenizers(
     target, donor, # tokenizers, or models as in `resolve`
 ):
@@ -219,7 +224,7 @@ def check_tokenizers(
     for k in ('bos_token', 'eos_token', 'pad_token'):
         if k != 'pad_token' and getattr(a, k) != getattr(b, k): raise ActError(f"the tokenizers differ in {k}: {getattr(a, k)!r} and {getattr(b, k)!r}: set both to the same")
 
-# %% ../nbs/01_checkpoints.ipynb #01-028
+# %% ../nbs/01_checkpoints.ipynb #01-029
 @dataclass(frozen=True)
 class PairReport:
     "What `preflight` found out about a pair of models that fit."
@@ -230,7 +235,7 @@ class PairReport:
         rows = ''.join(f'<tr><th>{k}</th><td>{v:,}</td></tr>' if isinstance(v, int) else f'<tr><th>{k}</th><td>{v}</td></tr>' for k, v in vars(self).items())
         return f'<table>{rows}</table>'
 
-# %% ../nbs/01_checkpoints.ipynb #01-029
+# %% ../nbs/01_checkpoints.ipynb #01-030
 def preflight(
     target, donor,        # models, folders or hub ids
     finite: bool = True,  # read all weights and refuse NaN and infinity
@@ -253,7 +258,7 @@ def preflight(
     nbytes = Checkpoint(resolve(target)).nbytes if not isinstance(target, PreTrainedModel) else sum(p.numel()*p.element_size() for p in target.parameters())
     return PairReport(_label(target), _label(donor), a.model_type, numel, cm.total, cm.tied, nbytes)
 
-# %% ../nbs/01_checkpoints.ipynb #01-033
+# %% ../nbs/01_checkpoints.ipynb #01-034
 def save_model(
     model, tokenizer, # what to write
     out,              # folder to create; must not exist
@@ -265,7 +270,7 @@ def save_model(
         if tokenizer is not None: tokenizer.save_pretrained(tmp)
     return Path(out)
 
-# %% ../nbs/01_checkpoints.ipynb #01-034
+# %% ../nbs/01_checkpoints.ipynb #01-035
 def copy_extras(
     src, dst, # folders
 ):
@@ -273,7 +278,7 @@ def copy_extras(
     for f in Path(src).iterdir():
         if f.is_file() and f.suffix in ('.json', '.txt', '.model', '.jinja') and f.name != 'model.safetensors.index.json' and not f.name.startswith('act_'): shutil.copyfile(f, Path(dst)/f.name)
 
-# %% ../nbs/01_checkpoints.ipynb #01-035
+# %% ../nbs/01_checkpoints.ipynb #01-036
 def write_like(
     source: Checkpoint, # its file names, index and tensor order are kept
     tmp,                # folder to write to, from `atomic_folder`
