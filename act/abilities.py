@@ -28,8 +28,9 @@ class Ability:
         name: str,        # 'skill' or 'skill-language'
         items: list,      # of Item
         source: str = '', # where the items come from
+        eos: bool = False, # an answer ends the text: fine-tuning and evaluation add the end-of-text token
     ): # raises ActError when there are no items, or an item has no answer
-        self.name, self.items, self.source = name, list(items), source or name
+        self.name, self.items, self.source, self.eos = name, list(items), source or name, eos
         if not self.items: raise ActError(f"ability {name} ({self.source}) has no items: check the file, the split or the filter")
         empty = next((i for i, o in enumerate(self.items) if not o.answer.strip()), None)
         if empty is not None: raise ActError(f"item {empty} of ability {name} has an empty answer: every item needs one")
@@ -42,13 +43,13 @@ class Ability:
     def hash(self): return sha256(*[s for o in self.items for s in (o.prompt, o.answer)])
     def __len__(self): return len(self.items)
     def __iter__(self): return iter(self.items)
-    def __getitem__(self, i): return Ability(self.name, self.items[i], self.source) if isinstance(i, slice) else self.items[i]
-    def __add__(self, o): return Ability(self.name if self.name == o.name else f'{self.name}+{o.name}', self.items + o.items, f'{self.source} + {o.source}')
+    def __getitem__(self, i): return Ability(self.name, self.items[i], self.source, self.eos) if isinstance(i, slice) else self.items[i]
+    def __add__(self, o): return Ability(self.name if self.name == o.name else f'{self.name}+{o.name}', self.items + o.items, f'{self.source} + {o.source}', self.eos and o.eos)
 
     def sample(self, n, seed=0):
         "`n` items of a seeded shuffle, or ActError when there are fewer."
         if not 0 < n <= len(self): raise ActError(f"{n} items asked of ability {self.name}, which has {len(self)}: ask for fewer")
-        return Ability(self.name, random.Random(seed).sample(self.items, n), f'{self.source}, {n} of {len(self)}, seed {seed}')
+        return Ability(self.name, random.Random(seed).sample(self.items, n), f'{self.source}, {n} of {len(self)}, seed {seed}', self.eos)
 
     def save(self, path):
         "Write a jsonl file that `load_ability` reads."

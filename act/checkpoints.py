@@ -7,7 +7,7 @@ __all__ = ['TensorInfo', 'DTYPES', 'read_header', 'Checkpoint', 'weight_hash', '
            'check_finite', 'check_tokenizers', 'PairReport', 'preflight', 'save_model', 'copy_extras', 'write_like']
 
 # %% ../nbs/01_checkpoints.ipynb #01-003
-import json, math, mmap, os, re, shutil, struct
+import hashlib, json, math, mmap, os, re, shutil, struct
 from collections import namedtuple
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from .channels import enumerate_channels
-from .core import ActError, atomic_folder, quiet
+from .core import ActError, atomic_folder, quiet, write_json
 
 # %% ../nbs/01_checkpoints.ipynb #01-009
 TensorInfo = namedtuple('TensorInfo', 'name dtype shape file start end') # start and end: byte offsets in the file
@@ -98,8 +98,8 @@ class Checkpoint:
         return torch.frombuffer(buf, dtype=DTYPES[t.dtype]).reshape(-1, *t.shape[1:]) if buf else torch.empty(0, *t.shape[1:], dtype=DTYPES[t.dtype])
 
     def hash(self) -> str:
-        "SHA-256 over names, types, shapes and bytes of all tensors, in order of name; the split into shards does not matter."
-        return _hash((k, self.tensors[k].dtype, self.tensors[k].shape, self.bytes_of(k)) for k in sorted(self.tensors) if not self._is_copy(k))
+        "SHA-256 over names, shapes and values (as float32) of all tensors, in order of name; neither shards nor stored precision matter."
+        return _hash((k, self.read(k)) for k in sorted(self.tensors) if not self._is_copy(k))
 
     def _is_copy(self, name): return name == 'lm_head.weight' and self.config.get('tie_word_embeddings') and 'model.embed_tokens.weight' in self.tensors
 
@@ -121,11 +121,10 @@ def _no_file(folder, name):
     if any(folder.glob('*.bin')): return f"{folder.name} holds pickled weights (.bin): convert it to safetensors first, pickle is never loaded"
     return f"{folder.name} lacks the weight file {name}: download or copy it again"
 
-def _hash(entries):
-    import hashlib
+def _hash(tensors):
     h = hashlib.sha256()
-    for name, dtype, shape, data in entries:
-        h.update(f'{name} {dtype} {list(shape)}\n'.encode()); h.update(data)
+    for name, t in tensors:
+        h.update(f'{name} {list(t.shape)}\n'.encode()); h.update(t.detach().cpu().float().contiguous().numpy().data)
     return h.hexdigest()
 
 # %% ../nbs/01_checkpoints.ipynb #01-016
@@ -137,12 +136,10 @@ def _is_tied(model):
 def weight_hash(
     source, # a model, a checkpoint folder or a hub id
 ) -> str: # hexadecimal SHA-256
-    "One name for the weights of a model, the same for a folder and for a model loaded from it in its own type; tied copies count once."
+    "One name for the values of a model's weights: the same for a folder and for a model loaded from it in the same or a higher precision; tied copies count once."
     if not isinstance(source, PreTrainedModel): return Checkpoint(resolve(source)).hash()
-    names = {v: k for k, v in DTYPES.items()}
-    params = {k: p for k, p in source.state_dict().items() if not (k == 'lm_head.weight' and _is_tied(source))}
-    raw = lambda p: memoryview(p.detach().cpu().contiguous().view(torch.uint8).numpy()).cast('B')
-    return _hash((k, names[params[k].dtype], tuple(params[k].shape), raw(params[k])) for k in sorted(params))
+    params = source.state_dict()
+    return _hash((k, params[k]) for k in sorted(params) if not (k == 'lm_head.weight' and _is_tied(source)))
 
 # %% ../nbs/01_checkpoints.ipynb #01-021
 def resolve(
@@ -262,12 +259,14 @@ def preflight(
 def save_model(
     model, tokenizer, # what to write
     out,              # folder to create; must not exist
+    records: dict = None, # file name -> what to write beside it as JSON
 ) -> Path:
     "Write a model and its tokenizer as a folder, whole or not at all."
     need = sum(p.numel()*p.element_size() for p in model.parameters())
     with atomic_folder(out, need) as tmp, quiet():
         model.save_pretrained(tmp)
         if tokenizer is not None: tokenizer.save_pretrained(tmp)
+        for name, obj in (records or {}).items(): write_json(obj, tmp/name)
     return Path(out)
 
 # %% ../nbs/01_checkpoints.ipynb #01-035
