@@ -157,7 +157,7 @@ def evaluate(
     progress: bool = True,        # show bars
 ) -> EvalResult:
     "Score abilities with lm-eval: is the answer the model's own (greedy, every token), and how likely is it?"
-    from lm_eval import simple_evaluate
+    import lm_eval
     from lm_eval.models.huggingface import HFLM
     abilities, kind = [abilities] if isinstance(abilities, Ability) else list(abilities), 'generate' if generate else 'loglikelihood'
     if not abilities: raise ActError("no abilities to evaluate: pass at least one")
@@ -167,12 +167,11 @@ def evaluate(
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
         if not progress:
             for f in ('loglikelihood', 'generate_until'): setattr(lm, f, _without_bar(getattr(lm, f)))
-        tasks = [_cached_task(_Key(a.name, a), kind, end(a)) for a in abilities]
-        out = simple_evaluate(lm, tasks=tasks, bootstrap_iters=0, apply_chat_template=chat, random_seed=None, numpy_random_seed=None, torch_random_seed=None)
+        tasks = {a.name: _cached_task(_Key(a.name, a), kind, end(a)) for a in abilities}
+        out = lm_eval.evaluate(lm, dict(tasks=tasks), bootstrap_iters=0, apply_chat_template=chat)
     rows = [row for a in abilities for row in _item_rows(a, out['samples'][a.name], tokenizer, end(a), generate)]
-    import lm_eval
     meta = provenance(model=_label(model), abilities={a.name: dict(hash=a.hash, items=len(a), source=a.source) for a in abilities}, kind=kind, batch_size=batch_size,
-                      dtype=str(model.dtype).removeprefix('torch.'), max_length=max_length, chat=chat, task_version=tasks[0].VERSION, lm_eval=lm_eval.__version__)
+                      dtype=str(model.dtype).removeprefix('torch.'), max_length=max_length, chat=chat, task_version=tasks[abilities[0].name].VERSION, lm_eval=lm_eval.__version__)
     return EvalResult(pd.DataFrame(rows), meta)
 
 # %% ../nbs/14_evaluate.ipynb #14-030

@@ -1,0 +1,121 @@
+"Localise: equal to brute force on every architecture, whatever the batches; bad models are named."
+import pytest, torch
+from act.abilities import Ability, Item, encode
+from act.channels import enumerate_channels
+from act.core import ActError
+from act.localize import localize
+from act.masks import ChannelScores
+from conftest import tiny_model, toy_tokenizer
+
+ABILITY = Ability('toy-en', [Item('two plus two is', ' four'), Item('cuatro y', ' cuatro son ocho'), Item('x', 'y'), Item('二加二', '等于四')])
+
+def brute(a, b, tok, tied='embedding', positions='read'):
+    "One item at a time, no padding, all outputs kept, averaged at the end."
+    cm, sums, n = enumerate_channels(a, tied), {}, 0
+    for e in encode(ABILITY, tok, positions):
+        outs = []
+        for m in (a, b):
+            seen = {}
+            hooks = [m.get_submodule(p).register_forward_hook(lambda mod, i, o, p=p: seen.__setitem__(p, o)) for p in cm.paths]
+            with torch.no_grad(): m(torch.tensor([e.input_ids]))
+            for h in hooks: h.remove()
+            outs.append(seen)
+        for m in cm:
+            x, y = (o[m.path][0] for o in outs)
+            heads_first = x.ndim == 3 and a.config.model_type == 'gemma3_text'
+            d = ((x - y).transpose(0, 1) if heads_first else x - y).abs()[e.positions]
+            sums[m.path] = sums.get(m.path, 0) + d.double().reshape(len(e.positions), -1, m.width).mean(1).sum(0)
+        n += len(e.positions)
+    return torch.cat([sums[p]/n for p in cm.paths])
+
+@pytest.mark.parametrize('positions', ['read', 'predict'])
+def test_equals_brute_force(family, tokenizer, positions):
+    a, b = tiny_model(family), tiny_model(family, 1)
+    s = localize(a, b, ABILITY, tokenizer, positions, progress=False)
+    assert torch.allclose(s.flat().double(), brute(a, b, tokenizer, positions=positions), rtol=1e-4, atol=1e-6)
+
+@pytest.mark.parametrize('family', ['qwen2', 'qwen3', 'gemma3'])
+def test_the_other_tie_policy(family, tokenizer):
+    a, b = tiny_model(family), tiny_model(family, 1)
+    s = localize(a, b, ABILITY, tokenizer, tied='lm_head', progress=False)
+    assert 'lm_head' in s.map and torch.allclose(s.flat().double(), brute(a, b, tokenizer, 'lm_head'), rtol=1e-4, atol=1e-6)
+
+@pytest.mark.parametrize('family', ['qwen2', 'qwen3', 'gemma3'])
+def test_batches_do_not_matter(family, tokenizer):
+    a, b = tiny_model(family), tiny_model(family, 1)
+    one, many = (localize(a, b, ABILITY, tokenizer, batch_tokens=n, progress=False).flat() for n in (1, 10_000))
+    assert torch.allclose(one, many, rtol=1e-5, atol=1e-7)
+
+@pytest.mark.parametrize('family', ['qwen3', 'gemma3'])
+def test_a_batch_as_wide_as_the_heads(family, tokenizer):
+    "Four tokens and four heads: the axes of a per-head norm could be confused."
+    a, b = tiny_model(family), tiny_model(family, 1)
+    narrow = Ability('x', [Item('qz', 'jk')])
+    assert len(encode(narrow, tokenizer)[0].input_ids) == 4
+    wide = Ability('x', [Item('qz', 'jk'), Item('qzqzqzq', 'j')])
+    s, both = (localize(a, b, o, tokenizer, batch_tokens=1, progress=False) for o in (narrow, wide[:1]))
+    ids = torch.tensor([encode(narrow, tokenizer)[0].input_ids])
+    path, outs = 'model.layers.0.self_attn.q_norm', []
+    for m in (a, b):
+        hook = m.get_submodule(path).register_forward_hook(lambda mod, i, o: outs.append(o))
+        with torch.no_grad(): m(torch.nn.functional.pad(ids, (0, 3)))
+        hook.remove()
+    d = (outs[0] - outs[1]).abs()
+    d = d.transpose(1, 2) if d.shape[1] != 7 else d
+    assert torch.allclose(s[path], d[0, 2:4].mean((0, 1)), rtol=1e-4) and torch.equal(s.flat(), both.flat())
+
+def test_one_model_against_itself_is_zero(tokenizer): assert localize(tiny_model(), tiny_model(), ABILITY, tokenizer, progress=False).flat().abs().max() == 0
+
+def test_it_is_symmetric(pair, tokenizer):
+    a, b = pair
+    assert torch.allclose(localize(a, b, ABILITY, tokenizer, progress=False).flat(), localize(b, a, ABILITY, tokenizer, progress=False).flat())
+
+def test_an_embedding_column_is_the_mean_difference_of_its_entries(pair, tokenizer):
+    a, b = pair
+    ids = [e.input_ids[i] for e in encode(ABILITY, tokenizer) for i in e.answer]
+    want = (a.model.embed_tokens.weight[ids] - b.model.embed_tokens.weight[ids]).abs().mean(0)
+    assert torch.allclose(localize(a, b, ABILITY, tokenizer, progress=False)['model.embed_tokens'], want.detach(), rtol=1e-5)
+
+def test_the_prompt_does_not_count_but_is_read(pair, tokenizer):
+    a, b = pair
+    run = lambda prompt: localize(a, b, Ability('x', [Item(prompt, 'four')]), tokenizer, progress=False)
+    x, y = run('two plus '), run('ocho son ')
+    assert torch.equal(x['model.embed_tokens'], y['model.embed_tokens']) and not torch.allclose(x['model.norm'], y['model.norm'])
+
+def test_folders_in_bf16_and_what_is_recorded(checkpoint, tokenizer, tmp_path):
+    a, b = checkpoint('a', tiny_model(dtype=torch.bfloat16)), checkpoint('b', tiny_model(seed=1, dtype=torch.bfloat16))
+    s = localize(a, b, ABILITY, progress=False)
+    wide = localize(a, b, ABILITY, dtype='float32', progress=False)
+    assert s.meta['dtype'] == 'bfloat16' and torch.allclose(s.flat(), wide.flat(), rtol=.2, atol=.05)
+    assert s.flat().dtype == torch.float32 and s.meta['tokens'] == sum(len(e.positions) for e in encode(ABILITY, tokenizer))
+    assert s.meta['target_hash'] != s.meta['donor_hash'] and s.meta['ability_hash'] == ABILITY.hash and 'torch' in s.meta['provenance']['versions']
+    assert ChannelScores.load(s.save(tmp_path/'s.safetensors')).meta == s.meta
+
+def test_infinite_activations_are_named(pair, tokenizer):
+    a, b = pair
+    with torch.no_grad(): b.model.layers[1].mlp.up_proj.weight.fill_(3e38)
+    with pytest.raises(ActError, match=r'model.layers.1.mlp.\w+ hold NaN or infinity'): localize(a, b, ABILITY, tokenizer, progress=False)
+
+def test_nan_weights_are_named(pair, tokenizer):
+    a, b = pair
+    with torch.no_grad(): b.model.layers[0].self_attn.k_proj.bias[1] = float('nan')
+    with pytest.raises(ActError, match='k_proj.bias'): localize(a, b, ABILITY, tokenizer, progress=False)
+
+def test_a_tokenizer_with_too_many_ids(tokenizer):
+    from transformers import AutoModelForCausalLM
+    from conftest import tiny_config
+    c = tiny_config('qwen2'); c.vocab_size = 50
+    small = AutoModelForCausalLM.from_config(c).eval()
+    with pytest.raises(ActError, match='outside the model.s vocabulary of 50'): localize(small, small, ABILITY, tokenizer, progress=False)
+
+def test_no_hooks_stay_behind(pair, tokenizer):
+    a, b = pair
+    with pytest.raises(ActError): localize(a, b, Ability('x', [Item('abc', 'd')]), tokenizer, max_length=2, progress=False)
+    localize(a, b, ABILITY, tokenizer, progress=False)
+    assert not any(m._forward_hooks for x in pair for m in x.modules())
+
+def test_a_device_map(checkpoint):
+    a, b = checkpoint('a'), checkpoint('b', tiny_model(seed=1))
+    plain = localize(a, b, ABILITY, progress=False)
+    mapped = localize(a, b, ABILITY, device_map={'': 'cpu'}, progress=False)
+    assert torch.equal(plain.flat(), mapped.flat())

@@ -1,0 +1,140 @@
+"Transfer: all channels at lam 1 give the donor bit for bit, lam 0 the target, everything else stays; folders equal memory."
+import shutil, pytest, torch
+from safetensors.torch import load_file, save_file
+from act.checkpoints import Checkpoint, load_model, weight_hash
+from act.channels import enumerate_channels
+from act.core import ActError
+from act.masks import ChannelMask, random_mask
+from act.transfer import blend, mask_slices, transfer, transfer_checkpoint
+from conftest import tiny_model
+
+def full(model, tied='embedding'):
+    cm = enumerate_channels(model, tied)
+    return ChannelMask.from_flat(torch.ones(cm.total, dtype=torch.bool), cm)
+def some(model, seed=0, p=.3): return random_mask(ChannelMask.from_flat(torch.arange(full(model).total) < p*full(model).total, full(model).map), seed)
+def same(a, b): return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+def bits(folder): return {k: Checkpoint(folder).read(k) for k in Checkpoint(folder).tensors}
+
+@pytest.mark.parametrize('tied', ['embedding', 'lm_head'])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_identities_in_memory(family, dtype, tied):
+    a, b = tiny_model(family, 0, dtype), tiny_model(family, 1, dtype)
+    assert same(transfer(a, b, full(a, tied), 1.), b) and same(transfer(a, b, full(a, tied), 0.), a)
+    assert not same(a, b)
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_identities_of_folders(family, dtype, checkpoint, tmp_path):
+    a, b = checkpoint('a', tiny_model(family, 0, dtype), max_shard_size='6KB'), checkpoint('b', tiny_model(family, 1, dtype))
+    m = full(tiny_model(family))
+    for lam, want in ((1., b), (0., a)):
+        out = transfer_checkpoint(a, b, m, lam, tmp_path/f'out{lam}')
+        x, y = bits(out), bits(want)
+        assert x.keys() == y.keys() and all(x[k].dtype == y[k].dtype and torch.equal(x[k], y[k]) for k in x)
+        assert Checkpoint(out).files == Checkpoint(a).files
+        load_model(out)
+
+def test_only_masked_entries_move_by_the_rule(family):
+    a, b = tiny_model(family), tiny_model(family, 1)
+    m, lam = some(a), .4
+    new, old, donor = (dict(x.named_parameters()) for x in (transfer(a, b, m, lam), a, b))
+    s = mask_slices(m)
+    for name in old:
+        want = old[name].detach().clone()
+        if name in s:
+            axis, chosen = s[name]
+            i = chosen.nonzero()[:, 0]
+            want.index_copy_(axis, i, (old[name] + lam*(donor[name] - old[name])).detach().index_select(axis, i))
+        assert torch.allclose(new[name], want, atol=1e-7), name
+        if name in s: assert torch.equal(new[name].index_select(axis, (~chosen).nonzero()[:, 0]), old[name].index_select(axis, (~chosen).nonzero()[:, 0]))
+
+def test_folders_equal_memory(family, checkpoint, tmp_path):
+    a, b = tiny_model(family, 0, torch.bfloat16), tiny_model(family, 1, torch.bfloat16)
+    m = some(a)
+    out = transfer_checkpoint(checkpoint('a', a, max_shard_size='6KB'), checkpoint('b', b), m, .7, tmp_path/'out')
+    assert weight_hash(out) == weight_hash(transfer(a, b, m, .7))
+
+def test_the_target_stays_as_it_is(pair):
+    a, b = pair
+    before = weight_hash(a), weight_hash(b)
+    transfer(a, b, some(a), .5)
+    assert (weight_hash(a), weight_hash(b)) == before
+
+def test_abilities_of_one_donor_are_a_union_added_once(pair):
+    a, b = pair
+    m, n = some(a, 1), some(a, 2)
+    assert (m & n).count and same(transfer(a, b, [m, n], .5), transfer(a, b, m | n, .5)) and same(transfer(a, [b, b], [m, n], .5), transfer(a, b, m | n, .5))
+
+def test_several_donors_add_their_own_differences_in_any_order(pair):
+    a, b = pair
+    c, m, n = tiny_model(seed=2), some(pair[0], 1), some(pair[0], 2)
+    x, y = transfer(a, [b, c], [m, n], [.5, .25]), transfer(a, [c, b], [n, m], [.25, .5])
+    assert all(torch.allclose(p, q, atol=1e-7) for p, q in zip(x.parameters(), y.parameters()))
+    k, i = 'model.layers.0.mlp.up_proj', (m & n)['model.layers.0.mlp.up_proj'].nonzero()[0, 0]
+    w = [z.get_submodule(k).weight[i] for z in (a, b, c, x)]
+    assert torch.allclose(w[3], w[0] + .5*(w[1] - w[0]) + .25*(w[2] - w[0]), atol=1e-6)
+
+def test_several_donors_from_folders(pair, checkpoint, tmp_path):
+    a, b = pair
+    c, m, n = tiny_model(seed=2), some(a, 1), some(a, 2)
+    out = transfer_checkpoint(checkpoint('a', a), [checkpoint('b', b), checkpoint('c', c)], [m, n], [.5, 1.], tmp_path/'out')
+    assert weight_hash(out) == weight_hash(transfer(a, [b, c], [m, n], [.5, 1.]))
+
+def test_lam_1_copies_bits_where_arithmetic_would_round():
+    t, d = torch.tensor([[1e8]]), torch.tensor([[1.2345678]])
+    assert (t + 1.*(d - t)).item() != d.item()
+    assert blend(t, [(d, 0, torch.tensor([True]), 1.)]).item() == d.item()
+
+def test_a_stored_copy_of_tied_weights_is_moved_along(pair, checkpoint, tmp_path):
+    a, b = (checkpoint(n, m) for n, m in zip('ab', pair))
+    t = load_file(a/'model.safetensors')
+    t['lm_head.weight'] = t['model.embed_tokens.weight'].clone()
+    save_file(t, a/'model.safetensors', metadata=dict(format='pt'))
+    out = bits(transfer_checkpoint(a, b, full(pair[0]), 1., tmp_path/'out'))
+    assert torch.equal(out['lm_head.weight'], out['model.embed_tokens.weight']) and torch.equal(out['lm_head.weight'], bits(b)['model.embed_tokens.weight'])
+
+@pytest.mark.parametrize('lam', [float('nan'), float('inf'), 'much', None, True])
+def test_lam_must_be_finite(pair, lam):
+    with pytest.raises(ActError, match='lam is'): transfer(*pair, some(pair[0]), lam)
+
+def test_lists_must_go_together(pair):
+    a, b = pair
+    with pytest.raises(ActError, match='do not go together'): transfer(a, [b, b], [some(a)]*3)
+    with pytest.raises(ActError, match='two values of lam'): transfer(a, [b, b], [some(a), some(a, 1)], [.1, .2])
+
+def test_a_mask_of_another_model(pair):
+    with pytest.raises(ActError, match='made for another model'): transfer(*pair, full(tiny_model('qwen3')))
+    with pytest.raises(ActError, match='made for another model'): transfer(*pair, full(tiny_model('qwen2_untied')))
+
+def test_a_mask_made_for_other_weights(pair, checkpoint, tmp_path):
+    a, b = pair
+    m = some(a)
+    m.meta.update(target_hash=weight_hash(a), donor_hash=weight_hash(b))
+    transfer(a, b, m)
+    with pytest.raises(ActError, match='another donor'): transfer(a, tiny_model(seed=5), m)
+    with pytest.raises(ActError, match='another target'): transfer_checkpoint(checkpoint('x', tiny_model(seed=5)), checkpoint('b', b), m, 1., tmp_path/'out')
+    assert not (tmp_path/'out').exists()
+    transfer(a, tiny_model(seed=5), m, check=False)
+
+def test_output_that_exists_and_disks_that_are_full(pair, checkpoint, tmp_path, monkeypatch):
+    a, b, m = checkpoint('a', pair[0]), checkpoint('b', pair[1]), some(pair[0])
+    (tmp_path/'out').mkdir()
+    with pytest.raises(ActError, match='exists already'): transfer_checkpoint(a, b, m, 1., tmp_path/'out')
+    monkeypatch.setattr(shutil, 'disk_usage', lambda p: shutil._ntuple_diskusage(100, 90, 10))
+    with pytest.raises(ActError, match='no room on disk'): transfer_checkpoint(a, b, m, 1., tmp_path/'new')
+    assert not (tmp_path/'new').exists() and not list(tmp_path.glob('.new*'))
+
+def test_pairs_that_do_not_fit_are_refused_before_writing(pair, checkpoint, tmp_path):
+    with pytest.raises(ActError, match='model_type'): transfer_checkpoint(checkpoint('a', pair[0]), checkpoint('b', tiny_model('llama3')), some(pair[0]), 1., tmp_path/'out')
+    bad = checkpoint('c', pair[1])
+    raw = (bad/'model.safetensors').read_bytes()
+    (bad/'model.safetensors').write_bytes(raw[:-8])
+    with pytest.raises(ActError, match='truncated'): transfer_checkpoint(checkpoint('a2', pair[0]), bad, some(pair[0]), 1., tmp_path/'out')
+    assert not (tmp_path/'out').exists()
+
+def test_what_comes_along(pair, checkpoint, tmp_path):
+    import json
+    a, b, m = checkpoint('a', pair[0]), checkpoint('b', pair[1]), some(pair[0])
+    out = transfer_checkpoint(a, b, m, .5, tmp_path/'out')
+    note = json.loads((out/'act_transfer.json').read_text())
+    assert note['moved'][0]['mask'] == m.hash and note['moved'][0]['lam'] == .5 and note['provenance']['git']
+    assert {'config.json', 'tokenizer.json', 'tokenizer_config.json'} <= {p.name for p in out.iterdir()}
