@@ -1,0 +1,105 @@
+"Evaluate: lm-eval's numbers equal hand-made ones; paired statistics equal textbook values; files come back."
+import math, pytest, numpy as np, torch
+from act.abilities import Ability, Item
+from act.checkpoints import load_model
+from act.core import ActError
+from act.evaluate import EvalResult, bootstrap_ci, compare_answers, evaluate, mcnemar, paired_bootstrap, TASKS
+from conftest import tiny_model
+
+ABILITY = Ability('toy-en', [Item('two plus two is', ' four'), Item('cuatro y', ' cuatro son'), Item('x', 'y')])
+
+def by_hand(model, tok, item, end=''):
+    p, a = tok(item.prompt)['input_ids'], tok(item.answer + end)['input_ids']
+    logp = model(torch.tensor([p + a])).logits[0].log_softmax(-1).detach()[len(p)-1:-1]
+    return logp.gather(1, torch.tensor(a)[:, None]).sum().item(), int(all(logp.argmax(-1).tolist()[i] == t for i, t in enumerate(a)))
+
+@pytest.mark.parametrize('eos', [False, True])
+def test_loglikelihoods_by_hand(family, tokenizer, eos):
+    model = tiny_model(family)
+    items = evaluate(model, ABILITY, tokenizer, eos=eos, progress=False).items
+    for o, ll, ok in zip(ABILITY, items.loglik, items.correct):
+        want = by_hand(model, tokenizer, o, tokenizer.eos_token if eos else '')
+        assert abs(ll - want[0]) < 1e-3 and ok == want[1]
+
+def test_the_lab_agrees_with_greedy_decoding():
+    from act.lab import lab_ability
+    model, tok = load_model('lab/swahili', dtype='float32')
+    a = lab_ability('science-tr', n=12)
+    items = evaluate(model, a, tok, progress=False).items
+    for o, ok in zip(a, items.correct):
+        out = model.generate(**tok(o.prompt, return_tensors='pt'), max_new_tokens=12, do_sample=False)
+        text = tok.decode(out[0][len(tok(o.prompt)['input_ids']):])
+        assert ok == (text.startswith(o.answer + tok.eos_token)), (o, text)
+    assert 0 < items.correct.mean() < 1
+
+def test_generation_reads_the_last_number():
+    from act.lab import lab_ability
+    model, tok = load_model('lab/base', dtype='float32')
+    r = evaluate(model, lab_ability('arithmetic-en', n=4), tok, generate=True, progress=False)
+    assert r.items.correct.mean() == 1 and math.isnan(r.table().bits_per_byte.iloc[0])
+    assert compare_answers(dict(answer=' 1,200'), ['it is 1200.00']) == dict(exact_match=1) and compare_answers(dict(answer='blue'), ['blue sky']) == dict(exact_match=0)
+
+def test_the_table_by_hand(tokenizer):
+    model = tiny_model()
+    r = evaluate(model, ABILITY, tokenizer, progress=False)
+    t = r.table().loc['toy-en']
+    assert t['items'] == 3 and t.accuracy == r.items.correct.mean()
+    assert t.bits_per_byte == pytest.approx(-r.items.loglik.sum()/math.log(2)/sum(len(o.answer.encode()) for o in ABILITY))
+
+def test_several_abilities_keep_their_items_apart(tokenizer):
+    b = Ability('toy-es', [Item('cuatro', ' ocho')])
+    both = evaluate(tiny_model(), [ABILITY, b], tokenizer, progress=False).items
+    alone = evaluate(tiny_model(), b, tokenizer, progress=False).items
+    assert both.ability.tolist() == ['toy-en']*3 + ['toy-es'] and both.loglik.iloc[3] == pytest.approx(alone.loglik[0], abs=1e-4)
+    with pytest.raises(ActError, match='share a name'): evaluate(tiny_model(), [ABILITY, ABILITY], tokenizer)
+    with pytest.raises(ActError, match='no abilities'): evaluate(tiny_model(), [], tokenizer)
+
+def test_global_seeds_stay_as_they_were(tokenizer):
+    torch.manual_seed(3); np.random.seed(3)
+    want = torch.rand(1), np.random.rand()
+    torch.manual_seed(3); np.random.seed(3)
+    evaluate(tiny_model_cached(), ABILITY, tokenizer, progress=False)
+    assert (torch.rand(1), np.random.rand()) == want
+
+def tiny_model_cached(_m=[]):
+    if not _m:
+        state = torch.get_rng_state(); _m.append(tiny_model()); torch.set_rng_state(state)
+    return _m[0]
+
+def test_results_come_back(tokenizer, tmp_path):
+    r = evaluate(tiny_model(), ABILITY, tokenizer, progress=False)
+    again = EvalResult.load(r.save(tmp_path/'r.json'))
+    assert again.table().round(4).equals(r.table().round(4)) and again.meta == r.meta and again.meta['abilities']['toy-en']['hash'] == ABILITY.hash and again.meta['lm_eval']
+    (tmp_path/'r.json').write_text('{"format": "other"}')
+    with pytest.raises(ActError, match='not an evaluation result'): EvalResult.load(tmp_path/'r.json')
+    with pytest.raises(ActError, match='not a readable'): EvalResult.load(tmp_path/'absent.json')
+
+def test_the_task_files_work_in_plain_lm_eval():
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from act.lab import lab_ability
+    model, tok = load_model('lab/maths-en', dtype='float32')
+    out = lm_eval.simple_evaluate(HFLM(pretrained=model, tokenizer=tok, batch_size=64), tasks=['act_lab_science_el'], task_manager=TaskManager(include_path=str(TASKS), include_defaults=False), bootstrap_iters=0)
+    assert out['results']['act_lab_science_el']['acc,none'] == evaluate(model, lab_ability('science-el'), tok, progress=False).items.correct.mean()
+
+def test_bootstrap_interval_of_a_known_case():
+    x = np.r_[np.ones(50), np.zeros(50)]
+    low, high = bootstrap_ci(x)
+    assert low == pytest.approx(.5 - 1.96*.05, abs=.012) and high == pytest.approx(.5 + 1.96*.05, abs=.012)
+    assert bootstrap_ci(x) == (low, high) and bootstrap_ci([0, 0, 0]) == (0, 0)
+    with pytest.raises(ActError): bootstrap_ci([])
+
+def test_paired_bootstrap_uses_the_pairs():
+    rng = np.random.default_rng(0)
+    hard = rng.normal(size=200)*10
+    a, b = hard + .5 + rng.normal(size=200)*.1, hard
+    r = paired_bootstrap(a, b)
+    assert r['low'] > .45 and r['high'] < .55 and r['p'] < .002
+    assert paired_bootstrap(b, b)['p'] == 1
+    with pytest.raises(ActError, match='cannot be paired'): paired_bootstrap([1], [1, 2])
+
+def test_mcnemar_by_hand():
+    assert mcnemar([1, 1, 1, 0], [0, 0, 0, 0]) == dict(only_a=3, only_b=0, p=.25)
+    assert mcnemar([1, 0], [1, 0])['p'] == 1
+    with pytest.raises(ActError, match='cannot be paired'): mcnemar([1], [1, 0])
