@@ -5,7 +5,7 @@ from act.core import ActError
 from act.lab import *
 from act.lab import MODELS, RECIPES
 
-def entities(split, skill): return {o.id.rsplit('/', 1)[0].split('/', 1)[1].split('/')[-1] for a in lab_abilities() if a.startswith(skill) for o in lab_ability(a, split)}
+def entities(split, skill): return {o.id.split('/', 2)[2].rsplit('/', 1)[0] for a in lab_abilities() if a.startswith(skill) for o in lab_ability(a, split)}
 def problems(split, skill): return {o.id.split('/', 1)[1] for a in lab_abilities() if a.startswith(skill) for o in lab_ability(a, split)}
 
 @pytest.mark.parametrize('skill, key', [('science', entities), ('chemistry', entities), ('arithmetic', problems), ('multiplication', problems)])
