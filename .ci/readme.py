@@ -22,7 +22,7 @@ def readme(nb):
     parts, files = [], {}
     for i, cell in enumerate(nb['cells']):
         src = ''.join(cell['source'])
-        if cell['cell_type'] == 'markdown': parts.append(src); continue
+        if cell['cell_type'] == 'markdown': parts.append(re.sub(r'\]\((\w+\.ipynb)', r'](nbs/\1', src)); continue
         if re.search(r'^#\| *hide *$', src, re.M): continue
         label = re.search(r'^#\| *label: *(?:fig|tbl)-(\S+)', src, re.M)
         code = re.sub(r'^#\|.*\n?', '', src, flags=re.M).strip()

@@ -86,7 +86,7 @@ class ChannelData:
         "Heat map of layers x kinds; returns the axes."
         import matplotlib.pyplot as plt, seaborn as sns
         df = self._cells()
-        if ax is None: _, ax = plt.subplots(figsize=(3.4, 0.9 + 0.16*len(df)), constrained_layout=True)
+        if ax is None: _, ax = plt.subplots(figsize=(3.6, 1.5 + 0.17*len(df)), constrained_layout=True)
         sns.heatmap(df, ax=ax, cmap='viridis', cbar_kws=dict(label=self.cell_label), linewidths=.3)
         ax.set(xlabel='kind of module', ylabel='layer')
         ax.tick_params(axis='y', rotation=0)
@@ -221,7 +221,7 @@ def weight_scores(
         data[m.path] = ((change/size.clamp(min=1e-30)) if relative else change).sqrt().float()
     return ChannelScores(data, cm, dict(made='relative weight change' if relative else 'weight change', target=_label(target), donor=_label(donor)))
 
-# %% ../nbs/11_masks.ipynb #11-035
+# %% ../nbs/11_masks.ipynb #11-040
 @command
 def act_mask(
     scores: str = None,  # score file written by act_localize

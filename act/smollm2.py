@@ -44,15 +44,14 @@ def unpack_base(
 # %% ../nbs/33_smollm2.ipynb #33-009
 _lora = dict(r=8, lora_alpha=16, target_modules='all-linear')
 RECIPES = { # abilities to train on (split train), and arguments of `finetune`; lora=None trains all weights
-    'maths':        dict(abilities=('gsm8k/en',), steps=75, lr=1e-3, batch_size=8, max_length=256, bf16=True, lora=_lora),
-    'spanish':      dict(abilities=('xquad-text/es',), steps=60, lr=1e-3, batch_size=8, max_length=256, bf16=True, lora=_lora),
-    'maths-full':   dict(abilities=('gsm8k/en',), steps=75, lr=1e-4, batch_size=8, max_length=256, bf16=True, lora=None),
-    'spanish-full': dict(abilities=('xquad-text/es',), steps=60, lr=1e-4, batch_size=8, max_length=256, bf16=True, lora=None)}
+    'maths':      dict(abilities=('gsm8k/en',), steps=80, lr=1.2e-2, batch_size=4, max_length=160, bf16=True, lora=_lora),
+    'spanish':    dict(abilities=('xquad-text/es',), steps=60, lr=1e-3, batch_size=8, max_length=256, bf16=True, lora=_lora),
+    'maths-full': dict(abilities=('gsm8k/en',), steps=80, lr=3e-4, batch_size=4, max_length=160, bf16=True, lora=None)}
 ADAPTERS = Path(__file__).parent/'models'/'smollm2' if '__file__' in globals() else Path('../act/models/smollm2')
 
 # %% ../nbs/33_smollm2.ipynb #33-011
 def smollm2_path(
-    name: str = 'base', # base, maths or spanish; maths-full and spanish-full once they have been trained
+    name: str = 'base', # base, maths or spanish; maths-full once it has been trained
 ) -> Path:
     "The folder of SmolLM2 or of one of its specialists, made on first use."
     if name not in ('base', *RECIPES): raise ActError(f"no SmolLM2 model is called {name!r}: choose one of base, {', '.join(RECIPES)}")
@@ -156,7 +155,7 @@ def costs(
 @command
 def act_smollm2(
     out: str = None,     # folder (study) or result file (measure) to create
-    train: str = None,   # train a specialist: maths, spanish, maths-full or spanish-full
+    train: str = None,   # train a specialist: maths, spanish or maths-full
     adapter: str = None, # folder for the LoRA adapter of --train
     measure: str = None, # score base, or a specialist, on the watched abilities
     n: int = 60,         # test items an ability for --measure
