@@ -170,6 +170,7 @@ def load_model(
     folder = resolve(model)
     if (folder/'config.json').exists(): Checkpoint(folder)
     with quiet(): net = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device_map, use_safetensors=True).eval()
+    net.config._name_or_path = str(model) # the name that was asked for, not a folder of this machine
     if device is not None and device_map is None: net = net.to(device)
     return net, load_tokenizer(folder)
 

@@ -85,7 +85,7 @@ def train_smollm2(
     r, out = dict(RECIPES[name]), Path(out or cache_dir()/'smollm2'/name)
     if out.exists(): raise ActError(f"the output folder {out} exists already: remove it or choose another name")
     data = [load_ability(a, 'train') for a in r.pop('abilities')]
-    model, tok = load_model(smollm2_path(), dtype='float32')
+    model, tok = load_model('smollm2', dtype='float32')
     report = finetune(model, data, tok, inplace=True, adapter=adapter, progress=progress, **r)
     record = dict(report.meta, losses=[round(l, 4) for l in report.losses], tokens=report.tokens, seconds=round(report.seconds), threads=torch.get_num_threads(), provenance=provenance())
     save_model(report.model.to(torch.bfloat16), tok, out, {'act_finetune.json': record})
