@@ -52,18 +52,18 @@ CASES = dict(lab=Case(
 # SmolLM2 and its mathematics specialist: too small to be right, so likelihoods are compared, in bits per byte
 CASES['smollm2'] = Case(
     target='smollm2/maths', donor='smollm2', recovered=('xquad-text/es',), retained=('gsm8k/en',), others=('xquad-text/en', 'xquad-text/de'),
-    metric='bits', items=16, n=16, sft=dict(steps=8, lr=1e-4, batch_size=4, max_length=160, bf16=True), grid=dict(ps=(0.01, 0.05, 0.2), lams=(0.5, 1.), sft=False), dtype='bfloat16', max_length=160, batch_size=8)
+    metric='bits', items=16, n=12, sft=dict(steps=8, lr=1e-4, batch_size=4, max_length=160, bf16=True), grid=dict(ps=(0.05, 0.25), lams=(0.5, 1.), sft=False), dtype='bfloat16', max_length=160, batch_size=8)
 
 # %% ../nbs/30_recover.ipynb #30-009
 RESULTS = Path(__file__).parent/'results' if '__file__' in globals() else Path('../act/results') # recorded results that ship with the package
 
 # %% ../nbs/30_recover.ipynb #30-021
-METHODS = {
+METHODS = { # name -> rule from activation scores, weight scores, p, ranking and seed to a mask
     'random mask':             lambda acts, weights, p, rank, seed: random_mask(top_p(acts, p), seed=seed),
-    'weight mask':             lambda acts, weights, p, rank, seed: top_p(weights, p, rank=rank),
-    'full task vector':        lambda acts, weights, p, rank, seed: top_p(acts, 1.),
-    'ACT':                     lambda acts, weights, p, rank, seed: top_p(acts, p),
-    'ACT (module-normalised)': lambda acts, weights, p, rank, seed: top_p(acts, p, 'module')}
+    'weight mask':             lambda acts, weights, p, rank, seed: top_p(weights, p, rank),
+    'full task vector':        lambda acts, weights, p, rank, seed: top_p(acts, p, rank),
+    'ACT':                     lambda acts, weights, p, rank, seed: top_p(acts, p, rank),
+    'ACT (module-normalised)': lambda acts, weights, p, rank, seed: top_p(acts, p, rank)}
 
 # %% ../nbs/30_recover.ipynb #30-023
 def settings(
@@ -75,7 +75,7 @@ def settings(
     n = len(ps)*len(lams)
     if method == 'full task vector': return [dict(p=1., lam=round((i+1)/(n+2), 3), rank='raw') for i in range(n)]
     if method == 'weight mask': return [dict(p=p, lam=lams[-1], rank=r) for r in ('raw', 'module') for p in ps][:n]
-    return [dict(p=p, lam=lam, rank='raw') for p in ps for lam in lams]
+    return [dict(p=p, lam=lam, rank='module' if 'module' in method else 'raw') for p in ps for lam in lams]
 
 # %% ../nbs/30_recover.ipynb #30-026
 class Bench:
@@ -327,7 +327,7 @@ def _svg(ax):
 
 def _write_all(rec, bench, out):
     scores, best = bench.scores(rec.meta['seeds'][0]), rec.best['ACT (module-normalised)']
-    mask = top_p(scores, best['p'], 'module')
+    mask = top_p(scores, best['p'], best['rank'])
     scores.save(out/'scores.safetensors'); mask.save(out/'mask.safetensors')
     rec.save(out/'result.json')
     rec.table().to_csv(out/'table.csv')
