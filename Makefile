@@ -15,6 +15,7 @@ setup: .venv/.ready
 	touch $@
 
 reproduce: setup  ## the main job on the embedded lab family: table, figures and report in runs/reproduce
+	rm -rf runs/reproduce
 	$(BIN)/act_reproduce --out runs/reproduce
 
 test: setup check  ## all checks: sync of act/ and README.md, every notebook, pytest
@@ -34,10 +35,11 @@ docs: setup  ## the Quarto site in _docs
 	@command -v quarto >/dev/null || { echo "Quarto is not installed: see https://quarto.org/docs/get-started, then run make docs again"; exit 1; }
 	$(BIN)/nbdev_docs
 
-lab: setup  ## retrain the lab family from scratch (about 40 minutes on 2 cores)
+lab: setup  ## retrain the lab family from scratch (about half an hour on 2 cores)
 	$(BIN)/act_lab --train --out runs/lab
 
 smollm2: setup  ## the SmolLM2 run from the shipped adapters
+	rm -rf runs/smollm2
 	$(BIN)/act_smollm2 --out runs/smollm2
 
 clean:

@@ -132,7 +132,7 @@ class ChannelScores(ChannelData):
 class ChannelMask(ChannelData):
     "Which channels are chosen: a set, with `|`, `&`, `-`, `~`, and counts."
     format, dtype, noun = 'act-mask-1', torch.bool, 'mask'
-    cell_label, cell_scale = 'chosen channels (%)', 100.
+    cell_label, cell_scale = 'chosen (%)', 100.
 
     @property
     def count(self): return int(sum(int(v.sum()) for v in self.data.values()))

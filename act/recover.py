@@ -280,8 +280,8 @@ def recover(
 # %% ../nbs/30_recover.ipynb #30-041
 _MARKS = dict(zip(ROWS, 'sDoX^vPPpp'))
 
-def _axis(case, name, ax, which):
-    unit = '% of test items' if case.metric == 'correct' else 'bits per byte, lower is better'
+def _axis(case, name, ax, which, items='test'):
+    unit = f'% of {items} items' if case.metric == 'correct' else 'bits per byte, lower is better'
     getattr(ax, f'set_{which}label')(f'{name} ({unit})')
     if case.metric != 'correct': getattr(ax, f'invert_{which}axis')()
 
@@ -292,7 +292,10 @@ def plot_rows(
     "Retained against recovered for every row, with 95 % intervals; returns the axes."
     if ax is None: _, ax = plt.subplots(figsize=(3.5, 3.7), constrained_layout=True)
     df, k = rec.numbers().set_index(['column', 'row']), rec._scale()
-    for r, c in zip(rec.rows, sns.color_palette('colorblind', len(rec.rows))):
+    kinds = list(dict.fromkeys(r.removesuffix(' without SFT') for r in rec.rows))
+    colors = dict(zip(kinds, sns.color_palette('colorblind', len(kinds))))
+    for r in rec.rows:
+        c = colors[r.removesuffix(' without SFT')]
         x, y = df.loc[('retained', r)], df.loc[('recovered', r)]
         err = lambda o: [[k*max(0, o.value-o.low)], [k*max(0, o.high-o.value)]]
         hollow = 'without' in r
@@ -313,9 +316,7 @@ def plot_grid(
         ax.scatter(k*g.retained, k*g.recovered, s=22, color=c, marker=mark, label=m, alpha=.75, lw=0)
         b = g[(g.p == rec.best[m]['p']) & (g.lam == rec.best[m]['lam']) & (g['rank'] == rec.best[m]['rank'])]
         ax.scatter(k*b.retained, k*b.recovered, s=70, facecolor='none', edgecolor=c, lw=1.2)
-    ax.set(title='validation items, after SFT')
-    ax.title.set_size(8)
-    _axis(rec.case, 'retained', ax, 'x'); _axis(rec.case, 'recovered', ax, 'y')
+    for name, which in (('retained', 'x'), ('recovered', 'y')): _axis(rec.case, name, ax, which, 'validation')
     ax.legend(fontsize=6, loc='lower left')
     return ax
 
@@ -350,7 +351,10 @@ def report_html(
     "A page of its own, with nothing to load from elsewhere."
     c, m = rec.case, rec.meta
     unit = 'percent of test items answered correctly' if c.metric == 'correct' else 'bits per byte of the answers, lower is better'
-    chosen = pd.DataFrame(rec.best).T.to_html()
+    d = rec.against()
+    d['cell'] = [f'{a:+.2f} [{b:+.2f}, {e:+.2f}]' for a, b, e in zip(d.difference, d.low, d.high)]
+    against = d.pivot(index='against', columns='column', values='cell').loc[d.against.unique(), ['retained', 'recovered', 'mean']].rename_axis(index=None, columns=None)
+    chosen = pd.DataFrame(rec.best).T.to_html(border=0)
     texts = dict(rows='Retained against recovered on test items, with 95 % intervals over items and seeds.', grid='All settings tried on validation items; a ring marks the chosen one.',
                  scores='Mean activation difference by layer and kind.', mask='Share of channels moved by ACT (module-normalised).')
     pictures = ''.join(f'<figure>{figures[k]}<figcaption>{t}</figcaption></figure>' for k, t in texts.items() if k in figures)
@@ -359,7 +363,7 @@ def report_html(
 th:first-child{{text-align:left}}figure{{display:inline-block;margin:.5rem;vertical-align:top;max-width:26rem}}figure svg{{max-width:100%;height:auto}}figcaption{{font-size:.85rem;color:#444}}</style></head><body>
 <h1>Recovering {html.escape(', '.join(c.recovered))}</h1>
 <p>Target <b>{html.escape(c.target)}</b>, donor <b>{html.escape(c.donor)}</b>. Retained: {html.escape(', '.join(c.retained))}. Others: {html.escape(', '.join(c.others))}. Unit: {unit}; in brackets the 95 % bootstrap interval over items and {len(m['seeds'])} seeds.</p>
-{rec.table().to_html()}<h2>Against ACT (module-normalised)</h2><p>Paired differences, this method minus the row.</p>{rec.against().round(2).to_html(index=False)}
+{rec.table().to_html(border=0)}<h2>ACT (module-normalised) against each row</h2><p>Differences, this method minus the row, paired by item and seed.</p>{against.to_html(border=0)}
 <h2>Pictures</h2>{pictures}<h2>Settings</h2><p>Chosen on validation items, by the mean of retained and recovered.</p>{chosen}
 <details><summary>Where these numbers come from</summary><pre>{html.escape(json.dumps(m, indent=1))}</pre></details></body></html>"""
 
@@ -367,21 +371,24 @@ th:first-child{{text-align:left}}figure{{display:inline-block;margin:.5rem;verti
 def findings(
     rec: Recovery,  # with metric correct
     ours: tuple = ('ACT', 'ACT (module-normalised)'), # rows to speak of
+    differs: str = '',  # what differs from the paper, said when a rival does better than ACT
 ) -> str: # Markdown
     "What a result shows, by paired 95 % intervals on the recovered ability and on the mean of all columns."
     n = rec.numbers().set_index(['row', 'column']).value
     lost, back = 100*(n['donor', 'recovered'] - n['target', 'recovered']), 100*(n['target + SFT', 'recovered'] - n['target', 'recovered'])
     out = [f"The target lost {lost:.0f} points of the ability; light fine-tuning alone brings back {back:.0f} of them."]
-    rivals = [r for r in rec.rows if r.endswith('+ SFT')]
+    rivals, beaten = [r for r in rec.rows if r.endswith('+ SFT')], False
     for row in ours:
         d = rec.against(row).set_index(['column', 'against']).loc[['recovered', 'mean']]
         for c in ('recovered', 'mean'):
             part = d.loc[c].loc[rivals]
             better, worse = part.index[part.low > 0], part.index[part.high < 0]
             what = 'recovered ability' if c == 'recovered' else 'mean of the three columns'
+            beaten |= len(worse) > 0
             tie = [r for r in rivals if r not in set(better) | set(worse)]
             parts = [f"{w} {', '.join(v)}" for w, v in (('above', better), ('below', worse), ('not told apart from', tie)) if len(v)]
             out.append(f"**{row}**, {what}: {'; '.join(parts)}.")
+    if beaten and differs: out.append(f"That some rivals do better contradicts the paper, which finds the channels of largest activation difference to be the ones that matter. {differs}")
     return '\n\n'.join(out)
 
 # %% ../nbs/30_recover.ipynb #30-049
