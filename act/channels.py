@@ -36,7 +36,7 @@ _REASONS = (
     (r'vision|visual|image|audio|multi_?modal|projector|language_model', "part of a multimodal wrapper: pass its text model alone"),
     (r'qkv|query_key_value|c_attn', "a fused query/key/value projection, which has no output per projection: split it first"),
     (r'gate_up', "a fused gate and up projection: split it first"),
-    (r'expert|router|block_sparse', "a mixture of experts, whose fused experts have no linear module to hook: use a dense model"),
+    (r'expert|router|block_sparse|mlp\.gate\.', "a mixture of experts, whose fused experts have no linear module to hook: use a dense model"),
     (r'lora|adapter|modules_to_save|base_layer|base_model', "an adapter: merge it into the model first"),
 )
 

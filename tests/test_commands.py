@@ -1,6 +1,7 @@
 "Commands: from the lab's models to a recovered, evaluated checkpoint, and one clear line for everything that can be wrong."
 import configparser, importlib, json, sys, pytest
 from act.checkpoints import load_model, weight_hash
+from act.core import quiet
 from act.masks import ChannelMask, ChannelScores
 from conftest import tiny_model
 
@@ -80,7 +81,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, files, line, words):
     import shutil
     from act.lab import lab_path
     t = files
-    tiny_model().save_pretrained(t/'tiny')
+    with quiet(): tiny_model().save_pretrained(t/'tiny')
     (t/'full').mkdir(); (t/'empty.jsonl').write_text(''); (t/'bad.jsonl').write_text('{"prompt": "a", "answer": "b"}\n{"prompt"\n')
     shutil.copytree(lab_path('maths-en'), t/'cut')
     raw = (t/'cut'/'model.safetensors').read_bytes()

@@ -22,7 +22,7 @@ def test_adapters_are_small_and_those_of_the_manifest():
         assert d['recipe'] == json.loads(json.dumps({k: v for k, v in RECIPES[name].items()})) and d['seed'] is not None
 
 def test_recorded_scores_show_a_gain_of_each_specialist():
-    results = {n: EvalResult.load(RESULTS/f'smollm2-{n}.json') for n in ('base', 'maths', 'spanish', 'spanish-full')}
+    results = {n: EvalResult.load(RESULTS/f'smollm2-{n}.json') for n in ('base', 'maths', 'spanish', 'maths-full')}
     t = gains(results)
     assert len(t) == len(WATCHED)
     for name, own in (('maths', 'gsm8k-en'), ('spanish', 'xquad-text-es')): assert float(t.loc[own, name].split(', ')[1].rstrip(']')) < 0
@@ -47,5 +47,5 @@ def test_the_base_is_a_plain_checkpoint(cache):
 
 def test_names_and_recipes_that_are_not_there(cache):
     with pytest.raises(ActError, match='no SmolLM2 model'): smollm2_path('french')
-    with pytest.raises(ActError, match='act_smollm2 --train spanish-full'): smollm2_path('spanish-full')
+    with pytest.raises(ActError, match='act_smollm2 --train maths-full'): smollm2_path('maths-full')
     with pytest.raises(ActError, match='no recipe'): train_smollm2('french')
