@@ -7,7 +7,7 @@ __all__ = ['LANGUAGE_NAMES', 'SOURCES', 'SHARES', 'Item', 'Ability', 'read_jsonl
            'encode', 'batches']
 
 # %% ../nbs/02_abilities.ipynb #02-003
-import csv, hashlib, html, json, os, random
+import html, json, os, random
 from dataclasses import dataclass
 from pathlib import Path
 import torch

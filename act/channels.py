@@ -92,18 +92,17 @@ class ChannelMap(Sequence):
         return g.assign(share=g.channels / self.total)
 
     def to_dict(self): "A form that JSON can hold; `ChannelMap.from_dict` reads it."; return dict(tied=self.tied, modules=[asdict(m) for m in self])
+    @classmethod
+    def from_dict(cls, d):
+        "The map that `to_dict` described."
+        try: return cls([ModuleChannels(**{**m, 'params': tuple((n, a) for n, a in m['params'])}) for m in d['modules']], d['tied'])
+        except (KeyError, TypeError, ValueError) as e: raise ActError(f"not a channel map ({e!r}): pass what ChannelMap.to_dict returned") from e
+
     def __repr__(self): return f"ChannelMap: {self.total:,} channels in {len(self)} modules (embedding and lm_head {_TIED[self.tied]})"
     def _repr_html_(self): return f'<p>{self!r}</p>' + self.summary().to_html(formatters={'channels': '{:,}'.format, 'share': '{:.1%}'.format})
 
 # %% ../nbs/00_channels.ipynb #00-024
 _TIED = {'embedding': 'tied, counted once as embedding columns', 'lm_head': 'tied, counted once as lm_head rows', None: 'not tied'}
-
-@classmethod
-def _from_dict(cls, d):
-    "The map that `to_dict` described."
-    try: return cls([ModuleChannels(**{**m, 'params': tuple((n, a) for n, a in m['params'])}) for m in d['modules']], d['tied'])
-    except (KeyError, TypeError, ValueError) as e: raise ActError(f"not a channel map ({e!r}): pass what ChannelMap.to_dict returned") from e
-ChannelMap.from_dict = _from_dict
 
 # %% ../nbs/00_channels.ipynb #00-031
 def _storage(p): return id(p) if p.is_meta or not p.numel() else (p.device, p.data_ptr(), p.shape)

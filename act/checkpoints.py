@@ -7,11 +7,12 @@ __all__ = ['TensorInfo', 'DTYPES', 'read_header', 'Checkpoint', 'weight_hash', '
            'check_finite', 'check_tokenizers', 'PairReport', 'preflight', 'save_model', 'copy_extras', 'write_like']
 
 # %% ../nbs/01_checkpoints.ipynb #01-003
-import hashlib, json, math, mmap, os, re, shutil, struct
+import hashlib, json, math, mmap, re, shutil, struct
 from collections import namedtuple
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 import torch
+from fastcore.basics import patch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from .channels import enumerate_channels
@@ -84,23 +85,6 @@ class Checkpoint:
             with open(t.file, 'rb') as f: self._maps[t.file] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         return memoryview(self._maps[t.file])[t.start:t.end]
 
-    def read(self, name) -> torch.Tensor:
-        "A tensor, copied into memory."
-        t = self.tensors[name]
-        if t.end == t.start: return torch.empty(t.shape, dtype=DTYPES[t.dtype])
-        return torch.frombuffer(bytearray(self.bytes_of(name)), dtype=DTYPES[t.dtype]).reshape(t.shape)
-
-    def rows(self, name, idx) -> torch.Tensor:
-        "Rows `idx` of a tensor; only their bytes are read."
-        t, raw = self.tensors[name], self.bytes_of(name)
-        w = (t.end - t.start)//t.shape[0]
-        buf = bytearray().join(raw[i*w:(i+1)*w] for i in map(int, idx))
-        return torch.frombuffer(buf, dtype=DTYPES[t.dtype]).reshape(-1, *t.shape[1:]) if buf else torch.empty(0, *t.shape[1:], dtype=DTYPES[t.dtype])
-
-    def hash(self) -> str:
-        "SHA-256 over names, shapes and values (as float32) of all tensors, in order of name; neither shards nor stored precision matter."
-        return _hash((k, self.read(k)) for k in sorted(self.tensors) if not self._is_copy(k))
-
     def _is_copy(self, name): return name == 'lm_head.weight' and self.config.get('tie_word_embeddings') and 'model.embed_tokens.weight' in self.tensors
 
     def __repr__(self): return f'Checkpoint: {len(self.tensors)} tensors, {self.nbytes/1e6:,.1f} MB in {len(self.files)} file(s)'
@@ -121,18 +105,49 @@ def _no_file(folder, name):
     if any(folder.glob('*.bin')): return f"{folder.name} holds pickled weights (.bin): convert it to safetensors first, pickle is never loaded"
     return f"{folder.name} lacks the weight file {name}: download or copy it again"
 
+# %% ../nbs/01_checkpoints.ipynb #01-017
+@patch
+def read(
+    self: Checkpoint,
+    name: str, # of a tensor
+) -> torch.Tensor:
+    "A tensor, copied into memory."
+    t = self.tensors[name]
+    if t.end == t.start: return torch.empty(t.shape, dtype=DTYPES[t.dtype])
+    return torch.frombuffer(bytearray(self.bytes_of(name)), dtype=DTYPES[t.dtype]).reshape(t.shape)
+
+# %% ../nbs/01_checkpoints.ipynb #01-018
+@patch
+def rows(
+    self: Checkpoint,
+    name: str, # of a tensor
+    idx,       # row numbers
+) -> torch.Tensor: # (len(idx), ...)
+    "Some rows of a tensor; only their bytes are read."
+    t, raw = self.tensors[name], self.bytes_of(name)
+    w = (t.end - t.start)//t.shape[0]
+    buf = bytearray().join(raw[i*w:(i+1)*w] for i in map(int, idx))
+    return torch.frombuffer(buf, dtype=DTYPES[t.dtype]).reshape(-1, *t.shape[1:]) if buf else torch.empty(0, *t.shape[1:], dtype=DTYPES[t.dtype])
+
+# %% ../nbs/01_checkpoints.ipynb #01-021
+@patch
+def hash(self: Checkpoint) -> str:
+    "SHA-256 over names, shapes and values (as float32) of all tensors, in order of name; neither shards nor stored precision matter."
+    return _hash((k, self.read(k)) for k in sorted(self.tensors) if not self._is_copy(k))
+
+# %% ../nbs/01_checkpoints.ipynb #01-022
 def _hash(tensors):
     h = hashlib.sha256()
     for name, t in tensors:
         h.update(f'{name} {list(t.shape)}\n'.encode()); h.update(t.detach().cpu().float().contiguous().numpy().data)
     return h.hexdigest()
 
-# %% ../nbs/01_checkpoints.ipynb #01-016
+# %% ../nbs/01_checkpoints.ipynb #01-023
 def _is_tied(model):
     head = model.get_output_embeddings()
     return head is not None and head.weight is model.get_input_embeddings().weight
 
-# %% ../nbs/01_checkpoints.ipynb #01-018
+# %% ../nbs/01_checkpoints.ipynb #01-024
 def weight_hash(
     source, # a model, a checkpoint folder or a hub id
 ) -> str: # hexadecimal SHA-256
@@ -141,7 +156,7 @@ def weight_hash(
     params = source.state_dict()
     return _hash((k, params[k]) for k in sorted(params) if not (k == 'lm_head.weight' and _is_tied(source)))
 
-# %% ../nbs/01_checkpoints.ipynb #01-021
+# %% ../nbs/01_checkpoints.ipynb #01-027
 def resolve(
     model, # a folder, a hub id, lab/NAME or smollm2[/NAME]
 ) -> Path: # a local folder; raises ActError when there is none and none can be fetched
@@ -159,7 +174,7 @@ def resolve(
     try: return Path(snapshot_download(str(model), allow_patterns=['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja']))
     except Exception as e: raise ActError(f"{model} is not a folder here and could not be fetched from the hub ({type(e).__name__}): check the name, or pass the path of a local copy") from e
 
-# %% ../nbs/01_checkpoints.ipynb #01-023
+# %% ../nbs/01_checkpoints.ipynb #01-029
 def load_model(
     model,             # as in `resolve`
     dtype='auto',      # weight type: auto (as stored), float32, bfloat16, float16
@@ -174,7 +189,7 @@ def load_model(
     if device is not None and device_map is None: net = net.to(device)
     return net, load_tokenizer(folder)
 
-# %% ../nbs/01_checkpoints.ipynb #01-024
+# %% ../nbs/01_checkpoints.ipynb #01-030
 def load_tokenizer(
     model, # as in `resolve`
 ):
@@ -183,7 +198,7 @@ def load_tokenizer(
     try: return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as e: raise ActError(f"{folder.name} has no tokenizer that loads ({e}): copy tokenizer.json and tokenizer_config.json there") from e
 
-# %% ../nbs/01_checkpoints.ipynb #01-026
+# %% ../nbs/01_checkpoints.ipynb #01-032
 _SHAPING = ('model_type', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads', 'head_dim', 'vocab_size',
             'hidden_act', 'rms_norm_eps', 'rope_theta', 'rope_scaling', 'rope_parameters', 'sliding_window', 'tie_word_embeddings')
 
@@ -197,7 +212,7 @@ def _tensors(m):
     ck = Checkpoint(resolve(m))
     return {k: (t.shape, lambda k=k: ck.read(k)) for k, t in ck.tensors.items() if not ck._is_copy(k)}
 
-# %% ../nbs/01_checkpoints.ipynb #01-027
+# %% ../nbs/01_checkpoints.ipynb #01-033
 def check_finite(
     model, # a model, folder or hub id
 ):
@@ -205,7 +220,7 @@ def check_finite(
     for name, (_, read) in _tensors(model).items():
         if not torch.isfinite(read()).all(): raise ActError(f"tensor {name} of {_label(model)} holds NaN or infinity: the checkpoint is damaged, get it again")
 
-# %% ../nbs/01_checkpoints.ipynb #01-028
+# %% ../nbs/01_checkpoints.ipynb #01-034
 def check_tokenizers(
     target, donor, # tokenizers, or models as in `resolve`
 ):
@@ -219,10 +234,10 @@ def check_tokenizers(
     ma, mb = model(a), model(b)
     odd = [k for k in ma if ma[k] != mb.get(k)]
     if odd: raise ActError(f"the tokenizers have one vocabulary but differ in {odd[0]}: they would split texts differently, use two models of one family")
-    for k in ('bos_token', 'eos_token', 'pad_token'):
-        if k != 'pad_token' and getattr(a, k) != getattr(b, k): raise ActError(f"the tokenizers differ in {k}: {getattr(a, k)!r} and {getattr(b, k)!r}: set both to the same")
+    for k in ('bos_token', 'eos_token'):
+        if getattr(a, k) != getattr(b, k): raise ActError(f"the tokenizers differ in {k}: {getattr(a, k)!r} and {getattr(b, k)!r}: set both to the same")
 
-# %% ../nbs/01_checkpoints.ipynb #01-029
+# %% ../nbs/01_checkpoints.ipynb #01-035
 @dataclass(frozen=True)
 class PairReport:
     "What `preflight` found out about a pair of models that fit."
@@ -233,7 +248,7 @@ class PairReport:
         rows = ''.join(f'<tr><th>{k}</th><td>{v:,}</td></tr>' if isinstance(v, int) else f'<tr><th>{k}</th><td>{v}</td></tr>' for k, v in vars(self).items())
         return f'<table>{rows}</table>'
 
-# %% ../nbs/01_checkpoints.ipynb #01-030
+# %% ../nbs/01_checkpoints.ipynb #01-036
 def preflight(
     target, donor,        # models, folders or hub ids
     finite: bool = True,  # read all weights and refuse NaN and infinity
@@ -256,7 +271,7 @@ def preflight(
     nbytes = Checkpoint(resolve(target)).nbytes if not isinstance(target, PreTrainedModel) else sum(p.numel()*p.element_size() for p in target.parameters())
     return PairReport(_label(target), _label(donor), a.model_type, numel, cm.total, cm.tied, nbytes)
 
-# %% ../nbs/01_checkpoints.ipynb #01-034
+# %% ../nbs/01_checkpoints.ipynb #01-040
 def save_model(
     model, tokenizer, # what to write
     out,              # folder to create; must not exist
@@ -270,7 +285,7 @@ def save_model(
         for name, obj in (records or {}).items(): write_json(obj, tmp/name)
     return Path(out)
 
-# %% ../nbs/01_checkpoints.ipynb #01-035
+# %% ../nbs/01_checkpoints.ipynb #01-041
 def copy_extras(
     src, dst, # folders
 ):
@@ -278,7 +293,7 @@ def copy_extras(
     for f in Path(src).iterdir():
         if f.is_file() and f.suffix in ('.json', '.txt', '.model', '.jinja') and f.name != 'model.safetensors.index.json' and not f.name.startswith('act_'): shutil.copyfile(f, Path(dst)/f.name)
 
-# %% ../nbs/01_checkpoints.ipynb #01-036
+# %% ../nbs/01_checkpoints.ipynb #01-042
 def write_like(
     source: Checkpoint, # its file names, index and tensor order are kept
     tmp,                # folder to write to, from `atomic_folder`

@@ -8,13 +8,12 @@ __all__ = ['FinetuneReport', 'finetune', 'act_finetune']
 # %% ../nbs/13_finetune.ipynb #13-003
 import copy, tempfile, time, torch
 from dataclasses import dataclass, field
-from pathlib import Path
 from fastcore.script import store_true
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from .abilities import Ability, encode, load_ability
 from .checkpoints import _label, load_model, save_model
-from .core import ActError, atomic_folder, bar, command, provenance, quiet
+from .core import ActError, atomic_folder, bar, check_absent, command, provenance, quiet
 from .masks import ChannelMask
 from .transfer import mask_slices
 
@@ -57,8 +56,39 @@ class _Watch(TrainerCallback):
         if self.best is None or metrics['eval_loss'] < self.best[1]:
             self.best = (state.global_step, metrics['eval_loss'], {k: p.detach().clone() for k, p in model.named_parameters() if p.requires_grad})
         elif self.patience is not None and sum(s > self.best[0] for s, _ in self.eval) >= self.patience: control.should_training_stop = True
+    @torch.no_grad()
+    def restore(self, model):
+        "Put the best weights back, if there was validation; returns their step."
+        if self.best is None: return len(self.losses)
+        named = dict(model.named_parameters())
+        for k, p in self.best[2].items(): named[k].copy_(p)
+        return self.best[0]
 
 # %% ../nbs/13_finetune.ipynb #13-013
+def _trainer(model, data, val, watch, pad, folder, steps, lr, batch_size, accumulate, warmup, weight_decay, seed, bf16, eval_steps):
+    "Hugging Face's Trainer, which leaves nothing on the screen and nothing on the disk."
+    args = TrainingArguments(
+        folder, max_steps=steps, learning_rate=lr, per_device_train_batch_size=batch_size, per_device_eval_batch_size=batch_size, gradient_accumulation_steps=accumulate,
+        warmup_steps=round(warmup*steps), weight_decay=weight_decay, seed=seed, data_seed=seed, bf16=bf16, use_cpu=model.device.type == 'cpu', report_to='none', save_strategy='no',
+        logging_steps=1, disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False, include_num_input_tokens_seen='all',
+        eval_strategy='steps' if val else 'no', eval_steps=min(eval_steps, steps) if val else None)
+    trainer = Trainer(model, args, train_dataset=data, eval_dataset=val, data_collator=lambda rows: _collate(rows, pad), callbacks=[watch])
+    for c in (PrinterCallback, ProgressCallback): trainer.remove_callback(c)
+    return trainer
+
+# %% ../nbs/13_finetune.ipynb #13-015
+def _with_adapter(model, lora, seed):
+    from peft import LoraConfig, get_peft_model
+    torch.manual_seed(seed)
+    return get_peft_model(model, LoraConfig(**{**dict(task_type='CAUSAL_LM'), **lora}))
+
+def _save_adapter(model, folder):
+    half = {k: v.detach().to(torch.bfloat16).contiguous() for k, v in model.state_dict().items() if 'lora_' in k}
+    with atomic_folder(folder, sum(v.numel()*2 for v in half.values())) as tmp:
+        model.save_pretrained(tmp, state_dict=half)
+        (tmp/'README.md').unlink(missing_ok=True)
+
+# %% ../nbs/13_finetune.ipynb #13-017
 @dataclass
 class FinetuneReport:
     "What a fine-tuning did: the model, losses step by step (nats per answer token), cost."
@@ -81,7 +111,7 @@ class FinetuneReport:
         ax.legend(fontsize=7)
         return ax
 
-# %% ../nbs/13_finetune.ipynb #13-014
+# %% ../nbs/13_finetune.ipynb #13-018
 def finetune(
     model,                     # a model in memory; it stays as it is unless `inplace`
     abilities,                 # an Ability or several, all answers together
@@ -107,54 +137,33 @@ def finetune(
     progress: bool = True,     # show a bar
 ) -> FinetuneReport: # raises ActError for impossible settings
     "Stage 3 of ACT: light supervised fine-tuning on answer tokens with Hugging Face's Trainer."
-    if steps < 1 or batch_size < 1 or not lr > 0: raise ActError(f"steps is {steps}, batch_size {batch_size}, lr {lr}: all must be above zero")
-    if mask is not None and (lora or weight_decay): raise ActError("a mask goes with neither LoRA nor weight decay, which would change channels outside it: leave them off")
-    if adapter and not lora: raise ActError("adapter= names where to save a LoRA adapter: pass lora= too")
     start, many = time.time(), lambda x: [x] if isinstance(x, Ability) else list(x or [])
     abilities, held = many(abilities), many(validation)
     if not abilities: raise ActError("no abilities to fine-tune on: pass at least one")
+    if steps < 1 or batch_size < 1 or not lr > 0: raise ActError(f"steps is {steps}, batch_size {batch_size}, lr {lr}: all must be above zero")
+    if mask is not None and (lora or weight_decay): raise ActError("a mask goes with neither LoRA nor weight decay, which would change channels outside it: leave them off")
+    if adapter and not lora: raise ActError("adapter= names where to save a LoRA adapter: pass lora= too")
     data, val = (_examples(a, tokenizer, chat, max_length) if a else None for a in (abilities, held))
-    dtype = model.dtype
-    out = model if inplace else copy.deepcopy(model)
+    dtype, out = model.dtype, model if inplace else copy.deepcopy(model)
     if upcast: out = out.float()
-    if lora:
-        from peft import LoraConfig, get_peft_model
-        torch.manual_seed(seed)
-        out = get_peft_model(out, LoraConfig(**{**dict(task_type='CAUSAL_LM'), **lora}))
+    if lora: out = _with_adapter(out, lora, seed)
     trainable, hooks = [p.requires_grad for p in out.parameters()], _restrict(out, mask) if mask is not None else []
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     watch = _Watch(patience, progress, steps)
     with tempfile.TemporaryDirectory() as tmp, quiet():
-        args = TrainingArguments(
-            tmp, max_steps=steps, learning_rate=lr, per_device_train_batch_size=batch_size, per_device_eval_batch_size=batch_size, gradient_accumulation_steps=accumulate,
-            warmup_steps=round(warmup*steps), weight_decay=weight_decay, seed=seed, data_seed=seed, bf16=bf16, use_cpu=out.device.type == 'cpu', report_to='none', save_strategy='no',
-            logging_steps=1, disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False, include_num_input_tokens_seen='all',
-            eval_strategy='steps' if val else 'no', eval_steps=min(eval_steps, steps) if val else None)
-        trainer = Trainer(out, args, train_dataset=data, eval_dataset=val, data_collator=lambda rows: _collate(rows, pad), callbacks=[watch])
-        for c in (PrinterCallback, ProgressCallback): trainer.remove_callback(c)
+        trainer = _trainer(out, data, val, watch, pad, tmp, steps, lr, batch_size, accumulate, warmup, weight_decay, seed, bf16, eval_steps)
         trainer.train()
     for h in hooks: h.remove()
-    if watch.best:
-        named = dict(out.named_parameters())
-        with torch.no_grad():
-            for k, p in watch.best[2].items(): named[k].copy_(p)
-    if lora:
-        if adapter and trainer.is_world_process_zero(): _save_adapter(out, adapter)
-        out = out.merge_and_unload()
+    best = watch.restore(out)
+    if adapter and trainer.is_world_process_zero(): _save_adapter(out, adapter)
+    if lora: out = out.merge_and_unload()
     else:
         for p, t in zip(out.parameters(), trainable): p.requires_grad_(t)
     meta = dict(abilities={a.name: dict(hash=a.hash, items=len(a), source=a.source) for a in abilities}, steps=steps, lr=lr, batch_size=batch_size, seed=seed, warmup=warmup, weight_decay=weight_decay,
                 mask=mask.hash if mask is not None else None, lora=lora, max_length=max_length, chat=chat, model=_label(model))
-    return FinetuneReport(out.to(dtype).eval(), watch.losses, watch.eval, watch.best[0] if watch.best else len(watch.losses), int(trainer.state.num_input_tokens_seen), time.time() - start, meta)
+    return FinetuneReport(out.to(dtype).eval(), watch.losses, watch.eval, best, int(trainer.state.num_input_tokens_seen), time.time() - start, meta)
 
-# %% ../nbs/13_finetune.ipynb #13-015
-def _save_adapter(model, folder):
-    half = {k: v.detach().to(torch.bfloat16).contiguous() for k, v in model.state_dict().items() if 'lora_' in k}
-    with atomic_folder(folder, sum(v.numel()*2 for v in half.values())) as tmp:
-        model.save_pretrained(tmp, state_dict=half)
-        (tmp/'README.md').unlink(missing_ok=True)
-
-# %% ../nbs/13_finetune.ipynb #13-029
+# %% ../nbs/13_finetune.ipynb #13-032
 @command
 def act_finetune(
     model: str = None,       # hub id, folder, lab/NAME or smollm2/NAME
@@ -177,7 +186,7 @@ def act_finetune(
 ):
     "Fine-tune on answers: act_finetune --model recovered --ability lab/science-zh,mine.jsonl --steps 30 --out tuned"
     if not all((model, ability, out)): raise ActError("act_finetune needs --model, --ability and --out: see act_finetune --help")
-    if Path(out).exists(): raise ActError(f"the output folder {out} exists already: remove it or choose another name")
+    check_absent(out)
     load = lambda names, where: [load_ability(a, where, n) for a in names.split(',')]
     data, held = load(ability, split), load(validation, 'validation') if validation else None
     chosen = ChannelMask.load(mask) if mask else None

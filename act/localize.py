@@ -65,7 +65,7 @@ def localize(
 ) -> ChannelScores: # one float32 score a channel; raises ActError for pairs that do not fit, empty abilities, NaN
     "Stage 1 of ACT: the mean absolute activation difference delta_i of every channel on an ability's answer tokens."
     start, names = time.time(), (_label(target), _label(donor))
-    report = preflight(target, donor) if check else None
+    if check: preflight(target, donor)
     hashes = dict(target_hash=weight_hash(target), donor_hash=weight_hash(donor)) if check else {}
     load = lambda m: (m, tokenizer) if isinstance(m, PreTrainedModel) else load_model(m, dtype, device, device_map)
     (target, tok), (donor, _) = load(target), load(donor)

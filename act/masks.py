@@ -9,6 +9,7 @@ __all__ = ['ChannelData', 'ChannelScores', 'ChannelMask', 'top_p', 'iou', 'overl
 import json, math
 from pathlib import Path
 import numpy as np, pandas as pd, torch
+from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from .channels import KINDS, ChannelMap, enumerate_channels
@@ -16,9 +17,6 @@ from .checkpoints import _label, _tensors
 from .core import ActError, atomic_file, command, sha256
 
 # %% ../nbs/11_masks.ipynb #11-006
-_LIMIT = 64 << 20 # bytes of metadata that a file may carry
-
-# %% ../nbs/11_masks.ipynb #11-007
 class ChannelData:
     "One value for every channel of a model: `.data` maps module path to a vector; `.meta` says where it comes from."
     format, dtype, noun = None, None, 'channel data'
@@ -39,73 +37,65 @@ class ChannelData:
         "All channels in one vector, in map order."
         return torch.cat(list(self.data.values()))
 
-    @classmethod
-    def from_flat(cls, flat, map, meta=None):
-        "The inverse of `flat`."
-        return cls(dict(zip(map.paths, flat.split([m.width for m in map]))), map, meta)
-
     def frame(self) -> pd.DataFrame:
         "One row a module: path, kind, layer, width, sum of values."
         return self.map.frame()[['path', 'kind', 'layer', 'width']].assign(sum=[float(v.double().sum()) for v in self.data.values()])
 
-    def shares(self, by='kind') -> pd.Series:
-        "Share of the sum of values by 'kind', 'layer' or 'path'."
-        s = self.frame().groupby(by, sort=False, dropna=False)['sum'].sum()
-        return s/s.sum() if s.sum() else s
+# %% ../nbs/11_masks.ipynb #11-007
+@patch(cls_method=True)
+def from_flat(
+    cls: ChannelData,
+    flat: torch.Tensor, # all channels in one vector, in map order
+    map: ChannelMap,    # the modules of the model
+    meta: dict = None,  # what else is known
+):
+    "The inverse of `flat`."
+    return cls(dict(zip(map.paths, flat.split([m.width for m in map]))), map, meta)
 
-    def save(self, path):
-        "Write one safetensors file, atomically: one tensor a module path, the map and the metadata in its header."
-        meta = dict(format=self.format, map=json.dumps(self.map.to_dict()), meta=json.dumps(self.meta, ensure_ascii=False))
-        out = {p: v.to(torch.uint8) if self.dtype is torch.bool else v.contiguous() for p, v in self.data.items()}
-        with atomic_file(path) as tmp: save_file(out, tmp, metadata=meta)
-        return Path(path)
+# %% ../nbs/11_masks.ipynb #11-008
+@patch
+def shares(
+    self: ChannelData,
+    by: str = 'kind', # 'kind', 'layer' or 'path'
+) -> pd.Series:
+    "Share of the sum of values by kind of module, by layer or by module."
+    s = self.frame().groupby(by, sort=False, dropna=False)['sum'].sum()
+    return s/s.sum() if s.sum() else s
 
-    @classmethod
-    def load(cls, path):
-        "Read what `save` wrote; ActError when the file is truncated, malformed, of another kind, or holds impossible values."
-        path = Path(path)
-        def bad(why): return ActError(f"{path} is not a usable {cls.noun} file ({why}): make it again")
-        if not path.is_file(): raise ActError(f"there is no {cls.noun} file {path}: check the path")
-        try:
-            with safe_open(path, 'pt') as f:
-                head = f.metadata() or {}
-                if head.get('format') != cls.format: raise bad(f"its format is {head.get('format')!r}, expected {cls.format!r}")
-                if sum(map(len, head.values())) > _LIMIT: raise bad('its metadata is too large')
-                map_, meta, data = ChannelMap.from_dict(json.loads(head['map'])), json.loads(head['meta']), {k: f.get_tensor(k) for k in f.keys()}
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
-            if isinstance(e, ActError): raise
-            raise bad(str(e)[:200]) from e
-        want = torch.uint8 if cls.dtype is torch.bool else cls.dtype
-        for k, v in data.items():
-            if v.dtype != want: raise bad(f'{k} is {v.dtype}, expected {want}')
-            if want is torch.uint8 and v.numel() and v.max() > 1: raise bad(f'{k} holds values other than 0 and 1')
-            if want is not torch.uint8 and not (torch.isfinite(v).all() and (v >= 0).all()): raise bad(f'{k} holds negative values, NaN or infinity')
-        return cls(data, map_, meta)
+# %% ../nbs/11_masks.ipynb #11-010
+@patch
+def _cells(self: ChannelData):
+    f = self.frame().assign(layer=lambda d: d.layer.astype(object).where(d.layer.notna(), '-'))
+    f['value'] = f['sum']/f.width*self.cell_scale
+    return f.pivot_table(index='layer', columns='kind', values='value', aggfunc='mean', sort=False).reindex(columns=[k for k in KINDS if k in set(f.kind)])
 
-    def plot(self, ax=None):
-        "Heat map of layers x kinds; returns the axes."
-        import matplotlib.pyplot as plt, seaborn as sns
-        df = self._cells()
-        if ax is None: _, ax = plt.subplots(figsize=(3.6, 1.5 + 0.17*len(df)), constrained_layout=True)
-        sns.heatmap(df, ax=ax, cmap='viridis', cbar_kws=dict(label=self.cell_label), linewidths=.3)
-        ax.set(xlabel='kind of module', ylabel='layer')
-        ax.tick_params(axis='y', rotation=0)
-        return ax
+# %% ../nbs/11_masks.ipynb #11-011
+@patch
+def plot(
+    self: ChannelData,
+    ax=None, # axes to draw on
+):
+    "Heat map of layers x kinds; returns the axes."
+    import matplotlib.pyplot as plt, seaborn as sns
+    df = self._cells()
+    if ax is None: _, ax = plt.subplots(figsize=(3.6, 1.5 + 0.17*len(df)), constrained_layout=True)
+    sns.heatmap(df, ax=ax, cmap='viridis', cbar_kws=dict(label=self.cell_label), linewidths=.3)
+    ax.set(xlabel='kind of module', ylabel='layer')
+    ax.tick_params(axis='y', rotation=0)
+    return ax
 
-    def _cells(self):
-        f = self.frame().assign(layer=lambda d: d.layer.astype(object).where(d.layer.notna(), '-'))
-        f['value'] = f['sum']/f.width*self.cell_scale
-        return f.pivot_table(index='layer', columns='kind', values='value', aggfunc='mean', sort=False).reindex(columns=[k for k in KINDS if k in set(f.kind)])
+# %% ../nbs/11_masks.ipynb #11-012
+@patch
+def _origin(self: ChannelData):
+    rows = ''.join(f'<tr><th>{k}</th><td>{str(v)[:80]}</td></tr>' for k, v in self.meta.items() if not isinstance(v, (dict, list)))
+    return f'<details><summary>where it comes from</summary><table>{rows}</table></details>' if rows else ''
 
-    def _origin(self):
-        rows = ''.join(f'<tr><th>{k}</th><td>{str(v)[:80]}</td></tr>' for k, v in self.meta.items() if not isinstance(v, (dict, list)))
-        return f'<details><summary>where it comes from</summary><table>{rows}</table></details>' if rows else ''
+@patch
+def _repr_html_(self: ChannelData):
+    strip = self._cells().round(3).style.background_gradient(cmap='Blues', axis=None).format('{:.3g}', na_rep='').set_caption(f'{self.cell_label} by layer and kind')
+    return f'<p>{self!r}</p>' + strip.to_html() + self._origin()
 
-    def _repr_html_(self):
-        strip = self._cells().round(3).style.background_gradient(cmap='Blues', axis=None).format('{:.3g}', na_rep='').set_caption(f'{self.cell_label} by layer and kind')
-        return f'<p>{self!r}</p>' + strip.to_html() + self._origin()
-
-# %% ../nbs/11_masks.ipynb #11-009
+# %% ../nbs/11_masks.ipynb #11-014
 class ChannelScores(ChannelData):
     "A non-negative float32 score for every channel: mean |activation difference| on answer tokens (the paper's delta_i), or a rival's score."
     format, dtype, noun = 'act-scores-1', torch.float32, 'score'
@@ -128,7 +118,7 @@ class ChannelScores(ChannelData):
         share = float(s[:max(1, round(.05*len(s)))].sum()/s.sum()) if s.sum() else 0.
         return f"ChannelScores: {self.map.total:,} channels of {len(self.map)} modules; the top 5 % hold {share:.0%} of the sum" + (f"; {self.meta['ability']}, {self.meta['tokens']:,} answer tokens" if 'tokens' in self.meta else '')
 
-# %% ../nbs/11_masks.ipynb #11-014
+# %% ../nbs/11_masks.ipynb #11-019
 class ChannelMask(ChannelData):
     "Which channels are chosen: a set, with `|`, `&`, `-`, `~`, and counts."
     format, dtype, noun = 'act-mask-1', torch.bool, 'mask'
@@ -156,7 +146,7 @@ class ChannelMask(ChannelData):
     __hash__ = None
     def __repr__(self): return f"ChannelMask: {self.count:,} of {self.total:,} channels ({self.fraction:.2%})" + ''.join(f', {k} {self.meta[k]}' for k in ('p', 'rank', 'ability', 'made') if k in self.meta)
 
-# %% ../nbs/11_masks.ipynb #11-016
+# %% ../nbs/11_masks.ipynb #11-021
 def top_p(
     scores: ChannelScores, # what to rank by
     p: float,              # fraction of all channels, in (0, 1]
@@ -171,7 +161,7 @@ def top_p(
     mask[flat.argsort(descending=True, stable=True)[:k]] = True
     return ChannelMask.from_flat(mask, scores.map, {**scores.meta, 'p': p, 'rank': rank})
 
-# %% ../nbs/11_masks.ipynb #11-020
+# %% ../nbs/11_masks.ipynb #11-025
 def iou(
     a: ChannelMask, b: ChannelMask, # two masks of one model
 ) -> float: # |a & b| / |a | b|, 0 when both are empty
@@ -179,7 +169,7 @@ def iou(
     union = (a | b).count
     return (a & b).count/union if union else 0.
 
-# %% ../nbs/11_masks.ipynb #11-021
+# %% ../nbs/11_masks.ipynb #11-026
 def overlap(
     a: ChannelMask, b: ChannelMask, # two masks of one model
 ) -> float: # |a & b| / min(|a|, |b|), 0 when one is empty
@@ -187,7 +177,7 @@ def overlap(
     small = min(a.count, b.count)
     return (a & b).count/small if small else 0.
 
-# %% ../nbs/11_masks.ipynb #11-024
+# %% ../nbs/11_masks.ipynb #11-029
 def random_mask(
     like: ChannelMask,  # its number of channels is matched
     seed: int = 0,      # of the draw
@@ -204,7 +194,7 @@ def random_mask(
     if by == 'all': return ChannelMask.from_flat(draw(like.total, like.count), like.map, meta)
     return ChannelMask({p: draw(len(v), int(v.sum())) for p, v in like.data.items()}, like.map, meta)
 
-# %% ../nbs/11_masks.ipynb #11-027
+# %% ../nbs/11_masks.ipynb #11-032
 def weight_scores(
     target, donor,            # models, folders or hub ids that fit together
     relative: bool = False,   # divide by the length of the target's own weights
@@ -221,7 +211,51 @@ def weight_scores(
         data[m.path] = ((change/size.clamp(min=1e-30)) if relative else change).sqrt().float()
     return ChannelScores(data, cm, dict(made='relative weight change' if relative else 'weight change', target=_label(target), donor=_label(donor)))
 
-# %% ../nbs/11_masks.ipynb #11-040
+# %% ../nbs/11_masks.ipynb #11-043
+@patch
+def save(
+    self: ChannelData,
+    path, # file to write
+) -> Path:
+    "Write one safetensors file, atomically: one tensor a module path, the map and the metadata in its header."
+    meta = dict(format=self.format, map=json.dumps(self.map.to_dict()), meta=json.dumps(self.meta, ensure_ascii=False))
+    out = {p: v.to(torch.uint8) if self.dtype is torch.bool else v.contiguous() for p, v in self.data.items()}
+    with atomic_file(path) as tmp: save_file(out, tmp, metadata=meta)
+    return Path(path)
+
+# %% ../nbs/11_masks.ipynb #11-045
+_LIMIT = 64 << 20 # bytes of metadata that a file may carry
+
+def _impossible(data, dtype):
+    "What is wrong with tensors that should be 0 or 1 (uint8), or non-negative numbers; None when nothing is."
+    for k, v in data.items():
+        if v.dtype != dtype: return f'{k} is {v.dtype}, expected {dtype}'
+        if dtype is torch.uint8 and v.numel() and v.max() > 1: return f'{k} holds values other than 0 and 1'
+        if dtype is not torch.uint8 and not (torch.isfinite(v).all() and (v >= 0).all()): return f'{k} holds negative values, NaN or infinity'
+
+# %% ../nbs/11_masks.ipynb #11-046
+@patch(cls_method=True)
+def load(
+    cls: ChannelData,
+    path, # file to read
+): # raises ActError for a file that is truncated, malformed, of another kind, or holds impossible values
+    "Read what `save` wrote."
+    path = Path(path)
+    def bad(why): return ActError(f"{path} is not a usable {cls.noun} file ({why}): make it again")
+    if not path.is_file(): raise ActError(f"there is no {cls.noun} file {path}: check the path")
+    try:
+        with safe_open(path, 'pt') as f:
+            head = f.metadata() or {}
+            if head.get('format') != cls.format: raise bad(f"its format is {head.get('format')!r}, expected {cls.format!r}")
+            if sum(map(len, head.values())) > _LIMIT: raise bad('its metadata is too large')
+            map_, meta, data = ChannelMap.from_dict(json.loads(head['map'])), json.loads(head['meta']), {k: f.get_tensor(k) for k in f.keys()}
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
+        if isinstance(e, ActError): raise
+        raise bad(str(e)[:200]) from e
+    if why := _impossible(data, torch.uint8 if cls.dtype is torch.bool else cls.dtype): raise bad(why)
+    return cls(data, map_, meta)
+
+# %% ../nbs/11_masks.ipynb #11-049
 @command
 def act_mask(
     scores: str = None,  # score file written by act_localize

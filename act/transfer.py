@@ -11,8 +11,8 @@ from pathlib import Path
 from fastcore.script import store_true
 from transformers import PreTrainedModel
 from .channels import enumerate_channels
-from .checkpoints import Checkpoint, _is_tied, _label, preflight, resolve, weight_hash, write_like
-from .core import ActError, atomic_folder, command, provenance, write_json
+from .checkpoints import Checkpoint, _label, preflight, resolve, weight_hash, write_like
+from .core import ActError, atomic_folder, check_absent, command, provenance, write_json
 from .masks import ChannelMask
 
 # %% ../nbs/12_transfer.ipynb #12-010
@@ -113,8 +113,7 @@ def transfer_checkpoint(
     check: bool = True, # the pair fits, holds no NaN, and the mask was made for these weights
 ) -> Path:
     "Stage 2 of ACT, streamed: from checkpoint folders to a new checkpoint folder, one shard in memory at most."
-    jobs, out = _jobs(donors, masks, lam), Path(out)
-    if out.exists(): raise ActError(f"the output folder {out} exists already: remove it or choose another name")
+    jobs, out = _jobs(donors, masks, lam), check_absent(out)
     hashes = {}
     if check:
         for d, _, _ in jobs: preflight(target, d)

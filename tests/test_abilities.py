@@ -1,7 +1,6 @@
 "Abilities: answer positions by character offsets, padding on either side, files and sources that say what is wrong."
 import json, pytest, torch
-from act import abilities
-from act.abilities import SHARES, SOURCES, Ability, Item, batches, encode, load_ability, read_jsonl, render
+from act.abilities import SHARES, Ability, Item, batches, encode, load_ability, read_jsonl, render
 from act.core import ActError
 from conftest import tiny_model, toy_tokenizer
 

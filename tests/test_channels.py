@@ -2,8 +2,8 @@
 import json, pytest, torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
-from act.channels import KINDS, TABLE, ChannelMap, ModuleChannels, enumerate_channels
+from transformers import AutoConfig
+from act.channels import KINDS, ChannelMap, enumerate_channels
 from act.core import ActError
 from conftest import SIZES, VOCAB, tiny_config, tiny_model
 

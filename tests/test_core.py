@@ -1,6 +1,5 @@
 "Core: output whole or not at all, errors as one line, provenance that can be traced."
 import json, os, shutil, sys, pytest
-from pathlib import Path
 from act import core
 from act.core import ActError, atomic_file, atomic_folder, command, provenance, sha256, write_json
 

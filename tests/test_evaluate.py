@@ -36,7 +36,7 @@ def test_generation_reads_the_last_number():
     from act.lab import lab_ability
     model, tok = load_model('lab/base', dtype='float32')
     r = evaluate(model, lab_ability('arithmetic-en', n=4), tok, generate=True, progress=False)
-    assert r.items.correct.mean() == 1 and math.isnan(r.table().bits_per_byte.iloc[0])
+    assert r.items.correct.mean() == 1 and math.isnan(r.table().bits_per_byte.iloc[0]) and r.bits.isna().all()
     assert compare_answers(dict(answer=' 1,200'), ['it is 1200.00']) == dict(exact_match=1) and compare_answers(dict(answer='blue'), ['blue sky']) == dict(exact_match=0)
 
 def test_the_table_by_hand(tokenizer):
@@ -45,6 +45,7 @@ def test_the_table_by_hand(tokenizer):
     t = r.table().loc['toy-en']
     assert t['items'] == 3 and t.accuracy == r.items.correct.mean()
     assert t.bits_per_byte == pytest.approx(-r.items.loglik.sum()/math.log(2)/sum(len(o.answer.encode()) for o in ABILITY))
+    assert list(r.bits) == pytest.approx([-l/math.log(2)/len(o.answer.encode()) for l, o in zip(r.items.loglik, ABILITY)])
 
 def test_several_abilities_keep_their_items_apart(tokenizer):
     b = Ability('toy-es', [Item('cuatro', ' ocho')])

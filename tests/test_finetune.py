@@ -2,7 +2,7 @@
 import pytest, torch
 from act.abilities import Ability, Item
 from act.channels import enumerate_channels
-from act.checkpoints import load_model, weight_hash
+from act.checkpoints import weight_hash
 from act.core import ActError
 from act.finetune import _collate, _examples, finetune
 from act.masks import ChannelMask, random_mask

@@ -3,7 +3,7 @@ import pytest, torch
 from act.checkpoints import load_model, weight_hash
 from act.core import ActError
 from act.lab import *
-from act.lab import MODELS, RECIPES
+from act.lab import RECIPES
 
 def entities(split, skill): return {o.id.split('/', 2)[2].rsplit('/', 1)[0] for a in lab_abilities() if a.startswith(skill) for o in lab_ability(a, split)}
 def problems(split, skill): return {o.id.split('/', 1)[1] for a in lab_abilities() if a.startswith(skill) for o in lab_ability(a, split)}

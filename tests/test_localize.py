@@ -5,7 +5,7 @@ from act.channels import enumerate_channels
 from act.core import ActError
 from act.localize import localize
 from act.masks import ChannelScores
-from conftest import tiny_model, toy_tokenizer
+from conftest import tiny_model
 
 ABILITY = Ability('toy-en', [Item('two plus two is', ' four'), Item('cuatro y', ' cuatro son ocho'), Item('x', 'y'), Item('二加二', '等于四')])
 

@@ -3,7 +3,7 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from safetensors import safe_open
-from act.channels import ChannelMap, ModuleChannels, enumerate_channels
+from act.channels import ChannelMap, ModuleChannels
 from act.core import ActError
 from act.masks import ChannelMask, ChannelScores, iou, overlap, random_mask, top_p, weight_scores
 from conftest import tiny_model

@@ -25,6 +25,13 @@ def test_rows_are_paired_by_items():
     d = rec.against().set_index('column')
     assert d.difference['recovered'] == pytest.approx(50) and d.low['recovered'] == pytest.approx(50) and d.difference['retained'] == 0
 
+@pytest.mark.parametrize('metric, side', [('correct', ('better', 'worse')), ('bits', ('worse', 'better'))])
+def test_sides_follow_the_metric(metric, side):
+    x = np.random.default_rng(0).integers(2, size=100).astype(float)
+    rows = {'ACT': [dict(r=x + 1, k=x)], 'lower': [dict(r=x, k=x)], 'higher': [dict(r=x + 2, k=x)], 'same': [dict(r=x + 1, k=x)]}
+    got = Recovery(Case('t', 'd', ('r',), ('k',), (), metric=metric), rows, pd.DataFrame(), {}, {}).sides('ACT')['recovered']
+    assert got == {side[0]: ['lower'], side[1]: ['higher'], 'tie': ['same']}
+
 @pytest.fixture(scope='module')
 def small(tmp_path_factory):
     case = replace(CASES['lab'], others=('lab/arithmetic-en',), n=12, items=16, sft=dict(steps=2, lr=1e-4, batch_size=4), grid=dict(ps=(.1,), lams=(.5, 1.)))
