@@ -269,6 +269,7 @@ def train_lab(
     models: tuple = None, # some of `lab_models`; all by default. Specialists start from the base in `out`, or else from the shipped one
     smoke: bool = False,  # 1 % of the steps, a tiny model, few items: to test the machinery
     progress: bool = True, # show bars
+    hidden: int = 128,    # width of the residual stream of a new base; the shipped family has 128
 ) -> dict: # the manifest
     "Train the family, write it as bf16 checkpoints, and measure every model on every ability."
     out, manifest = Path(out), {}
@@ -280,14 +281,14 @@ def train_lab(
         if smoke: r.update(steps=max(2, r['steps']//100), batch=8)
         if source is None:
             tok = train_tokenizer(vocab=400, n=500) if smoke else train_tokenizer()
-            model = new_model(len(tok), hidden=32, layers=2) if smoke else new_model(len(tok))
+            model = new_model(len(tok), hidden=32, layers=2) if smoke else new_model(len(tok), hidden)
         else: model, tok = load_model(out/source if (out/source).exists() else lab_path(source), dtype='float32')
         if progress: print(f"{name}: {r['steps']} steps on {', '.join(mix)}")
         losses = train(model, tok, mix, progress=progress, **r)
         save_model(model.to(torch.bfloat16), tok, out/name)
         manifest[name] = dict(recipe=dict(start=source, mix=mix, **r), last_loss=round(sum(losses[-20:])/len(losses[-20:]), 5), seconds=round(time.time() - start))
     for name in manifest: manifest[name].update(describe(out/name, n=2 if smoke else None, progress=progress))
-    write_json(dict(format='act-lab-1', models=manifest, provenance=provenance(threads=torch.get_num_threads(), smoke=smoke)), out/'manifest.json')
+    write_json(dict(format='act-lab-1', models=manifest, provenance=provenance(threads=torch.get_num_threads(), smoke=smoke, hidden=hidden)), out/'manifest.json')
     return manifest
 
 # %% ../nbs/03_lab.ipynb #03-058
@@ -323,12 +324,13 @@ def act_lab(
     models: str = None,        # some of the models, separated by commas
     smoke: store_true = False, # a tiny version of --train, to test the machinery
     measure: store_true = False, # measure the shipped weights again instead of reading the manifest
+    hidden: int = 128,         # width of a new base, for --train
 ):
     "The lab family: act_lab prints who knows what; act_lab --train --out FOLDER makes the models again."
     names = tuple(models.split(',')) if models else None
     for n in names or (): lab_path(n)
     if train:
         if not out: raise ActError("act_lab --train needs --out, a folder to write to")
-        scores = {n: d['scores'] for n, d in train_lab(out, names, smoke).items()}
+        scores = {n: d['scores'] for n, d in train_lab(out, names, smoke, hidden=hidden).items()}
     else: scores = {n: describe(lab_path(n), progress=not json)['scores'] if measure else d['scores'] for n, d in lab_manifest()['models'].items() if not names or n in names}
     print(_as_json(scores) if json else (100*pd.DataFrame(scores)).round(0).astype(int).to_string())
