@@ -188,7 +188,7 @@ def verdict(
         nulls = '; '.join(f"{k} {show(v, 100, 1)}, the pair is {v.pair_is}" for k, v in d.iterrows() if k != 'pair')
         text.append(f"{name}, the top 5 % of channels hold {show(d.loc['pair'], 100, 1)} % of the summed difference ({nulls})")
     half = d.loc['pair', 'value'] >= .5 and versus(stats).set_index('condition').loc['pair', 'value'] >= .5
-    why = 'the difference sits in few channels here too' if half else 'fewer than half of the difference sits in the top 5 %: the models are small, so a channel has to serve many purposes; the sums count all channels, while the paper speaks of those that matter'
+    why = 'the top 5 % hold more than half here too' if half else 'the top 5 % hold less than half. These models are smaller than those of the paper, whose own statistic is not known to us; and a share of the sum counts all differences, while the paper speaks of those that matter'
     return '; '.join(text), why
 
 # %% ../nbs/20_concentration.ipynb #20-042
