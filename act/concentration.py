@@ -163,8 +163,8 @@ def study(
     stats, curves = measure(fam, target, donor, tok, seeds, resamples, progress)
     focus = collect(fam, target, donor, tok, fam.focus[:1], seeds[0])
     where = cells(next(iter(focus.values())).pool())
-    here, why = verdict(stats)
-    return Finding('concentration', fam.name, dict(statistics=stats, curves=curves, cells=where), PAPER, here, why, provenance(pair=list(fam.pairs[0]), seeds=list(seeds), resamples=resamples, items=fam.items))
+    tables, meta = dict(statistics=stats, curves=curves, cells=where), provenance(pair=list(fam.pairs[0]), seeds=list(seeds), resamples=resamples, items=fam.items)
+    return Finding('concentration', fam.name, tables, PAPER, *verdict(tables, meta), meta)
 
 # %% ../nbs/20_concentration.ipynb #20-039
 def versus(
@@ -179,10 +179,11 @@ def versus(
     return d.assign(pair_is=d.apply(side, axis=1)).reset_index()
 
 def verdict(
-    stats: pd.DataFrame, # from `measure`
+    tables: dict, # of a study
+    meta: dict,   # its provenance
 ) -> tuple: # (what was measured, why it may differ)
     "The finding in words, made from the numbers."
-    text = []
+    text, stats = [], tables['statistics']
     for r, name in (('raw', 'ranked raw'), ('module', 'within modules')):
         d = versus(stats, 'top_5', r).set_index('condition')
         nulls = '; '.join(f"{k} {show(v, 100, 1)}, the pair is {v.pair_is}" for k, v in d.iterrows() if k != 'pair')

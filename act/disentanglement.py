@@ -181,9 +181,9 @@ def study(
     terms = pd.DataFrame([dict(variant=v, term=t, quantity=q, **estimate(g[g.sample_ == 'full'][q], g[g.sample_ == 'resample'][q]))
                           for (v, t), g in fits.groupby(['variant', 'term'], sort=False) for q in ('coefficient', 'alone') if g[q].notna().all()])
     overlaps = pd.concat(tables).groupby(['variant', 'a', 'b'], sort=False)[['iou', 'overlap', 'expected', 'log10_p']].mean().reset_index()
-    here, why = verdict(summary, terms, p)
-    return Finding('disentanglement', fam.name, dict(summary=summary, terms=terms, overlaps=overlaps, curve=curve(pool(first))), PAPER, here, why,
-                   provenance(pairs=[list(x) for x in fam.pairs], seeds=list(seeds), resamples=resamples, items=fam.items, p=p))
+    tables = dict(summary=summary, terms=terms, overlaps=overlaps, curve=curve(pool(first)))
+    meta = provenance(pairs=[list(x) for x in fam.pairs], seeds=list(seeds), resamples=resamples, items=fam.items, p=p)
+    return Finding('disentanglement', fam.name, tables, PAPER, *verdict(tables, meta), meta)
 
 # %% ../nbs/21_disentanglement.ipynb #21-031
 def _fits(scores, p, seed, sample):
@@ -196,13 +196,12 @@ def _fits(scores, p, seed, sample):
 
 # %% ../nbs/21_disentanglement.ipynb #21-032
 def verdict(
-    summary: pd.DataFrame, # condition, variant, relation, value, low, high
-    terms: pd.DataFrame,   # variant, term, quantity, value, low, high
-    p: float,              # fraction of all channels
+    tables: dict, # of a study
+    meta: dict,   # its provenance
 ) -> tuple: # (what was measured, why it may differ)
     "The finding in words, made from the numbers."
-    s = {(r['condition'], r['variant'], r['relation']): r for r in summary.to_dict('records')}
-    alone = {r['term']: r for r in terms.to_dict('records') if r['variant'] == 'module' and r['quantity'] == 'alone' and r['term'] in FACTORS}
+    p, s = meta['p'], {(r['condition'], r['variant'], r['relation']): r for r in tables['summary'].to_dict('records')}
+    alone = {r['term']: r for r in tables['terms'].to_dict('records') if r['variant'] == 'module' and r['quantity'] == 'alone' and r['term'] in FACTORS}
     parts = []
     for v, name in (('raw', 'ranked raw'), ('module', 'within modules'), ('specific', 'without the common component')):
         rel = '; '.join(f"{r} {show(x, 100, 0)}" for (c, o, r), x in s.items() if (c, o) == ('pair', v))

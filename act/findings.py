@@ -135,8 +135,10 @@ def recorded(
     name: str, # of a finding
     fam: str,  # a key of FAMILIES
 ) -> Finding: # raises ActError when there is none
-    "A finding that ships with the package."
-    return Finding.load(PACKAGE/'results'/f'finding-{name}-{fam}.json')
+    "A finding that ships with the package; its words are made anew from its numbers."
+    f = Finding.load(PACKAGE/'results'/f'finding-{name}-{fam}.json')
+    f.here, f.why = importlib.import_module(f'act.{name}').verdict(f.tables, f.meta)
+    return f
 
 # %% ../nbs/19_findings.ipynb #19-025
 WIDTH = 3.4 # inches of a column

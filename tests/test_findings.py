@@ -65,7 +65,7 @@ def test_the_noise_twin_is_as_far_and_elsewhere():
 def test_cells_cover_every_channel_once():
     s = ChannelScores.from_flat(torch.rand(10), TEN)
     c = con.cells(s, .2)
-    assert c.channels.sum() == 10 and c['sum'].sum() == pytest.approx(1) and (c.raw*c.channels).sum() == 2 == (c.module*c.channels).sum()
+    assert c.channels.sum() == 10 and c["sum"].sum() == pytest.approx(1) and (c.raw*c.channels).sum() == pytest.approx(2) == (c.module*c.channels).sum()
 
 def test_the_verdict_compares_intervals():
     row = lambda c, r, v, lo, hi: dict(condition=c, ability='a', rank=r, statistic='top_5', value=v, low=lo, high=hi)
