@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['TOPS', 'CONDITIONS', 'PAPER', 'top_mass', 'gini', 'participation', 'ccdf', 'concentration', 'noise_twin', 'plot_ccdf',
-           'measure', 'cells', 'plot_cells', 'study', 'versus', 'verdict', 'plot_statistics']
+           'measure', 'cells', 'plot_cells', 'study', 'versus', 'verdict', 'plot_statistics', 'by_size']
 
 # %% ../nbs/20_concentration.ipynb #20-003
 import copy
 import numpy as np, pandas as pd, matplotlib.pyplot as plt, torch
-from .core import bar, provenance
-from .findings import Family, Finding, WIDTH, collect, estimate, family, load_pair, save_figure, show
+from matplotlib.ticker import LogLocator
+from .core import bar
+from .findings import Finding, WIDTH, about, collect, estimate, family, load_pair, show
 from .masks import ChannelScores, top_p
 
 # %% ../nbs/20_concentration.ipynb #20-009
@@ -90,7 +91,10 @@ def plot_ccdf(
     if axes is None: _, axes = plt.subplots(1, 2, figsize=(2*WIDTH, 2.3), sharey=True)
     for ax, (r, part) in zip(axes, curves.groupby('rank', sort=False)):
         for (name, g), style in zip(part.groupby('condition', sort=False), ('-', '--', '-.', ':')): ax.plot(g.score, g.share, style, label=name, lw=1.3)
-        ax.set(xscale='log', yscale='log', title=r, xlabel='score' + (' (module mean = 1)' if r == 'module' else ' (activation units)'))
+        ax.set(xscale='log', yscale='log', title=dict(raw='raw', module='within modules')[r], xlabel='score' + (' (module mean = 1)' if r == 'module' else ' (activation units)'))
+        wide = part.score.max() > 100*part.score.min()
+        ax.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
+        ax.xaxis.set_major_formatter('{x:g}'); ax.xaxis.set_minor_formatter('')
     axes[0].set_ylabel('share of channels at or above')
     axes[0].legend()
     return axes
@@ -163,7 +167,7 @@ def study(
     stats, curves = measure(fam, target, donor, tok, seeds, resamples, progress)
     focus = collect(fam, target, donor, tok, fam.focus[:1], seeds[0])
     where = cells(next(iter(focus.values())).pool())
-    tables, meta = dict(statistics=stats, curves=curves, cells=where), provenance(pair=list(fam.pairs[0]), seeds=list(seeds), resamples=resamples, items=fam.items)
+    tables, meta = dict(statistics=stats, curves=curves, cells=where), about(fam, seeds=list(seeds), resamples=resamples)
     return Finding('concentration', fam.name, tables, PAPER, *verdict(tables, meta), meta)
 
 # %% ../nbs/20_concentration.ipynb #20-039
@@ -211,3 +215,11 @@ def plot_statistics(
     ax.set_ylabel('in the top 5 % of channels\n(% of the sum)')
     ax.legend()
     return ax
+
+# %% ../nbs/20_concentration.ipynb #20-045
+def by_size(
+    findings: list,           # of one kind, on families of several widths
+    statistic: str = 'top_5', # of `concentration`
+) -> pd.DataFrame: # family, rank, condition, value, low, high
+    "One statistic of several families, averaged over abilities."
+    return pd.concat([versus(f.tables['statistics'], statistic, r).assign(family=f.family, rank=r) for f in findings for r in ('raw', 'module')])

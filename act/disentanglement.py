@@ -12,9 +12,9 @@ import numpy as np, pandas as pd, matplotlib.pyplot as plt, torch
 from scipy import stats
 from .abilities import skill_language
 from .concentration import noise_twin
-from .core import ActError, bar, provenance
-from .findings import Family, Finding, WIDTH, collect, estimate, family, load_pair, save_figure, show
-from .masks import ChannelMask, ChannelScores, top_p
+from .core import ActError, bar
+from .findings import Finding, WIDTH, about, collect, estimate, family, load_pair, show
+from .masks import ChannelScores, top_p
 
 # %% ../nbs/21_disentanglement.ipynb #21-009
 def shared(
@@ -182,7 +182,7 @@ def study(
                           for (v, t), g in fits.groupby(['variant', 'term'], sort=False) for q in ('coefficient', 'alone') if g[q].notna().all()])
     overlaps = pd.concat(tables).groupby(['variant', 'a', 'b'], sort=False)[['iou', 'overlap', 'expected', 'log10_p']].mean().reset_index()
     tables = dict(summary=summary, terms=terms, overlaps=overlaps, curve=curve(pool(first)))
-    meta = provenance(pairs=[list(x) for x in fam.pairs], seeds=list(seeds), resamples=resamples, items=fam.items, p=p)
+    meta = about(fam, seeds=list(seeds), resamples=resamples, p=p)
     return Finding('disentanglement', fam.name, tables, PAPER, *verdict(tables, meta), meta)
 
 # %% ../nbs/21_disentanglement.ipynb #21-031
