@@ -186,11 +186,11 @@ def save_figure(
     return folder/f'{name}.svg'
 
 # %% ../nbs/19_findings.ipynb #19-033
-NAMES = 'concentration', 'disentanglement'
+NAMES = 'concentration', 'disentanglement', 'sufficiency'
 
 @command
 def act_findings(
-    finding: str = None,  # concentration or disentanglement
+    finding: str = None,  # concentration, disentanglement or sufficiency
     family: str = 'lab',  # lab or smollm2
     models: str = None,   # folder of a lab pair of another width, instead of a family
     out: str = None,      # result file (JSON) to write

@@ -1,13 +1,14 @@
 "The findings: item scores pool to localize's, statistics equal hand-made values, studies have all they promise, files come back."
 import numpy as np, pandas as pd, pytest, torch
 from itertools import combinations
-from act import concentration as con, disentanglement as dis
+from act import concentration as con, disentanglement as dis, sufficiency as suf
 from act.abilities import Ability, Item
 from act.channels import ChannelMap, ModuleChannels
 from act.core import ActError
 from act.findings import FAMILIES, Family, Finding, NAMES, act_findings, estimate, family, recorded, save_figure
 from act.localize import localize, localize_items
 from act.masks import ChannelMask, ChannelScores, ItemScores
+from act.recover import CASES, Bench
 from conftest import FAMILIES as FAMILY_NAMES, tiny_model
 
 ABILITY = Ability('toy-en', [Item('two plus two is', ' four'), Item('cuatro y', ' cuatro son ocho'), Item('x', 'y'), Item('a b c d', ' e f')])
@@ -138,3 +139,45 @@ def test_what_is_refused(tmp_path):
     for text in ('x', '{}', '[]'):
         (tmp_path/'f').write_text(text)
         with pytest.raises(ActError, match='finding'): Finding.load(tmp_path/'f')
+
+def test_bottom_is_the_other_end():
+    s = ChannelScores.from_flat(torch.tensor([5., 1., 1., 4., 3., 2., 9., 8., 7., 6.]), TEN)
+    assert suf.bottom_p(s, .2).flat().nonzero()[:, 0].tolist() == [1, 2] and suf.bottom_p(s, 1.).count == 10
+    for p in (.1, .3, .5, .9): assert suf.bottom_p(s, p).count == round(10*p) and not (suf.bottom_p(s, p) & suf.top_p(s, 1 - p)).count
+
+def test_one_kind_can_be_put_last():
+    two = ChannelMap([ModuleChannels('model.embed_tokens', 'embedding', None, 3, (('model.embed_tokens.weight', 1),)), ModuleChannels('model.norm', 'norm', None, 3, (('model.norm.weight', 0),))], tied=None)
+    s = suf.kind_last(ChannelScores.from_flat(torch.tensor([0., 0., 0., 3., 2., 1.]), two))
+    assert suf.bottom_p(s, .5).flat().tolist() == [False]*3 + [True]*3
+
+def test_areas_by_hand():
+    assert suf.area([.01, .1, 1.], np.array([[1., 1., 1.], [0., 2., 0.]])).tolist() == pytest.approx([1., 1.])
+    assert suf.area([.01, .1], np.array([0., 3.])) == pytest.approx(1.5)
+
+@pytest.fixture(scope='module')
+def bench():
+    from dataclasses import replace
+    return Bench(replace(CASES['lab'], others=(), n=10, items=8), progress=False)
+
+def test_no_dose_is_the_target_and_the_full_dose_the_donor(bench):
+    from act.transfer import transfer
+    m = suf.doses(bench, {'random': suf.ORDERS['random']}, (.5, 1.), seeds=(0,))
+    for a, v in bench.values(bench.target, bench.test).items(): assert (m['sufficiency', 'random', 1., 0.][0][a] == v).all() and (m['necessity', 'random', 1., 1.][0][a] == v).all()
+    moved = transfer(bench.target, bench.donor, suf.ORDERS['random'](bench.scores(0), 1., 0), check=False)
+    for a, v in bench.values(moved, bench.test).items(): assert (m['sufficiency', 'random', 1., 1.][0][a] == v).all() and (m['necessity', 'random', 1., 0.][0][a] == v).all()
+
+def test_areas_are_paired_and_zero_against_itself(bench):
+    m = suf.doses(bench, {'random': suf.ORDERS['random'], 'again': suf.ORDERS['random'], 'top, raw': suf.ORDERS['top, raw']}, (.2, 1.), seeds=(0,), directions=('sufficiency',))
+    a = suf.areas(bench, m).set_index(['order', 'column'])
+    assert (a.loc['again'][['value', 'low', 'high']] == 0).all().all() and len(a) == 4
+    r = suf.responses(bench, m)
+    assert ((r.low <= r.value + 1e-9) & (r.value <= r.high + 1e-9)).all() and set(r.p) == {0., .2, 1.}
+
+def test_a_small_sufficiency_study_is_whole(tmp_path):
+    f = suf.study('lab', seeds=(0, 1), ps=(.05, 1.), lams=(.5,), n=6)
+    again = Finding.load(f.save(tmp_path/'f.json'))
+    assert set(f.tables) == {'doses', 'areas', 'lams'} and again.here == f.here and set(f.tables['doses'].order) == set(suf.ORDERS)
+    assert suf.verdict(again.tables, again.meta) == (f.here, f.why)
+
+def test_a_family_without_a_case_is_refused():
+    with pytest.raises(ActError, match='no recover case'): suf.bench_of(Family('x', '', (('a', 'b'),), (), (), 1))
