@@ -24,15 +24,19 @@ TASKS = PACKAGE/'tasks'
 # %% ../nbs/14_evaluate.ipynb #14-011
 @contextmanager
 def _silent():
-    "lm-eval and datasets say nothing inside the block."
-    log = logging.getLogger('lm_eval')
+    "lm-eval and datasets say nothing inside the block; the bar over documents, which nothing can switch off, is left out."
+    from lm_eval.api import task
+    log, shown = logging.getLogger('lm_eval'), task.tqdm
     level = log.level
     log.setLevel(logging.ERROR)
+    task.tqdm = lambda items, **_: items
     try:
         with warnings.catch_warnings(), quiet():
             warnings.simplefilter('ignore')
             yield
-    finally: log.setLevel(level)
+    finally:
+        log.setLevel(level)
+        task.tqdm = shown
 
 # %% ../nbs/14_evaluate.ipynb #14-012
 def task_items(

@@ -187,11 +187,11 @@ def verdict(
     first = {r['order']: r for r in tables['areas'].to_dict('records') if (r['direction'], r['column']) == ('sufficiency', 'recovered')}
     cost = {r['order']: r for r in tables['areas'].to_dict('records') if (r['direction'], r['column']) == ('sufficiency', 'retained')}
     word = lambda r, sign=1: 'better than random' if sign*better*r['value'] > 0 and r['low']*r['high'] > 0 else 'worse than random' if r['low']*r['high'] > 0 else 'not told apart from random'
-    p = .05
+    p = min((x for x in meta['ps']), key=lambda x: abs(x - .05))
     doses_ = '; '.join(f"{o} {show(at('sufficiency', o, p), 1, digits)}" for o in ORDERS)
     area_ = '; '.join(f"{o} {show(first[o], 1, digits)}, {word(first[o])} (retained {show(cost[o], 1, digits)}, {word(cost[o])})" for o in first)
     here = (f"{unit(meta)} of {', '.join(meta['recovered'])} with nothing moved: {show(at('sufficiency', 'random', 0.), 1, digits)}, with all: {show(at('sufficiency', 'random', 1.), 1, digits)}; "
-            f"with 5 % of the channels moved: {doses_}. Mean difference to random channels over all doses: {area_}")
+            f"with {100*p:g} % of the channels moved: {doses_}. Mean difference to random channels over all doses: {area_}")
     return here, 'the models are smaller than the paper\'s, nothing is fine-tuned after the transfer here, and random channels of equal number are a control that the paper\'s summary does not mention'
 
 # %% ../nbs/22_sufficiency.ipynb #22-033

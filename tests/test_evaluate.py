@@ -104,3 +104,9 @@ def test_mcnemar_by_hand():
     assert mcnemar([1, 1, 1, 0], [0, 0, 0, 0]) == dict(only_a=3, only_b=0, p=.25)
     assert mcnemar([1, 0], [1, 0])['p'] == 1
     with pytest.raises(ActError, match='cannot be paired'): mcnemar([1], [1, 0])
+
+def test_progress_off_means_silence(tokenizer, capfd, monkeypatch):
+    monkeypatch.delenv('TQDM_DISABLE', raising=False)
+    evaluate(tiny_model(), ABILITY, tokenizer, progress=False)
+    out, err = capfd.readouterr()
+    assert out == '' and '%|' not in err

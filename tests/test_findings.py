@@ -1,5 +1,5 @@
 "The findings: item scores pool to localize's, statistics equal hand-made values, studies have all they promise, files come back."
-import numpy as np, pandas as pd, pytest, torch
+import json, numpy as np, pandas as pd, pytest, torch
 from itertools import combinations
 from act import concentration as con, disentanglement as dis, sufficiency as suf
 from act.abilities import Ability, Item
@@ -115,10 +115,11 @@ def test_a_small_study_is_whole_and_comes_back(name, study, tables, tmp_path):
         if {'low', 'value', 'high'} <= set(t): assert ((t.low <= t.value + 1e-9) & (t.value <= t.high + 1e-9)).all()
     assert name in f._repr_markdown_().lower() and not t.empty
 
-@pytest.mark.parametrize('name', NAMES)
-def test_recorded_findings_are_whole(name):
-    f = recorded(name, 'smollm2')
-    assert f.name == name and f.family == 'smollm2' and len(f.meta['seeds']) >= 3 and f.meta['resamples'] >= 5 and not f.meta['git'].endswith('+')
+@pytest.mark.parametrize('name, fam', [*((n, 'smollm2') for n in NAMES), ('concentration', 'lab-32'), ('concentration', 'lab-64')])
+def test_recorded_findings_are_whole(name, fam):
+    f = recorded(name, fam)
+    assert f.name == name and f.family == fam and len(f.meta['seeds']) >= 3 and f.meta.get('resamples', 5) >= 5 and not f.meta['git'].endswith('+')
+    assert '/' not in json.dumps(f.meta['pairs']).replace('smollm2/', '').replace('lab/', '')
 
 def test_figures_come_with_their_data_and_the_same_bytes(tmp_path):
     import matplotlib.pyplot as plt
