@@ -64,10 +64,11 @@ def about(
     fam: Family,
     **more, # seeds, resamples and other settings of the study
 ) -> dict: # for `Finding.meta`
-    "Where a result comes from: the family, its models and their hashes, the settings, and `provenance`."
+    "Where a result comes from: the family, hashes of its models and its data, the settings, and `provenance`."
     short = lambda m: Path(m).name if Path(m).is_dir() else m
+    data = {a: load_ability(a, 'localize').hash for a in fam.abilities}
     hashes = {short(m): weight_hash(m) for m in dict.fromkeys(m for p in fam.pairs for m in p)}
-    return provenance(text=fam.text, pairs=[[short(m) for m in p] for p in fam.pairs], weights=hashes, abilities=list(fam.abilities), items=fam.items, dtype=fam.dtype, max_length=fam.max_length, **more)
+    return provenance(text=fam.text, pairs=[[short(m) for m in p] for p in fam.pairs], weights=hashes, data=data, items=fam.items, dtype=fam.dtype, max_length=fam.max_length, **more)
 
 # %% ../nbs/19_findings.ipynb #19-014
 def load_pair(

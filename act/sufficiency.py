@@ -165,7 +165,7 @@ def study(
     measured = doses(bench, ps=ps, seeds=seeds, progress=progress)
     sweep = doses(bench, {'top, module': ORDERS['top, module']}, [p for p in ps if p >= .05], seeds[:1], lams, ('sufficiency',), progress)
     tables = dict(doses=responses(bench, measured), areas=areas(bench, measured), lams=responses(bench, sweep))
-    meta = about(fam, seeds=list(seeds), ps=list(ps), lams=list(lams), test_items={a.name: len(a) for a in bench.test}, metric=bench.case.metric, recovered=list(bench.case.recovered), retained=list(bench.case.retained))
+    meta = about(fam, seeds=list(seeds), ps=list(ps), lams=list(lams), test={a.name: dict(items=len(a), hash=a.hash) for a in bench.test}, metric=bench.case.metric, recovered=list(bench.case.recovered), retained=list(bench.case.retained))
     return Finding('sufficiency', fam.name, tables, PAPER, *verdict(tables, meta), meta)
 
 # %% ../nbs/22_sufficiency.ipynb #22-026
