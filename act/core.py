@@ -7,7 +7,7 @@ __all__ = ['PACKAGE', 'ActError', 'atomic_file', 'check_absent', 'atomic_folder'
            'provenance', 'quiet', 'bar', 'command']
 
 # %% ../nbs/09_core.ipynb #09-003
-import contextlib, functools, hashlib, json, os, platform, shutil, subprocess, sys, tempfile, time
+import contextlib, functools, hashlib, json, os, platform, shutil, subprocess, sys, tempfile, time, warnings
 from importlib import metadata
 from pathlib import Path
 from fastcore.script import anno_parser
@@ -138,12 +138,15 @@ def provenance(
 # %% ../nbs/09_core.ipynb #09-032
 @contextlib.contextmanager
 def quiet():
-    "Progress bars and log messages below errors of transformers and datasets are off inside the block."
+    "Progress bars, log messages below errors and notices of future changes, of transformers and datasets, are off inside the block."
     import datasets
     from transformers.utils import logging as hf
     bars, level, shown = hf.is_progress_bar_enabled(), hf.get_verbosity(), datasets.utils.are_progress_bars_disabled()
     hf.disable_progress_bar(); hf.set_verbosity_error(); datasets.disable_progress_bars()
-    try: yield
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', FutureWarning)
+            yield
     finally:
         hf.set_verbosity(level)
         if bars: hf.enable_progress_bar()

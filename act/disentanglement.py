@@ -209,7 +209,7 @@ def verdict(
     share = '; '.join(f"{k} {show(x, 100, 0)}" for k, x in alone.items())
     here = f"percent of the top {100*p:g} % that two abilities share (chance {100*p:g}). {'. '.join(parts)}. Percent of the variance of the overlap that each explains alone, within modules: {share}"
     most = max(alone, key=lambda k: alone[k]['value'])
-    return here, f"within modules most of the overlap goes with a shared {most}, which every ability of one pair has in common; what the paper counts as little overlap is not known to us as a number; the models are smaller and the abilities fewer"
+    return here, f"within modules most of the overlap goes with a shared {most}{', which every ability of one pair has in common' if most == 'pair' else ''}; what the paper counts as little overlap is not known to us as a number; the models are smaller and the abilities fewer"
 
 # %% ../nbs/21_disentanglement.ipynb #21-035
 def plot_summary(

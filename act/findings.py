@@ -29,6 +29,9 @@ class Family:
     dtype: str = 'float32' # of the models in memory
     max_length: int = None # tokens of an item
 
+    @property
+    def kind(self): return self.name.partition('-')[0] # lab-64 is a lab
+
 # %% ../nbs/19_findings.ipynb #19-007
 FAMILIES = dict(
     lab=Family('lab', 'the lab family: Qwen2 architecture, 1.0 million parameters, trained here from scratch',
@@ -187,11 +190,11 @@ def save_figure(
     return folder/f'{name}.svg'
 
 # %% ../nbs/19_findings.ipynb #19-033
-NAMES = 'concentration', 'disentanglement', 'sufficiency'
+NAMES = 'concentration', 'disentanglement', 'sufficiency', 'stability', 'weights'
 
 @command
 def act_findings(
-    finding: str = None,  # concentration, disentanglement or sufficiency
+    finding: str = None,  # concentration, disentanglement, sufficiency, stability or weights
     family: str = 'lab',  # lab or smollm2
     models: str = None,   # folder of a lab pair of another width, instead of a family
     out: str = None,      # result file (JSON) to write

@@ -18,11 +18,11 @@ from .masks import ChannelMask
 from .transfer import mask_slices
 
 # %% ../nbs/13_finetune.ipynb #13-007
-def _examples(abilities, tokenizer, chat, max_length):
+def _examples(abilities, tokenizer, chat, max_length, prompts=False):
     out = []
     for a in abilities:
         for e in encode(a, tokenizer, chat=chat, max_length=max_length, eos=a.eos and not chat):
-            answer = set(e.answer)
+            answer = range(len(e.input_ids)) if prompts else set(e.answer)
             out.append(dict(input_ids=e.input_ids, labels=[t if i in answer else -100 for i, t in enumerate(e.input_ids)]))
     return out
 
@@ -31,7 +31,7 @@ def _collate(rows, pad):
     fill = lambda key, value: torch.tensor([r[key] + [value]*(width - len(r[key])) for r in rows])
     return dict(input_ids=fill('input_ids', pad), labels=fill('labels', -100), attention_mask=torch.tensor([[1]*len(r['input_ids']) + [0]*(width - len(r['input_ids'])) for r in rows]))
 
-# %% ../nbs/13_finetune.ipynb #13-010
+# %% ../nbs/13_finetune.ipynb #13-012
 def _restrict(model, mask):
     "Hooks that zero the gradient outside the mask; returns them for removal."
     slices, hooks = mask_slices(mask), []
@@ -43,7 +43,7 @@ def _restrict(model, mask):
         hooks.append(p.register_hook(lambda g, keep=keep: g*keep))
     return hooks
 
-# %% ../nbs/13_finetune.ipynb #13-012
+# %% ../nbs/13_finetune.ipynb #13-014
 class _Watch(TrainerCallback):
     "Losses, a bar, early stopping with the best weights kept in memory."
     def __init__(self, patience, progress, total): self.patience, self.losses, self.eval, self.best, self.bar = patience, [], [], None, bar(progress=progress, total=total, desc='fine-tuning', unit='step')
@@ -64,7 +64,7 @@ class _Watch(TrainerCallback):
         for k, p in self.best[2].items(): named[k].copy_(p)
         return self.best[0]
 
-# %% ../nbs/13_finetune.ipynb #13-013
+# %% ../nbs/13_finetune.ipynb #13-015
 def _trainer(model, data, val, watch, pad, folder, steps, lr, batch_size, accumulate, warmup, weight_decay, seed, bf16, eval_steps):
     "Hugging Face's Trainer, which leaves nothing on the screen and nothing on the disk."
     args = TrainingArguments(
@@ -76,11 +76,11 @@ def _trainer(model, data, val, watch, pad, folder, steps, lr, batch_size, accumu
     for c in (PrinterCallback, ProgressCallback): trainer.remove_callback(c)
     return trainer
 
-# %% ../nbs/13_finetune.ipynb #13-015
+# %% ../nbs/13_finetune.ipynb #13-017
 def _with_adapter(model, lora, seed):
     from peft import LoraConfig, get_peft_model
     torch.manual_seed(seed)
-    return get_peft_model(model, LoraConfig(**{**dict(task_type='CAUSAL_LM'), **lora}))
+    with quiet(): return get_peft_model(model, LoraConfig(**{**dict(task_type='CAUSAL_LM'), **lora}))
 
 def _save_adapter(model, folder):
     half = {k: v.detach().to(torch.bfloat16).contiguous() for k, v in model.state_dict().items() if 'lora_' in k}
@@ -88,7 +88,7 @@ def _save_adapter(model, folder):
         model.save_pretrained(tmp, state_dict=half)
         (tmp/'README.md').unlink(missing_ok=True)
 
-# %% ../nbs/13_finetune.ipynb #13-017
+# %% ../nbs/13_finetune.ipynb #13-019
 @dataclass
 class FinetuneReport:
     "What a fine-tuning did: the model, losses step by step (nats per answer token), cost."
@@ -111,7 +111,7 @@ class FinetuneReport:
         ax.legend(fontsize=7)
         return ax
 
-# %% ../nbs/13_finetune.ipynb #13-018
+# %% ../nbs/13_finetune.ipynb #13-020
 def finetune(
     model,                     # a model in memory; it stays as it is unless `inplace`
     abilities,                 # an Ability or several, all answers together
@@ -132,6 +132,7 @@ def finetune(
     lora: dict = None,         # options of peft.LoraConfig: train an adapter and merge it
     adapter: str = None,       # folder to save that adapter to, before merging
     bf16: bool = False,        # mixed precision, for GPUs and recent CPUs
+    prompts: bool = False,     # learn the prompts' tokens too: continued pre-training on the items
     upcast: bool = True,       # train half-precision weights in float32 and round at the end
     inplace: bool = False,     # change the model that was passed
     progress: bool = True,     # show a bar
@@ -143,7 +144,7 @@ def finetune(
     if steps < 1 or batch_size < 1 or not lr > 0: raise ActError(f"steps is {steps}, batch_size {batch_size}, lr {lr}: all must be above zero")
     if mask is not None and (lora or weight_decay): raise ActError("a mask goes with neither LoRA nor weight decay, which would change channels outside it: leave them off")
     if adapter and not lora: raise ActError("adapter= names where to save a LoRA adapter: pass lora= too")
-    data, val = (_examples(a, tokenizer, chat, max_length) if a else None for a in (abilities, held))
+    data, val = (_examples(a, tokenizer, chat, max_length, prompts) if a else None for a in (abilities, held))
     dtype, out = model.dtype, model if inplace else copy.deepcopy(model)
     if upcast: out = out.float()
     if lora: out = _with_adapter(out, lora, seed)
@@ -160,10 +161,10 @@ def finetune(
     else:
         for p, t in zip(out.parameters(), trainable): p.requires_grad_(t)
     meta = dict(abilities={a.name: dict(hash=a.hash, items=len(a), source=a.source) for a in abilities}, steps=steps, lr=lr, batch_size=batch_size, seed=seed, warmup=warmup, weight_decay=weight_decay,
-                mask=mask.hash if mask is not None else None, lora=lora, max_length=max_length, chat=chat, model=_label(model))
+                mask=mask.hash if mask is not None else None, lora=lora, max_length=max_length, chat=chat, prompts=prompts, model=_label(model))
     return FinetuneReport(out.to(dtype).eval(), watch.losses, watch.eval, best, int(trainer.state.num_input_tokens_seen), time.time() - start, meta)
 
-# %% ../nbs/13_finetune.ipynb #13-032
+# %% ../nbs/13_finetune.ipynb #13-034
 @command
 def act_finetune(
     model: str = None,       # hub id, folder, lab/NAME or smollm2/NAME

@@ -102,16 +102,23 @@ class Bench:
 
 # %% ../nbs/30_recover.ipynb #30-027
 @patch
+def sample(
+    self: Bench,
+    seed: int = 0, # of the sample
+):
+    "A seeded sample of the recovered abilities' localisation items."
+    pool = load_ability(self.case.recovered[0], 'localize')
+    for a in self.case.recovered[1:]: pool = pool + load_ability(a, 'localize')
+    return pool.sample(min(len(pool), self.case.items), seed=seed)
+
+@patch
 def scores(
     self: Bench,
     seed: int = 0, # of the sample
 ):
-    "Activation scores of the recovered abilities on a seeded sample of localisation items."
+    "Activation scores of the recovered abilities on that sample."
     if seed not in self.acts:
-        pool = load_ability(self.case.recovered[0], 'localize')
-        for a in self.case.recovered[1:]: pool = pool + load_ability(a, 'localize')
-        sample = pool.sample(min(len(pool), self.case.items), seed=seed)
-        with self.clock('localise'): self.acts[seed] = localize(self.target, self.donor, sample, self.tok, max_length=self.case.max_length, progress=False)
+        with self.clock('localise'): self.acts[seed] = localize(self.target, self.donor, self.sample(seed), self.tok, max_length=self.case.max_length, progress=False)
     return self.acts[seed]
 
 # %% ../nbs/30_recover.ipynb #30-028

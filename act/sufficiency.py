@@ -53,10 +53,10 @@ def bench_of(
     n: int = None,          # test items an ability; the recover case's own by default
 ) -> Bench:
     "The recover case of a family's first pair, with the abilities to recover and to retain only."
-    name = family(fam).name
-    if name not in CASES: raise ActError(f"no recover case belongs to the family {name}: choose one of {', '.join(CASES)}")
-    case = CASES[name]
-    return Bench(replace(case, others=(), n=n or case.n), progress=False)
+    fam = family(fam)
+    if fam.kind not in CASES: raise ActError(f"no recover case belongs to the family {fam.name}: choose one of {', '.join(CASES)}")
+    case, (target, donor) = CASES[fam.kind], fam.pairs[0]
+    return Bench(replace(case, target=target, donor=donor, others=(), n=n or case.n), progress=False)
 
 # %% ../nbs/22_sufficiency.ipynb #22-017
 DIRECTIONS = 'sufficiency', 'necessity'
@@ -160,8 +160,8 @@ def study(
 ) -> Finding:
     "Doses and responses, sufficiency and necessity, and lambda as a second axis."
     fam = family(fam)
-    ps = ps or (PS if fam.name == 'lab' else (.01, .05, .1, .25, 1.))
-    bench = bench_of(fam, n or (60 if fam.name == 'lab' else None))
+    ps = ps or (PS if fam.kind == 'lab' else (.01, .05, .1, .25, 1.))
+    bench = bench_of(fam, n or (60 if fam.kind == 'lab' else None))
     measured = doses(bench, ps=ps, seeds=seeds, progress=progress)
     sweep = doses(bench, {'top, module': ORDERS['top, module']}, [p for p in ps if p >= .05], seeds[:1], lams, ('sufficiency',), progress)
     tables = dict(doses=responses(bench, measured), areas=areas(bench, measured), lams=responses(bench, sweep))
@@ -194,7 +194,7 @@ def verdict(
             f"with {100*p:g} % of the channels moved: {doses_}. Mean difference to random channels over all doses: {area_}")
     return here, 'the models are smaller than the paper\'s, nothing is fine-tuned after the transfer here, and random channels of equal number are a control that the paper\'s summary does not mention'
 
-# %% ../nbs/22_sufficiency.ipynb #22-033
+# %% ../nbs/22_sufficiency.ipynb #22-037
 def plot_lams(
     table: pd.DataFrame, # from `responses` with several lambdas
     unit: str,           # of the values

@@ -1,11 +1,12 @@
 "The findings: item scores pool to localize's, statistics equal hand-made values, studies have all they promise, files come back."
 import json, numpy as np, pandas as pd, pytest, torch
 from itertools import combinations
-from act import concentration as con, disentanglement as dis, sufficiency as suf
+from act import concentration as con, disentanglement as dis, stability as sta, sufficiency as suf, weights as wei
 from act.abilities import Ability, Item
 from act.channels import ChannelMap, ModuleChannels
-from act.core import ActError
-from act.findings import FAMILIES, Family, Finding, NAMES, act_findings, estimate, family, recorded, save_figure
+from act.core import PACKAGE, ActError
+from act.checkpoints import weight_hash
+from act.findings import FAMILIES, Family, Finding, NAMES, act_findings, collect, estimate, family, load_pair, of_width, recorded, save_figure
 from act.localize import localize, localize_items
 from act.masks import ChannelMask, ChannelScores, ItemScores
 from act.recover import CASES, Bench
@@ -115,7 +116,8 @@ def test_a_small_study_is_whole_and_comes_back(name, study, tables, tmp_path):
         if {'low', 'value', 'high'} <= set(t): assert ((t.low <= t.value + 1e-9) & (t.value <= t.high + 1e-9)).all()
     assert name in f._repr_markdown_().lower() and not t.empty
 
-@pytest.mark.parametrize('name, fam', [*((n, 'smollm2') for n in NAMES), ('concentration', 'lab-32'), ('concentration', 'lab-64')])
+@pytest.mark.parametrize('fam', ['lab', 'smollm2', 'lab-32', 'lab-64'])
+@pytest.mark.parametrize('name', NAMES)
 def test_recorded_findings_are_whole(name, fam):
     f = recorded(name, fam)
     assert f.name == name and f.family == fam and len(f.meta['seeds']) >= 3 and f.meta.get('resamples', 5) >= 5 and not f.meta['git'].endswith('+')
@@ -180,5 +182,161 @@ def test_a_small_sufficiency_study_is_whole(tmp_path):
     assert set(f.tables) == {'doses', 'areas', 'lams'} and again.here == f.here and set(f.tables['doses'].order) == set(suf.ORDERS)
     assert suf.verdict(again.tables, again.meta) == (f.here, f.why)
 
+def test_other_widths_have_a_case_of_their_own():
+    fam = of_width(PACKAGE/'models'/'lab')
+    b = suf.bench_of(fam, n=4)
+    assert fam.kind == 'lab' and b.case.target.endswith('maths-en') and b.case.donor.endswith('base') and len(b.test) == 2
+
 def test_a_family_without_a_case_is_refused():
     with pytest.raises(ActError, match='no recover case'): suf.bench_of(Family('x', '', (('a', 'b'),), (), (), 1))
+
+# --- stability
+
+def scores(*v): return ChannelScores.from_flat(torch.tensor([float(x) for x in v]), TEN)
+
+def test_agreement_by_hand():
+    a, b = scores(*range(10)), scores(9, *range(9))
+    assert sta.agreement(a, b, .2) == {'raw': 1/3, 'module': 1/3} and sta.agreement(a, a, .3)['module'] == 1
+
+def test_the_curve_uses_disjoint_halves_of_every_size():
+    g = torch.Generator().manual_seed(0)
+    loud = torch.arange(10.).exp()
+    items = ItemScores(loud + .1*torch.rand(8, 10, generator=g), torch.full((8,), 3), TEN)
+    c = sta.sample_curve(dict(a=items), draws=3, p=.2)
+    assert set(c['items']) == {1, 2, 4} and (c.tokens == 3*c['items']).all() and (c.iou == 1).all() and len(c) == 3*3*2
+    noise = ItemScores(torch.rand(8, 10, generator=g), torch.full((8,), 3), TEN)
+    assert sta.sample_curve(dict(a=noise), draws=10, p=.2).iou.mean() < .5
+
+def test_how_many_tokens_are_enough():
+    c = pd.DataFrame(dict(condition=['a']*3 + ['b']*3, rank='raw', items=[4, 1, 2]*2, tokens=[40., 10., 20.]*2, value=[.9, .1, .8, .3, .1, .2]))
+    e = sta.enough(c).set_index('condition')
+    assert e.tokens['a'] == 20 and e['items']['a'] == 2 and np.isnan(e.tokens['b'])
+
+def test_parts_are_worded_and_chosen():
+    a = sta.Part('lab/science-en', '/1$', 'Q: {prompt}').items(5, seed=1)
+    assert len(a) == 5 and all(i.prompt.startswith('Q: ') and i.id.endswith('/1') for i in a)
+    assert [i.answer for i in sta.Part('lab/science-en', '/1$').items(5, seed=1)] == [i.answer for i in a]
+    for two in sta.WORDS['lab'].values():
+        for part in two: assert len(part.items(48)) == 48
+
+def test_the_same_phrasing_index_means_the_same_facts():
+    zh, other = sta.WORDS['lab']['other phrasing']
+    who = lambda part: [i.id.split('/')[1:3] for i in part.items(96)]
+    assert who(zh) == who(other) == who(sta.WORDS['lab']['other language'][1])
+
+def test_words_compares_a_part_with_another_half_of_itself(monkeypatch):
+    target, donor, tok = load_pair('lab')
+    w = sta.words('lab', target, donor, tok, n=4, draws=2)
+    assert len(w) == 5*2*2 and w.iou.between(0, 1).all() and (w[w.name == 'other items'].iou < 1).all()
+
+def test_trainings_differ_in_what_they_say(monkeypatch):
+    target, donor, tok = load_pair('lab')
+    monkeypatch.setitem(sta.TRAIN, 'lab', dict(sta.TRAIN['lab'], steps=2, batch_size=2))
+    made = {c: sta.specialist('lab', donor, tok, c) for c in sta.CHANGES}
+    hashes = {c: weight_hash(r.model) for c, r in made.items()}
+    assert len(set(hashes.values())) == len(hashes) and weight_hash(donor) not in hashes.values()
+    assert hashes['reference'] == weight_hash(sta.specialist('lab', donor, tok, 'reference').model)
+    meta = {c: r.meta for c, r in made.items()}
+    assert meta['twice the steps']['steps'] == 4 and meta['all tokens (CPT)']['prompts'] and meta['LoRA <-> all weights']['lora'] and not meta['reference']['lora']
+    data = lambda c: next(iter(meta[c]['abilities'].values()))['hash']
+    assert data('other items') != data('reference') == data('other order of items')
+    with pytest.raises(ActError, match='no training'): sta.specialist('lab', donor, tok, 'prayer')
+
+def test_comparing_a_pair_with_itself_is_paired():
+    target, donor, tok = load_pair('lab')
+    a = collect(SMALL, target, donor, tok, ['lab/science-zh'])
+    full, draws = sta.compared(a, a, 3)
+    assert full == {'raw': 1, 'module': 1} and draws == [full]*3
+
+TWO = ChannelMap([ModuleChannels('model.layers.0.q', 'q', 0, 6, (('model.layers.0.q.weight', 0),)), ModuleChannels('model.layers.1.o', 'o', 1, 4, (('model.layers.1.o.weight', 0),))], tied=None)
+
+def test_profiles_by_hand():
+    m = ChannelMask.from_flat(torch.tensor([1, 0, 0, 0, 0, 0, 1, 1, 1, 0]).bool(), TWO)
+    p = sta.profile(m)
+    assert p['q', 1] == .25 and p['o', 3] == .75 and p.sum() == 1 # two layers: their middles lie in the second and the fourth quarter
+    all_ = sta.profile(ChannelMask.from_flat(torch.ones(10).bool(), TWO))
+    assert sta.alike(p, all_) == pytest.approx(.25 + .4) and sta.alike(p, p) == 1
+    assert sta.alike(p, p.rename({'q': 'v', 'o': 'k'}, level='kind')) == 0
+
+def test_a_small_stability_study_is_whole(monkeypatch, tmp_path):
+    monkeypatch.setitem(sta.TRAIN, 'lab', dict(sta.TRAIN['lab'], steps=2, batch_size=2))
+    f = sta.study(SMALL, seeds=(0, 1), resamples=2)
+    again = Finding.load(f.save(tmp_path/'f.json'))
+    assert set(f.tables) == {'curve', 'words', 'trainings', 'losses', 'profiles'} and again.here == f.here
+    assert {'noise twin', 'another specialist', *sta.CHANGES} - {'reference'} <= set(f.tables['trainings'].name) and len(f.tables['losses']) == len(sta.CHANGES)
+    sums = f.tables['profiles'].groupby(['condition', 'rank']).share.sum()
+    assert sums.tolist() == pytest.approx([1]*6)
+    x = sta.across([f, again])
+    assert x.pairs.tolist() == pytest.approx([1, 1], abs=1e-4) and (x['pair and all channels'] < 1).all()
+    assert sta.verdict(again.tables, again.meta) == (f.here, f.why)
+
+# --- activation against weight
+
+def with_changed(model, name, row, by):
+    import copy
+    other = copy.deepcopy(model)
+    with torch.no_grad(): dict(other.named_parameters())[name][row] += by
+    return other
+
+@pytest.mark.parametrize('name', FAMILY_NAMES)
+def test_own_change_is_all_of_the_change_where_nothing_is_upstream(name, tokenizer):
+    a, b = tiny_model(name, 0), tiny_model(name, 1)
+    own, bound = wei.own_items(a, b, ABILITY, tokenizer, batch_tokens=16)
+    acts = localize_items(a, b, ABILITY, tokenizer, progress=False)
+    first = own.map.paths[0]
+    assert own.map[0].kind == 'embedding' and torch.allclose(own.pool()[first], acts.pool()[first], atol=1e-6) and torch.equal(own.tokens, acts.tokens)
+    assert (own.pool().flat() <= bound.pool().flat()*1.001 + 1e-6).all()
+
+def test_a_change_upstream_is_nobody_elses_own(tokenizer):
+    a = tiny_model(seed=0)
+    b = with_changed(a, 'model.layers.0.mlp.down_proj.weight', 3, .5)
+    own, bound = (s.pool() for s in wei.own_items(a, b, ABILITY, tokenizer))
+    acts = localize_items(a, b, ABILITY, tokenizer, progress=False).pool()
+    assert acts['model.layers.1.self_attn.q_proj'].sum() > 0 and own['model.layers.1.self_attn.q_proj'].sum() == 0
+    assert own['model.layers.0.mlp.down_proj'].nonzero()[:, 0].tolist() == [3] and torch.allclose(own['model.layers.0.mlp.down_proj'], acts['model.layers.0.mlp.down_proj'], atol=1e-5)
+
+def test_own_change_by_hand(tokenizer):
+    "One linear layer: mean over answer tokens of |dw . x|, and the product of norms."
+    a = tiny_model(seed=0)
+    b = with_changed(a, 'model.layers.1.mlp.up_proj.weight', 0, .1)
+    seen = []
+    hook = a.get_submodule('model.layers.1.mlp.up_proj').register_forward_hook(lambda m, args, out: seen.append(args[0]))
+    own, bound = (s.pool() for s in wei.own_items(a, b, ABILITY[:1], tokenizer))
+    hook.remove()
+    from act.abilities import encode
+    x = seen[0][0][encode(ABILITY[:1], tokenizer)[0].positions]
+    assert own['model.layers.1.mlp.up_proj'][0].item() == pytest.approx((x.sum(1)*.1).abs().mean().item(), rel=1e-3)
+    dw = (dict(b.named_parameters())['model.layers.1.mlp.up_proj.weight'] - dict(a.named_parameters())['model.layers.1.mlp.up_proj.weight'])[0]
+    assert bound['model.layers.1.mlp.up_proj'][0].item() == pytest.approx((dw.norm()*x.norm(dim=1).mean()).item(), rel=1e-3)
+
+def test_correlations_by_hand():
+    a = ChannelScores.from_flat(torch.tensor([1., 2., 3., 4., 5., 6., 1., 1., 1., 1.]), TWO)
+    b = ChannelScores.from_flat(torch.tensor([6., 5., 4., 3., 2., 1., 1., 2., 3., 4.]), TWO)
+    c = wei.correlations(a, b)
+    assert c.rho[0] == pytest.approx(-1) and np.isnan(c.rho[1])
+    assert wei.compare(a, a, .2) == {'overlap, raw': 1, 'overlap, module': 1, 'rho, all channels': pytest.approx(1), 'rho, within modules': pytest.approx(1)}
+
+def test_shares_by_hand():
+    acts, own = (ChannelScores.from_flat(torch.tensor(v), TWO) for v in ([1.]*6 + [2.]*4, [1.]*6 + [.5]*4))
+    s = wei.own_share(acts, own).set_index('kind')
+    assert s.share['q'] == 1 and s.share['o'] == .25 and s.layer.tolist() == [0, 1]
+
+def test_effects_by_hand():
+    t = lambda *v: pd.DataFrame(dict(ability=['m-en', 'm-es', 's-en', 's-es'], value=v))
+    assert list(wei.effects(t(0, 1, 0, 1)).values()) == pytest.approx([0, 1, 0]) and list(wei.effects(t(0, 1, 1, 0)).values()) == pytest.approx([0, 0, 1])
+    assert list(wei.effects(t(0, 1, 2, 3)).values()) == pytest.approx([.8, .2, 0])
+
+def test_orders_take_equally_many_channels(bench):
+    o = wei.orders(bench, (0,))
+    masks = {k: make(bench.scores(0), .1, 0) for k, make in o.items()}
+    assert len(o) == 9 and {m.count for m in masks.values()} == {masks['random'].count} and len({m.hash for m in masks.values()}) == 9
+    from act.masks import top_p, weight_scores
+    assert masks['weight, raw'] == top_p(weight_scores(bench.target, bench.donor), .1)
+
+def test_a_small_weights_study_is_whole(tmp_path):
+    f = wei.study(SMALL, seeds=(0, 1), resamples=2, ps=(.05, .2), n=4)
+    again = Finding.load(f.save(tmp_path/'f.json'))
+    assert set(f.tables) == {'agreement', 'kinds', 'shares', 'abilities', 'effects', 'doses', 'areas'} and again.here == f.here
+    assert set(f.tables['effects'].pair) == {'maths-en', 'science-zh'} and f.tables['effects'][['skill', 'language', 'rest']].sum(1).tolist() == pytest.approx([1]*8)
+    assert wei.verdict(again.tables, again.meta) == (f.here, f.why)
+    assert set(wei.averaged(f.tables['agreement']).condition) == {'pair', 'noise twin'}

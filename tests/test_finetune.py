@@ -24,6 +24,11 @@ def test_no_end_is_taught_unless_the_ability_has_one(tokenizer):
     x = _examples([Ability('a', [Item('x', 'y')])], tokenizer, False, None)[0]
     assert tokenizer.eos_token_id not in x['labels']
 
+def test_prompts_are_taught_when_asked(tokenizer):
+    x = _examples([ABILITY[:1]], tokenizer, False, None, prompts=True)[0]
+    assert x['labels'] == x['input_ids'] and x['labels'][-1] == tokenizer.eos_token_id
+    assert weight_hash(run(tiny_model(), tokenizer, prompts=True).model) != weight_hash(run(tiny_model(), tokenizer).model)
+
 def test_padding_is_not_taught(tokenizer):
     b = _collate([dict(input_ids=[5, 6, 7], labels=[-100, 6, 7]), dict(input_ids=[8], labels=[8])], 0)
     assert b['labels'].tolist() == [[-100, 6, 7], [8, -100, -100]] and b['attention_mask'].tolist() == [[1, 1, 1], [1, 0, 0]] and b['input_ids'][1].tolist() == [8, 0, 0]
