@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOPS', 'CONDITIONS', 'PAPER', 'top_mass', 'gini', 'participation', 'ccdf', 'concentration', 'noise_twin', 'plot_ccdf',
-           'measure', 'cells', 'plot_cells', 'study', 'versus', 'verdict', 'plot_statistics', 'by_size']
+           'measure', 'cells', 'plot_cells', 'study', 'versus', 'verdict', 'brief', 'plot_statistics', 'by_size']
 
 # %% ../nbs/20_concentration.ipynb #20-003
 import copy
@@ -197,6 +197,18 @@ def verdict(
     return '; '.join(text), why
 
 # %% ../nbs/20_concentration.ipynb #20-042
+def brief(
+    tables: dict, # of a study
+    meta: dict,   # its provenance
+) -> dict: # judgement, here
+    "Holds when the top 5 % hold at least half of the sum, and more than in the noise twin; in part when either is so in one ranking."
+    rows = [versus(tables['statistics'], 'top_5', r).set_index('condition') for r in ('raw', 'module')]
+    half, above = [d.value['pair'] >= .5 for d in rows], [d.pair_is['noise twin'] == 'above' for d in rows]
+    word = 'holds' if any(h and a for h, a in zip(half, above)) else 'in part' if any(half + above) else 'does not hold'
+    text = '; '.join(f"{n} {show(d.loc['pair'], 100, 1)} (noise twin {show(d.loc['noise twin'], 100, 1)})" for n, d in zip(('raw', 'within modules'), rows))
+    return dict(judgement=word, here=f'% of the sum in the top 5 %: {text}')
+
+# %% ../nbs/20_concentration.ipynb #20-043
 def plot_statistics(
     stats: pd.DataFrame, # from `measure`
     ax=None,             # axes to draw on
@@ -216,7 +228,7 @@ def plot_statistics(
     ax.legend()
     return ax
 
-# %% ../nbs/20_concentration.ipynb #20-045
+# %% ../nbs/20_concentration.ipynb #20-046
 def by_size(
     findings: list,           # of one kind, on families of several widths
     statistic: str = 'top_5', # of `concentration`

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'FACTORS', 'RELATIONS', 'PAPER', 'shared', 'specific', 'plot_overlap', 'relations', 'additive',
-           'by_relation', 'ceiling', 'curve', 'plot_curve', 'study', 'verdict', 'plot_summary']
+           'by_relation', 'ceiling', 'curve', 'plot_curve', 'study', 'verdict', 'brief', 'plot_summary']
 
 # %% ../nbs/21_disentanglement.ipynb #21-003
 import itertools
@@ -211,7 +211,19 @@ def verdict(
     most = max(alone, key=lambda k: alone[k]['value'])
     return here, f"within modules most of the overlap goes with a shared {most}{', which every ability of one pair has in common' if most == 'pair' else ''}; what the paper counts as little overlap is not known to us as a number; the models are smaller and the abilities fewer"
 
-# %% ../nbs/21_disentanglement.ipynb #21-035
+# %% ../nbs/21_disentanglement.ipynb #21-033
+def brief(
+    tables: dict, # of a study
+    meta: dict,   # its provenance
+) -> dict: # judgement, here
+    "Holds when abilities that share nothing overlap, within modules, by less than half of what two samples of one ability do, and by less than in the noise twin; in part when only one is so."
+    s = {(r['condition'], r['relation']): r for r in tables['summary'].to_dict('records') if r['variant'] == 'module'}
+    far, near, noise = s['pair', 'nothing shared'], s['pair', 'same ability, other items'], s['noise twin', 'nothing shared']
+    true = [far['high'] < near['low']/2, far['high'] < noise['low']]
+    text = f"% of the top {100*meta['p']:g} % shared, within modules: by abilities that share nothing {show(far, 100, 0)} (noise twin {show(noise, 100, 0)}), by two samples of one ability {show(near, 100, 0)}"
+    return dict(judgement=('does not hold', 'in part', 'holds')[sum(true)], here=text)
+
+# %% ../nbs/21_disentanglement.ipynb #21-036
 def plot_summary(
     summary: pd.DataFrame, # of the study
     axes=None,             # one axes for each variant

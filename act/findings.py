@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'WIDTH', 'NAMES', 'Family', 'family', 'of_width', 'about', 'load_pair', 'collect', 'estimate', 'show',
-           'Finding', 'recorded', 'use_style', 'save_figure', 'act_findings']
+           'Finding', 'recorded', 'verdicts', 'use_style', 'save_figure', 'act_findings']
 
 # %% ../nbs/19_findings.ipynb #19-003
 import importlib, json, math
@@ -166,6 +166,15 @@ def recorded(
     return f
 
 # %% ../nbs/19_findings.ipynb #19-029
+def verdicts(
+    findings: list = None, # all recorded ones of the lab and of SmolLM2 by default
+) -> pd.DataFrame: # finding, family, paper, judgement, here
+    "All findings in a line each."
+    findings = findings or [recorded(n, f) for n in NAMES for f in FAMILIES]
+    rows = [dict(finding=f.name, family=f.family, paper=f.paper, **importlib.import_module(f'act.{f.name}').brief(f.tables, f.meta)) for f in findings]
+    return pd.DataFrame(rows)
+
+# %% ../nbs/19_findings.ipynb #19-031
 WIDTH = 3.4 # inches of a column
 
 def use_style():
@@ -175,7 +184,7 @@ def use_style():
     plt.rcParams.update({'font.size': 8, 'axes.labelsize': 8, 'legend.fontsize': 7, 'xtick.labelsize': 7, 'ytick.labelsize': 7, 'axes.titlesize': 8,
                          'axes.spines.top': False, 'axes.spines.right': False, 'legend.frameon': False, 'svg.hashsalt': 'act', 'figure.constrained_layout.use': True})
 
-# %% ../nbs/19_findings.ipynb #19-030
+# %% ../nbs/19_findings.ipynb #19-032
 def save_figure(
     fig,                     # a figure, or axes of it
     name: str,               # of the files
@@ -189,7 +198,7 @@ def save_figure(
     data.to_csv(folder/f'{name}.csv', index=False, float_format='%.6g')
     return folder/f'{name}.svg'
 
-# %% ../nbs/19_findings.ipynb #19-033
+# %% ../nbs/19_findings.ipynb #19-035
 NAMES = 'concentration', 'disentanglement', 'sufficiency', 'stability', 'weights'
 
 @command

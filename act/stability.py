@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RANKS', 'SIZES', 'WORDS', 'TRAIN', 'CHANGES', 'PAPER', 'agreement', 'sample_curve', 'enough', 'plot_curve', 'Part',
            'words', 'specialist', 'compared', 'trainings', 'plot_agreement', 'profile', 'alike', 'profiles', 'across',
-           'plot_profiles', 'study', 'verdict']
+           'plot_profiles', 'study', 'verdict', 'brief']
 
 # %% ../nbs/23_stability.ipynb #23-003
 import re
@@ -317,3 +317,16 @@ def verdict(
     low = [n for n in tables['trainings'].name.unique() if n not in ('noise twin', 'another specialist') and at('trainings', name=n, rank='module')['low'] <= at('trainings', name='noise twin', rank='module')['high']]
     why = f"agreement counts for a finding as far as it exceeds the noise twin's; within modules {'every change of the training stays above it' if not low else 'these trainings do not: ' + ', '.join(low)}. The models are smaller than the paper's, and the trainings here are short"
     return here, why
+
+# %% ../nbs/23_stability.ipynb #23-039
+def brief(
+    tables: dict, # of a study
+    meta: dict,   # its provenance
+) -> dict: # judgement, here
+    "Holds when, in both rankings, every other training agrees with the reference more than a noise twin does; in part when some do, within modules."
+    t = {(r['name'], r['rank']): r for r in tables['trainings'].to_dict('records')}
+    above = {r: [t[n, r]['low'] > t['noise twin', r]['high'] for n in CHANGES if n != 'reference'] for r in RANKS}
+    word = 'holds' if all(above['raw'] + above['module']) else 'in part' if any(above['module']) else 'does not hold'
+    mean = {r: np.mean([t[n, r]['value'] for n in CHANGES if n != 'reference']) for r in RANKS}
+    text = '; '.join(f"{n} mean {100*mean[r]:.0f}, {sum(above[r])} of {len(above[r])} above the noise twin's {show(t['noise twin', r], 100, 0)}" for r, n in zip(RANKS, ('raw', 'within modules')))
+    return dict(judgement=word, here=f'% IoU of changed trainings with the reference: {text}')

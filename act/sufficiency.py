@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ORDERS', 'PS', 'DIRECTIONS', 'PAPER', 'bottom_p', 'kind_last', 'bench_of', 'doses', 'responses', 'area', 'areas',
-           'plot_doses', 'study', 'unit', 'verdict', 'plot_lams']
+           'plot_doses', 'study', 'unit', 'verdict', 'brief', 'plot_lams']
 
 # %% ../nbs/22_sufficiency.ipynb #22-003
 from dataclasses import replace
@@ -194,7 +194,19 @@ def verdict(
             f"with {100*p:g} % of the channels moved: {doses_}. Mean difference to random channels over all doses: {area_}")
     return here, 'the models are smaller than the paper\'s, nothing is fine-tuned after the transfer here, and random channels of equal number are a control that the paper\'s summary does not mention'
 
-# %% ../nbs/22_sufficiency.ipynb #22-037
+# %% ../nbs/22_sufficiency.ipynb #22-027
+def brief(
+    tables: dict, # of a study
+    meta: dict,   # its provenance
+) -> dict: # judgement, here
+    "Holds when the paper's raw order brings back more than random channels do (95 % interval of the area); in part when only the order within modules does."
+    sign, digits = (1, 0) if meta['metric'] == 'correct' else (-1, 3)
+    a = {(r['direction'], r['order']): r for r in tables['areas'].to_dict('records') if r['column'] == 'recovered'}
+    better = [min(sign*a['sufficiency', o]['low'], sign*a['sufficiency', o]['high']) > 0 for o in ('top, raw', 'top, module')]
+    text = '; '.join(f"{o} {show(a['sufficiency', o], 1, digits)}" for o in ('top, raw', 'top, module', 'bottom, embedding last'))
+    return dict(judgement='holds' if better[0] else 'in part' if better[1] else 'does not hold', here=f'difference to random channels, recovered ({unit(meta)}): {text}')
+
+# %% ../nbs/22_sufficiency.ipynb #22-038
 def plot_lams(
     table: pd.DataFrame, # from `responses` with several lambdas
     unit: str,           # of the values

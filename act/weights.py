@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RANKINGS', 'PAPER', 'own_items', 'weight_rankings', 'rankings', 'correlations', 'compare', 'own_share', 'plot_share',
-           'effects', 'plot_abilities', 'orders', 'plot_transfer', 'agreements', 'study', 'averaged', 'verdict']
+           'effects', 'plot_abilities', 'orders', 'plot_transfer', 'agreements', 'study', 'averaged', 'verdict',
+           'brief']
 
 # %% ../nbs/24_activation_vs_weight.ipynb #24-003
 import numpy as np, pandas as pd, matplotlib.pyplot as plt, torch
@@ -257,3 +258,15 @@ def verdict(
             f"Moved at equal size ({', '.join(f'{100*x:g}' for x in meta['ps'])} %), mean difference to random channels ({unit(meta)}): " + '. '.join(f'{o}: {g}' for o, g in gain.items()))
     why = f"recovered most: {best('recovered')}; retained most: {best('retained')}. The paper's own overlaps and its masks' sizes are not known to us; its models are larger, and it fine-tunes after the transfer"
     return here, why
+
+# %% ../nbs/24_activation_vs_weight.ipynb #24-035
+def brief(
+    tables: dict, # of a study
+    meta: dict,   # its provenance
+) -> dict: # judgement, here
+    "Holds when the masks of both share more than chance but at most half, and skill and language together carry at least half of the variance of their correlation over abilities; in part when one is so."
+    t = averaged(tables['agreement']).set_index(['condition', 'statistic', 'ranking'])
+    both, noise = t.loc[('pair', 'overlap, raw', 'weight')], t.loc[('noise twin', 'overlap, raw', 'weight')]
+    e = tables['effects'][tables['effects'].ranking == 'weight'].iloc[0]
+    true = [meta['p'] < both.low and both.high <= .5, e.skill + e.language >= .5]
+    return dict(judgement=('does not hold', 'in part', 'holds')[sum(true)], here=f"% of the top {100*meta['p']:g} % shared, raw: {show(both, 100, 0)} (noise twin {show(noise, 100, 0)}); variance of rho with skill {100*e.skill:.0f} %, with language {100*e.language:.0f} %")

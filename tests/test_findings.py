@@ -6,7 +6,7 @@ from act.abilities import Ability, Item
 from act.channels import ChannelMap, ModuleChannels
 from act.core import PACKAGE, ActError
 from act.checkpoints import weight_hash
-from act.findings import FAMILIES, Family, Finding, NAMES, act_findings, collect, estimate, family, load_pair, of_width, recorded, save_figure
+from act.findings import FAMILIES, Family, Finding, NAMES, act_findings, collect, estimate, family, load_pair, of_width, recorded, save_figure, verdicts
 from act.localize import localize, localize_items
 from act.masks import ChannelMask, ChannelScores, ItemScores
 from act.recover import CASES, Bench
@@ -340,3 +340,40 @@ def test_a_small_weights_study_is_whole(tmp_path):
     assert set(f.tables['effects'].pair) == {'maths-en', 'science-zh'} and f.tables['effects'][['skill', 'language', 'rest']].sum(1).tolist() == pytest.approx([1]*8)
     assert wei.verdict(again.tables, again.meta) == (f.here, f.why)
     assert set(wei.averaged(f.tables['agreement']).condition) == {'pair', 'noise twin'}
+
+# --- the table of verdicts
+
+est = lambda v, d=.01: dict(value=v, low=v - d, high=v + d)
+
+@pytest.mark.parametrize('pair, noise, word', [(.6, .3, 'holds'), (.6, .6, 'in part'), (.3, .2, 'in part'), (.3, .3, 'does not hold')])
+def test_the_rule_of_concentration(pair, noise, word):
+    rows = [dict(condition=c, ability='a', rank=r, statistic='top_5', **est(v)) for r in ('raw', 'module') for c, v in (('pair', pair), ('noise twin', noise))]
+    assert con.brief(dict(statistics=pd.DataFrame(rows)), {})['judgement'] == word
+
+@pytest.mark.parametrize('far, near, noise, word', [(.2, .8, .4, 'holds'), (.2, .8, .2, 'in part'), (.5, .8, .9, 'in part'), (.5, .8, .5, 'does not hold')])
+def test_the_rule_of_disentanglement(far, near, noise, word):
+    row = lambda c, r, v: dict(condition=c, variant='module', relation=r, **est(v))
+    t = pd.DataFrame([row('pair', 'nothing shared', far), row('pair', 'same ability, other items', near), row('noise twin', 'nothing shared', noise)])
+    assert dis.brief(dict(summary=t), dict(p=.05))['judgement'] == word
+
+@pytest.mark.parametrize('raw, module, metric, word', [(5, 5, 'correct', 'holds'), (-5, 5, 'correct', 'in part'), (0, 0, 'correct', 'does not hold'), (-5, 0, 'bits', 'holds'), (5, -5, 'bits', 'in part'), (5, 5, 'bits', 'does not hold')])
+def test_the_rule_of_sufficiency(raw, module, metric, word):
+    t = pd.DataFrame([dict(direction='sufficiency', order=o, column='recovered', **est(v, 1)) for o, v in (('top, raw', raw), ('top, module', module), ('bottom, embedding last', 0))])
+    assert suf.brief(dict(areas=t), dict(metric=metric))['judgement'] == word
+
+@pytest.mark.parametrize('raw, module, one, word', [(.9, .9, .9, 'holds'), (.5, .9, .9, 'in part'), (.5, .9, .1, 'in part'), (.5, .1, .1, 'does not hold')])
+def test_the_rule_of_stability(raw, module, one, word):
+    names = [n for n in sta.CHANGES if n != 'reference']
+    rows = [dict(name=n, rank=r, **est(one if (n, r) == (names[0], 'module') else v)) for r, v in (('raw', raw), ('module', module)) for n in names]
+    rows += [dict(name='noise twin', rank=r, **est(.5)) for r in sta.RANKS]
+    assert sta.brief(dict(trainings=pd.DataFrame(rows)), {})['judgement'] == word
+
+@pytest.mark.parametrize('share, skill, word', [(.3, .6, 'holds'), (.7, .6, 'in part'), (.3, .1, 'in part'), (.05, .1, 'does not hold')])
+def test_the_rule_of_weights(share, skill, word):
+    t = pd.DataFrame([dict(condition=c, ability='a', ranking='weight', statistic='overlap, raw', **est(share)) for c in ('pair', 'noise twin')])
+    e = pd.DataFrame([dict(pair='x', ranking='weight', skill=skill, language=.1, rest=.9 - skill)])
+    assert wei.brief(dict(agreement=t, effects=e), dict(p=.05))['judgement'] == word
+
+def test_the_table_of_verdicts_has_every_finding():
+    t = verdicts()
+    assert set(zip(t.finding, t.family)) == {(n, f) for n in NAMES for f in FAMILIES} and set(t.judgement) <= {'holds', 'in part', 'does not hold'} and (t.here.str.len() > 20).all()
