@@ -7,7 +7,7 @@ __all__ = ['TASKS', 'task_items', 'bits_per_byte', 'score_answer', 'final_answer
            'bootstrap_ci', 'EvalResult', 'evaluate', 'paired_bootstrap', 'mcnemar', 'act_evaluate']
 
 # %% ../nbs/14_evaluate.ipynb #14-003
-import json, logging, math, re, warnings
+import logging, math, re, warnings
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +16,7 @@ from fastcore.script import store_true
 from scipy import stats
 from .abilities import Ability, load_ability
 from .checkpoints import _label, load_model, weight_hash
-from .core import PACKAGE, ActError, command, provenance, quiet, write_json
+from .core import PACKAGE, ActError, command, provenance, quiet, read_json, write_json
 
 # %% ../nbs/14_evaluate.ipynb #14-009
 TASKS = PACKAGE/'tasks'
@@ -164,9 +164,7 @@ class EvalResult:
     @classmethod
     def load(cls, path):
         "Read what `save` wrote."
-        try: d = json.loads(Path(path).read_text(encoding='utf-8'))
-        except (OSError, ValueError) as e: raise ActError(f"{path} is not a readable result file ({e}): make it with act_evaluate") from e
-        if not isinstance(d, dict) or d.get('format') != 'act-eval-1': raise ActError(f"{path} is not an evaluation result: make it with act_evaluate")
+        d = read_json(path, 'act-eval-1', 'evaluation result', 'act_evaluate')
         return cls(pd.DataFrame(d['items']), d['meta'])
 
     def __repr__(self): return self.table().round(3).to_string()

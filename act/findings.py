@@ -7,13 +7,13 @@ __all__ = ['FAMILIES', 'WIDTH', 'NAMES', 'Family', 'family', 'of_width', 'about'
            'Finding', 'recorded', 'verdicts', 'use_style', 'save_figure', 'act_findings']
 
 # %% ../nbs/19_findings.ipynb #19-003
-import importlib, json, math
+import importlib, math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np, pandas as pd, matplotlib.pyplot as plt
 from .abilities import load_ability
 from .checkpoints import Checkpoint, load_model, weight_hash
-from .core import PACKAGE, ActError, bar, command, provenance, write_json
+from .core import PACKAGE, ActError, bar, command, provenance, read_json, write_json
 from .localize import localize_items
 
 # %% ../nbs/19_findings.ipynb #19-006
@@ -139,9 +139,7 @@ class Finding:
     @classmethod
     def load(cls, path):
         "Read what `save` wrote; ActError for anything else."
-        try: d = json.loads(Path(path).read_text(encoding='utf-8'))
-        except (OSError, ValueError) as e: raise ActError(f"{path} is not a readable finding ({e}): make it with act_findings") from e
-        if not isinstance(d, dict) or d.get('format') != 'act-finding-1': raise ActError(f"{path} is not a finding: make it with act_findings")
+        d = read_json(path, 'act-finding-1', 'finding', 'act_findings')
         tables = {k: pd.DataFrame(t['rows'], columns=t['columns']) for k, t in d['tables'].items()}
         return cls(d['name'], d['family'], tables, d['paper'], d['here'], d['why'], d['meta'])
 

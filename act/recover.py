@@ -16,7 +16,7 @@ import numpy as np, pandas as pd, matplotlib.pyplot as plt, seaborn as sns
 from fastcore.basics import patch
 from .abilities import load_ability
 from .checkpoints import load_model, preflight
-from .core import PACKAGE, ActError, atomic_folder, bar, check_absent, command, provenance, write_json
+from .core import PACKAGE, ActError, atomic_folder, bar, check_absent, command, provenance, read_json, write_json
 from .evaluate import evaluate, mcnemar as paired_test
 from .finetune import finetune
 from .localize import localize
@@ -319,9 +319,7 @@ def load(
     path, # file that `save` wrote
 ): # raises ActError for any other file
     "Read what `save` wrote."
-    try: d = json.loads(Path(path).read_text(encoding='utf-8'))
-    except (OSError, json.JSONDecodeError) as e: raise ActError(f"{path} is not a readable result file ({e}): run act_reproduce to make one") from e
-    if d.get('format') != 'act-recovery-1': raise ActError(f"{path} is not a recovery result (format {d.get('format')!r}): expected act-recovery-1")
+    d = read_json(path, 'act-recovery-1', 'recovery result', 'act_reproduce')
     case = Case(**{k: tuple(v) if isinstance(v, list) else v for k, v in d['case'].items()})
     rows = {r: [{a: np.array([float(o) for o in x]) for a, x in run.items()} for run in runs] for r, runs in d['rows'].items()}
     return cls(case, rows, pd.DataFrame(d['grid']), d['best'], d['meta'])
