@@ -56,8 +56,9 @@ def plot_overlap(
     names = list(dict.fromkeys([*table.a, *table.b]))
     grid = pd.DataFrame(100., names, names)
     for r in table.itertuples(): grid.loc[r.a, r.b] = grid.loc[r.b, r.a] = 100*getattr(r, value)
-    with plt.rc_context({'figure.constrained_layout.use': False}):
-        g = sns.clustermap(grid, figsize=(WIDTH + .6, WIDTH + .6), cmap='viridis', vmin=0, vmax=100, dendrogram_ratio=.12, cbar_pos=(.02, .86, .03, .12), linewidths=.2, xticklabels=True, yticklabels=True)
+    layout, plt.rcParams['figure.constrained_layout.use'] = plt.rcParams['figure.constrained_layout.use'], False # clustermap lays out by itself
+    try: g = sns.clustermap(grid, figsize=(WIDTH + .6, WIDTH + .6), cmap='viridis', vmin=0, vmax=100, dendrogram_ratio=.12, cbar_pos=(.02, .86, .03, .12), linewidths=.2, xticklabels=True, yticklabels=True)
+    finally: plt.rcParams['figure.constrained_layout.use'] = layout
     g.ax_cbar.set_title(f'{value} (%)', size=7)
     return g.figure
 
@@ -140,6 +141,7 @@ def plot_curve(
     for (v, g), mark in zip(curves.groupby('variant', sort=False), 'os^'): ax.plot(100*g.p, 100*g.iou, mark + '-', ms=3, lw=1, label=v)
     ax.plot(100*g.p, 100*g.chance, ':', color='.4', label='chance')
     ax.set(xscale='log', xlabel='channels in the mask (%)', ylabel='mean IoU of two abilities (%)', ylim=(0, 100))
+    ax.xaxis.set_major_formatter('{x:g}')
     ax.legend()
     return ax
 
@@ -236,7 +238,7 @@ def plot_summary(
             y = 100*g[['value', 'low', 'high']].to_numpy().T
             ax.errorbar([names.index(r) + off for r in g.relation], y[0], yerr=[y[0] - y[1], y[2] - y[0]], fmt=mark, ms=3, lw=.8, label=c)
         ax.axhline(5, color='.6', lw=.8, ls=':')
-        ax.set_xticks(range(len(names)), [n.replace(' ', '\n', 1) for n in names], size=6)
+        ax.set_xticks(range(len(names)), [n.replace(' ', '\n', 1).replace(', ', ',\n') for n in names], size=6)
         ax.set(title=v, ylim=(0, 103))
     axes[0].set_ylabel('shared channels (% of a mask)')
     axes[0].legend()
