@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['RANKS', 'SIZES', 'WORDS', 'TRAIN', 'CHANGES', 'PAPER', 'agreement', 'sample_curve', 'enough', 'plot_curve', 'Part',
-           'words', 'specialist', 'compared', 'trainings', 'plot_agreement', 'profile', 'alike', 'profiles', 'across',
-           'plot_profiles', 'study', 'verdict', 'brief']
+           'words', 'specialist', 'learned', 'compared', 'trainings', 'plot_agreement', 'profile', 'alike', 'profiles',
+           'across', 'plot_profiles', 'study', 'verdict', 'brief']
 
 # %% ../nbs/23_stability.ipynb #23-003
 import re
 from dataclasses import dataclass, replace
 import numpy as np, pandas as pd, matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter
 from .abilities import Ability, load_ability
 from .checkpoints import load_model
 from .concentration import noise_twin
 from .core import ActError, bar
+from .evaluate import evaluate, paired_bootstrap
 from .findings import Finding, WIDTH, about, collect, estimate, family, load_pair, show
 from .finetune import finetune
 from .localize import localize_items
@@ -51,33 +53,35 @@ def sample_curve(
 
 # %% ../nbs/23_stability.ipynb #23-012
 def enough(
-    curve: pd.DataFrame, # condition, rank, items, tokens, value
+    curve: pd.DataFrame, # condition, ability, rank, items, tokens, value
     level: float = .8,   # IoU that two disjoint samples must reach
-) -> pd.DataFrame: # condition, rank, items, tokens; NaN where the level was not reached
+) -> pd.DataFrame: # condition, ability, rank, items, tokens; NaN where the level was not reached
     "The smallest sample whose mask comes back from another sample of that size."
-    rows = []
-    for (c, r), g in curve.sort_values('items').groupby(['condition', 'rank'], sort=False):
+    key, rows = ['condition', 'ability', 'rank'], []
+    for k, g in curve.sort_values('items').groupby(key, sort=False):
         good = g[g.value >= level]
-        rows.append(dict(condition=c, rank=r, items=good['items'].iloc[0] if len(good) else np.nan, tokens=good.tokens.iloc[0] if len(good) else np.nan))
+        rows.append(dict(zip(key, k)) | {c: good[c].iloc[0] if len(good) else np.nan for c in ('items', 'tokens')})
     return pd.DataFrame(rows)
 
 # %% ../nbs/23_stability.ipynb #23-014
 def plot_curve(
-    curve: pd.DataFrame, # condition, rank, tokens, value, low, high
+    curve: pd.DataFrame, # condition (pair, noise twin), ability, rank, tokens, value, low, high
     axes=None,           # two axes to draw on
     p: float = .05,      # fraction of the masks, for the line of chance
 ):
-    "IoU against the number of answer tokens, raw and within modules; returns the axes."
+    "IoU against the number of answer tokens, raw and within modules, ability by ability; dashed: the noise twin. Returns the axes."
     if axes is None: _, axes = plt.subplots(1, 2, figsize=(2*WIDTH, 2.2), sharey=True)
     for ax, (r, part) in zip(axes, curve.groupby('rank', sort=False)):
-        for (c, g), mark in zip(part.groupby('condition', sort=False), 'os'):
-            ax.plot(g.tokens, 100*g.value, mark + '-', ms=3, lw=1, label=c)
-            ax.fill_between(g.tokens, 100*g.low, 100*g.high, alpha=.2, lw=0)
-        ax.axhline(100*p/(2 - p), color='.5', ls=':', lw=.8, label='chance')
+        for i, (a, mark) in enumerate(zip(part.ability.unique(), 'os^')):
+            g, twin = (part[(part.ability == a) & (part.condition == c)] for c in ('pair', 'noise twin'))
+            ax.plot(g.tokens, 100*g.value, mark + '-', color=f'C{i}', ms=3, lw=1, label=a)
+            ax.fill_between(g.tokens, 100*g.low, 100*g.high, color=f'C{i}', alpha=.2, lw=0)
+            ax.plot(twin.tokens, 100*twin.value, '--', color=f'C{i}', lw=.8)
+        ax.axhline(100*p/(2 - p), color='.5', ls=':', lw=.8)
         ax.set(xscale='log', ylim=(0, 100), title=dict(raw='raw', module='within modules')[r], xlabel='answer tokens in each sample')
-        ax.xaxis.set_major_formatter('{x:g}')
+        ax.xaxis.set_major_formatter('{x:g}'); ax.xaxis.set_minor_formatter(NullFormatter())
     axes[0].set_ylabel('IoU of two samples (%)')
-    axes[0].legend()
+    axes[1].legend(loc='upper left')
     return axes
 
 # %% ../nbs/23_stability.ipynb #23-016
@@ -150,7 +154,23 @@ def specialist(
     half = pool.sample(len(pool))[r.pop('half', 0)::2]
     return finetune(donor, half, tok, progress=False, **r)
 
-# %% ../nbs/23_stability.ipynb #23-025
+# %% ../nbs/23_stability.ipynb #23-026
+def learned(
+    fam, models: dict, # a Family or its name; name -> model
+    donor, tok,        # what they were trained from, the tokenizer
+) -> pd.DataFrame: # name, loss (nats per answer token), difference to the donor's, low, high (95 %)
+    "Loss of every model on held-out items of the trained ability, and its paired difference to the donor."
+    fam = family(fam)
+    r = TRAIN[fam.kind]
+    ability = load_ability(r['ability'], 'validation', 4*fam.items)
+    def loss(model):
+        items = evaluate(model, ability, tok, batch_size=8, max_length=fam.max_length, progress=False).items
+        return -items.loglik/items.tokens
+    before = loss(donor)
+    after = {'donor': before, **{n: loss(m) for n, m in models.items()}}
+    return pd.DataFrame([dict(name=n, loss=x.mean(), **{k: v for k, v in paired_bootstrap(x, before).items() if k != 'p'}) for n, x in after.items()])
+
+# %% ../nbs/23_stability.ipynb #23-028
 def compared(
     a: dict, b: dict,     # ability -> ItemScores on the same items
     resamples: int = 10,  # of the items
@@ -163,36 +183,35 @@ def compared(
     draws = zip(*[list(zip(a[k].resamples(resamples, seed), b[k].resamples(resamples, seed))) for k in a])
     return full, [mean([agreement(x, y, p) for x, y in two]) for two in draws]
 
-# %% ../nbs/23_stability.ipynb #23-027
+# %% ../nbs/23_stability.ipynb #23-030
 def trainings(
     fam, donor, tok,      # a Family or its name; the donor in memory, its tokenizer
     seeds=(0, 1, 2),      # of localisation items and noise
     resamples: int = 10,  # of the items, for each seed
     p: float = .05,       # fraction of all channels
     progress: bool = False, # show a bar
-): # (agreement: name, rank, value, low, high; losses: name, first, last)
+): # (agreement: name, rank, value, low, high; `learned` of every training)
     "Agreement of every changed training with the reference, and of three anchors: a noise twin, the family's specialists."
-    fam, full, draws, losses, reference = family(fam), {}, {}, [], {}
+    fam, full, draws, models, reference = family(fam), {}, {}, {}, {}
     look = lambda model, seed: collect(fam, model, donor, tok, fam.focus, seed)
     def add(name, model, seed):
         one, many = compared(reference[seed], look(model, seed), resamples, seed, p)
         for r in RANKS: full.setdefault((name, r), []).append(one[r]); draws.setdefault((name, r), []).extend(o[r] for o in many)
     for change in bar(list(CHANGES), progress, desc='trainings'):
-        report = specialist(fam, donor, tok, change)
-        losses.append(dict(name=change, first=report.losses[0], last=float(np.mean(report.losses[-5:]))))
+        model = models[change] = specialist(fam, donor, tok, change).model
         if change == 'reference':
-            reference = {s: look(report.model, s) for s in seeds}
-            for s in seeds: add('noise twin', noise_twin(donor, report.model, s), s)
+            reference = {s: look(model, s) for s in seeds}
+            for s in seeds: add('noise twin', noise_twin(donor, model, s), s)
         else:
-            for s in seeds: add(change, report.model, s)
+            for s in seeds: add(change, model, s)
     for (t, _), name in zip(fam.pairs, ('specialist of the family', 'another specialist')):
         model, _ = load_model(t, dtype=fam.dtype)
         for s in seeds: add(name, model, s)
     last = [k for k in full if k[0] == 'noise twin']
     rows = [dict(name=n, rank=r, **estimate(full[n, r], draws[n, r])) for n, r in [*[k for k in full if k not in last], *last]]
-    return pd.DataFrame(rows), pd.DataFrame(losses)
+    return pd.DataFrame(rows), learned(fam, models, donor, tok)
 
-# %% ../nbs/23_stability.ipynb #23-028
+# %% ../nbs/23_stability.ipynb #23-031
 def plot_agreement(
     table: pd.DataFrame, # name, rank, value, low, high
     ax=None,             # axes to draw on
@@ -211,7 +230,7 @@ def plot_agreement(
     ax.legend(loc='lower center', bbox_to_anchor=(.4, 1), ncols=2)
     return ax
 
-# %% ../nbs/23_stability.ipynb #23-030
+# %% ../nbs/23_stability.ipynb #23-033
 def profile(
     mask: ChannelMask, # of any model
     parts: int = 4,    # of the depth
@@ -229,7 +248,7 @@ def alike(
     a, b = a.align(b, fill_value=0.)
     return float(np.minimum(a, b).sum())
 
-# %% ../nbs/23_stability.ipynb #23-032
+# %% ../nbs/23_stability.ipynb #23-035
 def profiles(
     items: dict,    # condition -> ability -> ItemScores
     p: float = .05, # fraction of all channels
@@ -241,7 +260,7 @@ def profiles(
     some = next(iter(by.values())).pool()
     return pd.concat([*rows, *[profile(top_p(some, 1.)).reset_index().assign(condition='all channels', rank=r) for r in RANKS]])
 
-# %% ../nbs/23_stability.ipynb #23-033
+# %% ../nbs/23_stability.ipynb #23-036
 def across(
     findings: list, # of `study`, on families of several sizes
 ) -> pd.DataFrame: # a, b, rank, pairs, noise twins, chance
@@ -253,7 +272,7 @@ def across(
                           'pair and all channels': alike(of(f, 'pair', r), of(g, 'all channels', r))}
                          for i, f in enumerate(findings) for g in findings[i+1:] for r in RANKS])
 
-# %% ../nbs/23_stability.ipynb #23-034
+# %% ../nbs/23_stability.ipynb #23-037
 def plot_profiles(
     findings: list, # of `study`
     axes=None,      # two axes to draw on
@@ -269,7 +288,7 @@ def plot_profiles(
         ax.tick_params(axis='y', rotation=0); ax.tick_params(axis='x', rotation=0)
     return axes
 
-# %% ../nbs/23_stability.ipynb #23-036
+# %% ../nbs/23_stability.ipynb #23-039
 PAPER = 'the set of channels hardly changes with the sample, the data set, the training objective or the scale of the model'
 
 def study(
@@ -288,37 +307,41 @@ def study(
             items = collect(large, model, donor, tok, fam.focus, seed)
             first.setdefault(c, items)
             curves.append(sample_curve(items, resamples, seed, p).assign(condition=c, seed=seed))
-    curve = [dict(condition=c, rank=r, items=n, tokens=g.tokens.mean(), **_spread(g.groupby(['seed', 'draw']).iou.mean())) for (c, r, n), g in pd.concat(curves).groupby(['condition', 'rank', 'items'], sort=False)]
+    key = ['condition', 'ability', 'rank', 'items']
+    curve = [dict(zip(key, k), tokens=g.tokens.mean(), **_spread(g.iou)) for k, g in pd.concat(curves).groupby(key, sort=False)]
     said = words(fam, target, donor, tok, draws=len(seeds)*resamples, p=p)
-    agree, losses = trainings(fam, donor, tok, seeds, resamples, p, progress)
+    agree, held = trainings(fam, donor, tok, seeds, resamples, p, progress)
     tables = dict(curve=pd.DataFrame(curve), words=pd.DataFrame([dict(name=n, rank=r, **_spread(g.iou)) for (n, r), g in said.groupby(['name', 'rank'], sort=False)]),
-                  trainings=agree, losses=losses, profiles=profiles(first, p))
+                  trainings=agree, learned=held, profiles=profiles(first, p))
     meta = about(fam, seeds=list(seeds), resamples=resamples, p=p, training=TRAIN[fam.kind])
     return Finding('stability', fam.name, tables, PAPER, *verdict(tables, meta), meta)
 
-# %% ../nbs/23_stability.ipynb #23-037
+# %% ../nbs/23_stability.ipynb #23-040
 def _spread(draws): return estimate([np.mean(draws)], draws)
 
-# %% ../nbs/23_stability.ipynb #23-038
+# %% ../nbs/23_stability.ipynb #23-041
 def verdict(
     tables: dict, # of a study
     meta: dict,   # its provenance
 ) -> tuple: # (what was measured, why it may differ)
     "The finding in words, made from the numbers."
     at = lambda t, **kw: next(r for r in tables[t].to_dict('records') if all(r[k] == v for k, v in kw.items()))
-    most, need, parts = tables['curve']['items'].max(), enough(tables['curve']).set_index(['condition', 'rank']), []
-    tokens = lambda c, r: 'not reached' if pd.isna(need.tokens[c, r]) else f'{need.tokens[c, r]:.0f} answer tokens'
+    most, need, parts = tables['curve'].groupby('ability', sort=False)['items'].max(), enough(tables['curve']).set_index(['condition', 'ability', 'rank']), []
+    tokens = lambda c, a, r: 'not reached' if pd.isna(need.tokens[c, a, r]) else f'at {need.tokens[c, a, r]:.0f}'
+    def samples(a, r):
+        pair, noise = (at('curve', condition=c, ability=a, rank=r, items=most[a]) for c in ('pair', 'noise twin'))
+        return f"{pair['tokens']:.0f} of {a} {show(pair, 100, 0)} (noise twin {show(noise, 100, 0)}), 80 % {tokens('pair', a, r)} (noise twin: {tokens('noise twin', a, r)})"
     for r, name in (('raw', 'ranked raw'), ('module', 'within modules')):
-        pair, noise = (at('curve', condition=c, rank=r, items=most) for c in ('pair', 'noise twin'))
         two = '; '.join(f"{n} {show(at('words', name=n, rank=r), 100, 0)}" for n in tables['words'].name.unique())
         train = '; '.join(f"{n} {show(at('trainings', name=n, rank=r), 100, 0)}" for n in tables['trainings'].name.unique())
-        parts.append(f"{name}: two samples of {pair['tokens']:.0f} answer tokens {show(pair, 100, 0)} (noise twin {show(noise, 100, 0)}), 80 % takes {tokens('pair', r)} (noise twin: {tokens('noise twin', r)}); {two}. Another training against the reference: {train}")
+        parts.append(f"{name}: two samples by answer tokens: {'; '.join(samples(a, r) for a in most.index)}. Of equal size: {two}. Another training against the reference: {train}")
     here = f"percent IoU of the top {100*meta['p']:g} %. {'. '.join(parts)}"
     low = [n for n in tables['trainings'].name.unique() if n not in ('noise twin', 'another specialist') and at('trainings', name=n, rank='module')['low'] <= at('trainings', name='noise twin', rank='module')['high']]
-    why = f"agreement counts for a finding as far as it exceeds the noise twin's; within modules {'every change of the training stays above it' if not low else 'these trainings do not: ' + ', '.join(low)}. The models are smaller than the paper's, and the trainings here are short"
+    failed = [r['name'] for r in tables['learned'].to_dict('records') if r['name'] != 'donor' and r['high'] >= 0]
+    why = f"agreement counts for a finding as far as it exceeds the noise twin's; within modules {'every change of the training stays above it' if not low else 'these trainings do not: ' + ', '.join(low)}. {'On held-out items every training lowered the loss' if not failed else 'On held-out items these trainings did not lower the loss: ' + ', '.join(failed)}. The models are smaller than the paper's, and the trainings here are short"
     return here, why
 
-# %% ../nbs/23_stability.ipynb #23-039
+# %% ../nbs/23_stability.ipynb #23-042
 def brief(
     tables: dict, # of a study
     meta: dict,   # its provenance

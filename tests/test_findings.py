@@ -2,10 +2,11 @@
 import json, numpy as np, pandas as pd, pytest, torch
 from itertools import combinations
 from act import concentration as con, disentanglement as dis, stability as sta, sufficiency as suf, weights as wei
-from act.abilities import Ability, Item
+from act.abilities import Ability, Item, load_ability
 from act.channels import ChannelMap, ModuleChannels
 from act.core import PACKAGE, ActError
 from act.checkpoints import weight_hash
+from act.evaluate import evaluate
 from act.findings import FAMILIES, Family, Finding, NAMES, act_findings, collect, estimate, family, load_pair, of_width, recorded, save_figure, verdicts
 from act.localize import localize, localize_items
 from act.masks import ChannelMask, ChannelScores, ItemScores
@@ -208,7 +209,7 @@ def test_the_curve_uses_disjoint_halves_of_every_size():
     assert sta.sample_curve(dict(a=noise), draws=10, p=.2).iou.mean() < .5
 
 def test_how_many_tokens_are_enough():
-    c = pd.DataFrame(dict(condition=['a']*3 + ['b']*3, rank='raw', items=[4, 1, 2]*2, tokens=[40., 10., 20.]*2, value=[.9, .1, .8, .3, .1, .2]))
+    c = pd.DataFrame(dict(condition=['a']*3 + ['b']*3, ability='maths', rank='raw', items=[4, 1, 2]*2, tokens=[40., 10., 20.]*2, value=[.9, .1, .8, .3, .1, .2]))
     e = sta.enough(c).set_index('condition')
     assert e.tokens['a'] == 20 and e['items']['a'] == 2 and np.isnan(e.tokens['b'])
 
@@ -242,6 +243,15 @@ def test_trainings_differ_in_what_they_say(monkeypatch):
     assert data('other items') != data('reference') == data('other order of items')
     with pytest.raises(ActError, match='no training'): sta.specialist('lab', donor, tok, 'prayer')
 
+def test_learned_is_the_loss_on_items_held_out():
+    target, donor, tok = load_pair('lab')
+    t = sta.learned(SMALL, dict(same=donor, maths=target), donor, tok).set_index('name')
+    held = load_ability('lab/multiplication-en', 'validation', 4*SMALL.items)
+    items = evaluate(donor, held, tok, progress=False).items
+    assert t.loss['donor'] == pytest.approx(-(items.loglik/items.tokens).mean(), rel=1e-4)
+    assert t.loss['same'] == t.loss['donor'] and t.difference['same'] == t.high['same'] == 0
+    assert t.high['maths'] < -1 # the specialist of the family has learned to multiply
+
 def test_comparing_a_pair_with_itself_is_paired():
     target, donor, tok = load_pair('lab')
     a = collect(SMALL, target, donor, tok, ['lab/science-zh'])
@@ -262,8 +272,8 @@ def test_a_small_stability_study_is_whole(monkeypatch, tmp_path):
     monkeypatch.setitem(sta.TRAIN, 'lab', dict(sta.TRAIN['lab'], steps=2, batch_size=2))
     f = sta.study(SMALL, seeds=(0, 1), resamples=2)
     again = Finding.load(f.save(tmp_path/'f.json'))
-    assert set(f.tables) == {'curve', 'words', 'trainings', 'losses', 'profiles'} and again.here == f.here
-    assert {'noise twin', 'another specialist', *sta.CHANGES} - {'reference'} <= set(f.tables['trainings'].name) and len(f.tables['losses']) == len(sta.CHANGES)
+    assert set(f.tables) == {'curve', 'words', 'trainings', 'learned', 'profiles'} and again.here == f.here
+    assert {'noise twin', 'another specialist', *sta.CHANGES} - {'reference'} <= set(f.tables['trainings'].name) and list(f.tables['learned'].name) == ['donor', *sta.CHANGES]
     sums = f.tables['profiles'].groupby(['condition', 'rank']).share.sum()
     assert sums.tolist() == pytest.approx([1]*6)
     x = sta.across([f, again])
