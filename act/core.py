@@ -101,7 +101,7 @@ def read_json(
     "Read a result file of this package."
     try: d = json.loads(Path(path).read_text(encoding='utf-8'))
     except (OSError, ValueError) as e: raise ActError(f"{path} is not a readable {noun} ({e}): make it with {maker}") from e
-    if not isinstance(d, dict) or d.get('format') != format: raise ActError(f"{path} is not a {noun} of the format {format}: make it with {maker}")
+    if not isinstance(d, dict) or d.get('format') != format: raise ActError(f"{path} is not of the format {format} ({noun}): make it with {maker}")
     return d
 
 # %% ../nbs/09_core.ipynb #09-027

@@ -72,7 +72,7 @@ def test_results_come_back(tokenizer, tmp_path):
     again = EvalResult.load(r.save(tmp_path/'r.json'))
     assert again.table().round(4).equals(r.table().round(4)) and again.meta == r.meta and again.meta['abilities']['toy-en']['hash'] == ABILITY.hash and again.meta['lm_eval']
     (tmp_path/'r.json').write_text('{"format": "other"}')
-    with pytest.raises(ActError, match='not an evaluation result'): EvalResult.load(tmp_path/'r.json')
+    with pytest.raises(ActError, match='not of the format act-eval-1'): EvalResult.load(tmp_path/'r.json')
     with pytest.raises(ActError, match='not a readable'): EvalResult.load(tmp_path/'absent.json')
 
 def test_the_task_files_work_in_plain_lm_eval():

@@ -69,7 +69,7 @@ def test_a_second_run_into_the_folder_is_refused(small):
     with pytest.raises(ActError, match='exists already'): recover(small[2], small[1])
 
 def test_files_that_are_no_results(tmp_path):
-    for text, word in (('x', 'not a readable'), ('{"format": "y"}', 'not a recovery result')):
+    for text, word in (('x', 'not a readable'), ('{"format": "y"}', 'not of the format')):
         (tmp_path/'r.json').write_text(text)
         with pytest.raises(ActError, match=word): Recovery.load(tmp_path/'r.json')
 
