@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'task_items', 'bits_per_byte', 'score_answer', 'final_answer', 'compare_answers', 'write_tasks',
-           'bootstrap_ci', 'EvalResult', 'evaluate', 'paired_bootstrap', 'mcnemar', 'act_evaluate']
+           'bootstrap_ci', 'EvalResult', 'evaluate', 'paired_bootstrap', 'mcnemar', 'holm', 'act_evaluate']
 
 # %% ../nbs/14_evaluate.ipynb #14-003
 import logging, math, re, warnings
@@ -234,7 +234,18 @@ def mcnemar(
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     return dict(only_a=only_a, only_b=only_b, p=float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.)
 
-# %% ../nbs/14_evaluate.ipynb #14-046
+# %% ../nbs/14_evaluate.ipynb #14-044
+def holm(
+    ps, # p-values of one family of comparisons
+) -> np.ndarray: # corrected, in the same order
+    "Holm's correction for many comparisons."
+    ps = np.asarray(ps, float)
+    order, m = ps.argsort(kind='stable'), len(ps)
+    out = np.empty(m)
+    out[order] = np.minimum(1, np.maximum.accumulate(ps[order]*(m - np.arange(m))))
+    return out
+
+# %% ../nbs/14_evaluate.ipynb #14-049
 @command
 def act_evaluate(
     model: str = None,     # hub id, folder, lab/NAME or smollm2/NAME

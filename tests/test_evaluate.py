@@ -3,7 +3,7 @@ import math, pytest, numpy as np, torch
 from act.abilities import Ability, Item
 from act.checkpoints import load_model
 from act.core import ActError
-from act.evaluate import EvalResult, bootstrap_ci, compare_answers, evaluate, mcnemar, paired_bootstrap, TASKS
+from act.evaluate import EvalResult, bootstrap_ci, compare_answers, evaluate, holm, mcnemar, paired_bootstrap, TASKS
 from conftest import tiny_model
 
 ABILITY = Ability('toy-en', [Item('two plus two is', ' four'), Item('cuatro y', ' cuatro son'), Item('x', 'y')])
@@ -110,3 +110,8 @@ def test_progress_off_means_silence(tokenizer, capfd, monkeypatch):
     evaluate(tiny_model(), ABILITY, tokenizer, progress=False)
     out, err = capfd.readouterr()
     assert out == '' and '%|' not in err
+
+def test_holm_by_hand_and_in_any_order():
+    ps = [.01, .04, .03, .005]
+    assert holm(ps).tolist() == pytest.approx([.03, .06, .06, .02]) # .005 x 4, .01 x 3, .03 x 2, then never falling
+    assert holm(ps[::-1]).tolist() == holm(ps)[::-1].tolist() and holm([.9, .8]).tolist() == [1, 1] and len(holm([])) == 0

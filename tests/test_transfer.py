@@ -5,7 +5,7 @@ from act.checkpoints import Checkpoint, load_model, weight_hash
 from act.channels import enumerate_channels
 from act.core import ActError
 from act.masks import ChannelMask, random_mask
-from act.transfer import blend, mask_slices, transfer, transfer_checkpoint
+from act.transfer import RULES, blend, mask_slices, transfer, transfer_checkpoint
 from conftest import tiny_model
 
 def full(model, tied='embedding'):
@@ -68,10 +68,27 @@ def test_several_donors_add_their_own_differences_in_any_order(pair):
     a, b = pair
     c, m, n = tiny_model(seed=2), some(pair[0], 1), some(pair[0], 2)
     x, y = transfer(a, [b, c], [m, n], [.5, .25]), transfer(a, [c, b], [n, m], [.25, .5])
-    assert all(torch.allclose(p, q, atol=1e-7) for p, q in zip(x.parameters(), y.parameters()))
+    assert same(x, y)
     k, i = 'model.layers.0.mlp.up_proj', (m & n)['model.layers.0.mlp.up_proj'].nonzero()[0, 0]
     w = [z.get_submodule(k).weight[i] for z in (a, b, c, x)]
     assert torch.allclose(w[3], w[0] + .5*(w[1] - w[0]) + .25*(w[2] - w[0]), atol=1e-6)
+
+@pytest.mark.parametrize('rule', RULES)
+def test_four_donors_in_any_order_to_the_bit(pair, rule):
+    a, donors = pair[0], [tiny_model(seed=s) for s in (2, 3, 4, 5)]
+    masks, lams = [some(a, s) for s in (1, 2, 3, 4)], [.1, .3, .7, 1.]
+    whole = transfer(a, donors, masks, lams, rule=rule)
+    for order in ([3, 2, 1, 0], [2, 0, 3, 1]): assert same(whole, transfer(a, *([x[i] for i in order] for x in (donors, masks, lams)), rule=rule))
+
+def test_rules_by_hand():
+    both = torch.tensor([True, False])
+    move = lambda v, lam=1.: (torch.tensor([[v]]), 0, both, lam)
+    three = [move(3.), move(1.), move(-7., .5)]
+    at = {r: blend(torch.tensor([[0.], [5.]]), three, r).flatten().tolist() for r in RULES}
+    assert at == dict(sum=[.5, 5.], mean=[pytest.approx(.5/3), 5.], sign=[2., 5.])
+
+def test_an_unknown_rule_is_refused(pair):
+    with pytest.raises(ActError, match='choose one of sum, mean, sign'): transfer(*pair, some(pair[0], 1), rule='median')
 
 def test_several_donors_from_folders(pair, checkpoint, tmp_path):
     a, b = pair
