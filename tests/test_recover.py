@@ -6,7 +6,7 @@ from act.recover import *
 from act.recover import RESULTS
 
 def test_every_method_gets_as_many_tries():
-    for ps, lams in (((.05, .1, .2, .3), (.5, 1.)), ((.1, .3), (.5, 1.))): assert {len(settings(m, ps, lams)) for m in METHODS} == {len(ps)*len(lams)}
+    for ps, lams in (((.05, .1, .2, .3), (.5, 1.)), ((.1, .3), (.5, 1.))): assert {len(m.settings(ps, lams)) for m in METHODS.values()} == {len(ps)*len(lams)}
 
 def test_group_means_and_intervals_by_hand():
     x = np.r_[np.ones(50), np.zeros(50)]
@@ -18,6 +18,14 @@ def test_seeds_widen_the_interval():
     x = np.r_[np.ones(50), np.zeros(50)]
     apart = group_samples([dict(a=x*0), dict(a=x*0 + 1), dict(a=x*0 + .5)], ('a',))
     assert apart[0] == .5 and np.std(apart[1:]) == pytest.approx(np.sqrt(1/6/3), rel=.1)
+
+@pytest.mark.parametrize('rivals, verdict', [(1, 'better'), (30, 'tie')])
+def test_a_difference_must_survive_the_number_of_comparisons(rivals, verdict):
+    x, six_more = np.r_[np.ones(88), np.zeros(112)], np.r_[np.ones(94), np.zeros(106)] # resamples without any of the six: exp(-6) of all
+    rec = Recovery(Case('t', 'd', ('r',), ('k',), ()), {'ACT': [dict(r=six_more, k=x)], **{f'rival {i}': [dict(r=x, k=x)] for i in range(rivals)}}, pd.DataFrame(), {}, {})
+    d = rec.against('ACT')
+    assert (d[d.column == 'recovered'].low > 0).all() and d.p.min() == pytest.approx(2*np.exp(-6), rel=.5) and d.holm.min() == pytest.approx(min(1, d.p.min()*len(d)))
+    assert len(rec.sides('ACT')['recovered'][verdict]) == rivals
 
 def test_rows_are_paired_by_items():
     x = np.random.default_rng(0).integers(2, size=100).astype(float)
@@ -41,8 +49,11 @@ def small(tmp_path_factory):
 def test_a_small_run_has_every_row_and_column(small):
     rec, out, case = small
     t = rec.table()
-    assert list(t.index) == list(ROWS) and list(t.columns) == ['retained', 'recovered', 'others', 'mean']
-    assert len(rec.grid) == 10 and set(rec.best) == set(METHODS)
+    assert list(t.index) == ['target', 'donor', *ROWS] and list(t.columns) == ['retained', 'recovered', 'others', 'mean']
+    tried = [r for r, (m, _) in ROWS.items() if m]
+    assert list(rec.grid.row) == ['target', 'donor', *(r for r in tried for _ in range(2))] and list(rec.best) == tried
+    for r, g in rec.grid[2:].groupby('row'): assert rec.best[r] == g.loc[g['mean'].idxmax()].setting
+    assert set(rec.meta['costs']) == set(ROWS) and rec.meta['costs']['ACT without SFT']['tokens'] == 0 < rec.meta['costs']['ACT']['tokens']
     assert all(len(r) == (1 if n in ('target', 'donor') else 2) for n, r in rec.rows.items())
     n = rec.numbers()
     assert ((n.low <= n.value + 1e-9) & (n.value <= n.high + 1e-9)).all()
@@ -73,7 +84,7 @@ def test_files_that_are_no_results(tmp_path):
         (tmp_path/'r.json').write_text(text)
         with pytest.raises(ActError, match=word): Recovery.load(tmp_path/'r.json')
 
-@pytest.mark.parametrize('name', ['recover-lab', 'recover-smollm2'])
+@pytest.mark.parametrize('name', ['recover-lab', 'recover-lab-science', 'recover-lab-swahili', 'recover-smollm2'])
 def test_recorded_results_are_whole(name):
     rec = Recovery.load(RESULTS/f'{name}.json')
-    assert set(ROWS) == set(rec.rows) and rec.meta['git'] and len(rec.meta['seeds']) >= 3 and min(len(r) for n, r in rec.rows.items() if n not in ('target', 'donor')) >= 3
+    assert {'target', 'donor', *ROWS} == set(rec.rows) and rec.meta['git'] and len(rec.meta['seeds']) >= 3 and min(len(r) for n, r in rec.rows.items() if n not in ('target', 'donor')) >= 3
