@@ -294,7 +294,7 @@ class Recovery:
         k, d = self._scale(), 1 if self.case.metric == 'correct' else 3
         df = self.numbers()
         df['cell'] = [f'{k*v:.{d}f} [{k*a:.{d}f}, {k*b:.{d}f}]' for v, a, b in zip(df.value, df.low, df.high)]
-        return df.pivot(index='row', columns='column', values='cell').loc[list(self.rows), [*self.case.groups, 'mean']].rename_axis(index=None, columns=None)
+        return df.pivot(index='row', columns='column', values='cell').loc[list(self.rows), list(df.column.unique())].rename_axis(index=None, columns=None)
 
     def __repr__(self): return self.table().to_string()
     def _repr_html_(self): return self.table().to_html()

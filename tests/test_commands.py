@@ -76,7 +76,7 @@ def files(run, tmp_path):
     ('act_localize --target lab/nobody --donor lab/base --ability lab/science-zh --out {t}/x', 'no lab model'), ('act_localize --target {t}/cut --donor lab/base --ability lab/science-zh --out {t}/x', 'truncated'),
     ('act_finetune --model lab/base --ability lab/science-zh --steps 0 --out {t}/x', 'above zero'), ('act_finetune --model lab/base --ability lab/science-zh --out {t}/full', 'exists already'),
     ('act_evaluate --model lab/base --ability {t}/empty.jsonl --out {t}/x', 'holds no items'), ('act_evaluate --model {t}/cut --ability lab/science-zh', 'truncated'), ('act_lab --train', 'needs --out'),
-    ('act_reproduce --case other --out {t}/x', 'no case'), ('act_reproduce', 'needs --out'), ('act_smollm2 --train nothing', 'no recipe')])
+    ('act_reproduce --case other --out {t}/x', 'no case'), ('act_reproduce', 'needs --out'), ('act_baselines --case other --out {t}/x', 'no case'), ('act_baselines', 'needs --out'), ('act_smollm2 --train nothing', 'no recipe')])
 def test_bad_input_is_one_line_and_leaves_nothing(run, files, line, words):
     import shutil
     from act.lab import lab_path
