@@ -44,7 +44,9 @@ class Case:
     batch_size: int = 64   # items at once in evaluation
 
     @property
-    def groups(self): return dict(retained=self.retained, recovered=self.recovered, others=self.others)
+    def aims(self): return dict(retained=self.retained, recovered=self.recovered) # what settings are chosen by
+    @property
+    def groups(self): return {**self.aims, 'others': self.others}                 # the columns of the table
 
 # %% ../nbs/30_recover.ipynb #30-008
 _basic = [f'lab/{s}-{o}' for s in ('arithmetic', 'science') for o in ('en', 'es', 'sw', 'tr', 'el', 'zh')]
@@ -115,10 +117,13 @@ class Bench:
         self.target, self.tok = load_model(case.target, dtype=case.dtype, device=device)
         self.donor, _ = load_model(case.donor, dtype=case.dtype, device=device)
         self.weights = weight_scores(self.target, self.donor)
-        load = lambda split, names, n=None: [load_ability(a, split, n=n) for a in names]
-        both = case.retained + case.recovered
-        self.val, self.sft = load('validation', both, case.n), load('sft', both)
-        self.test = load('test', both + case.others, case.n)
+        self.given = dict(target=self.target, donor=self.donor)
+        self.items()
+
+    def items(self):
+        "Load the case's items."
+        load = lambda split, groups, n=None: [load_ability(a, split, n=n) for names in groups.values() for a in names]
+        self.val, self.sft, self.test = load('validation', self.case.aims, self.case.n), load('sft', self.case.aims), load('test', self.case.groups, self.case.n)
         self.acts, self.seconds, self.tokens, self.costs = {}, defaultdict(list), 0, {}
 
     @contextmanager
@@ -202,20 +207,22 @@ def choose(
     rows: dict = ROWS,       # row -> (method or none, with SFT or not)
     methods: dict = METHODS, # name -> Method
     seed: int = 0,           # of localisation, random masks and fine-tuning
-) -> tuple: # DataFrame of all points, target and donor first: row, setting, retained, recovered, mean; dict row -> best setting
-    "Try every setting on validation items; the best has the best mean of retained and recovered."
+) -> tuple: # DataFrame of all points, the given models first: row, setting, a column for each aim, mean; dict row -> best setting
+    "Try every setting on validation items; the best has the best mean over the case's aims (retained and recovered)."
     case, known = bench.case, {}
     grid = dict(ps=(0.05, 0.1, 0.2, 0.3), lams=(0.5, 1.), sft=True) | (case.grid or {})
     points = [(r, m, sft and (grid['sft'] or methods[m].tune is not None), s) for r, (m, sft) in rows.items() if m for s in methods[m].settings(grid['ps'], grid['lams'])]
     mean = lambda vals, names: np.mean([vals[_short(a)].mean() for a in names])
-    point = lambda row, s, vals: dict(row=row, setting=s, retained=mean(vals, case.retained), recovered=mean(vals, case.recovered))
-    out = [point(n, {}, bench.values(m, bench.val)) for n, m in (('target', bench.target), ('donor', bench.donor))]
+    def point(row, s, vals):
+        aims = {k: mean(vals, v) for k, v in case.aims.items()}
+        return dict(row=row, setting=s, **aims, mean=np.mean(list(aims.values())))
+    out = [point(n, {}, bench.values(m, bench.val)) for n, m in bench.given.items()]
     for row, m, sft, s in bar(points, bench.progress, desc='choosing on validation'):
         key = m, sft, tuple(s.items())
         if key not in known: known[key] = bench.values(bench.model(methods[m], seed, sft, **s), bench.val)
         out.append(point(row, s, known[key]))
-    df = pd.DataFrame(out).eval('mean = (retained + recovered)/2')
-    best = df.loc[df[2:].groupby('row', sort=False)['mean'].agg('idxmax' if case.metric == 'correct' else 'idxmin')]
+    df = pd.DataFrame(out)
+    best = df.loc[df[len(bench.given):].groupby('row', sort=False)['mean'].agg('idxmax' if case.metric == 'correct' else 'idxmin')]
     return df, dict(zip(best.row, best.setting))
 
 # %% ../nbs/30_recover.ipynb #30-036
@@ -228,9 +235,9 @@ def measure(
     seeds: tuple = (0, 1, 2), # localisation sample, random mask and fine-tuning order
     rows: dict = ROWS,     # row -> (method or none, with SFT or not)
     methods: dict = METHODS, # name -> Method
-) -> dict: # row (target and donor first) -> list over seeds of dict ability -> per-item values
+) -> dict: # row (the given models first) -> list over seeds of dict ability -> per-item values
     "Every row on the test items."
-    out = {'target': [bench.values(bench.target, bench.test)], 'donor': [bench.values(bench.donor, bench.test)]}
+    out = {n: [bench.values(m, bench.test)] for n, m in bench.given.items()}
     for (row, (m, sft)), seed in bar([(r, s) for r in rows.items() for s in seeds], bench.progress, desc='test items'):
         start, before = time.time(), bench.tokens
         model = bench.model(methods.get(m), seed, sft, **best.get(row, {}))
@@ -266,6 +273,7 @@ def interval(
 # %% ../nbs/30_recover.ipynb #30-043
 class Recovery:
     "Result of a recovery study: `.table()`, `.against()`, `.mcnemar()`, `.save()`; renders itself; `plot_rows` and `plot_grid` draw it."
+    kind = Case
     def __init__(self,
         case: Case,         # what was studied
         rows: dict,         # row -> list over seeds of dict ability -> per-item values
@@ -357,11 +365,18 @@ def load(
 ): # raises ActError for any other file
     "Read what `save` wrote."
     d = read_json(path, 'act-recovery-2', 'recovery result', 'act_reproduce')
-    case = Case(**{k: tuple(v) if isinstance(v, list) else v for k, v in d['case'].items()})
+    case = cls.kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in d['case'].items()})
     rows = {r: [{a: np.array([float(o) for o in x]) for a, x in run.items()} for run in runs] for r, runs in d['rows'].items()}
     return cls(case, rows, pd.DataFrame(d['grid']), d['best'], d['meta'])
 
 # %% ../nbs/30_recover.ipynb #30-052
+def _meta(bench, seeds, start, **more):
+    "What a result's file says of its making: time, memory, cost of each row, data, and what `provenance` knows."
+    costs = {r: dict(seconds=round(np.mean([s for s, _ in c]), 2), tokens=round(np.mean([t for _, t in c]))) for r, c in bench.costs.items()}
+    return provenance(seconds=round(time.time() - start), peak_memory_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024), seeds=list(seeds),
+                      stages={k: round(sum(v)/len(v), 2) for k, v in bench.seconds.items()}, costs=costs, data={x.name: x.hash for x in bench.test}, **more)
+
+# %% ../nbs/30_recover.ipynb #30-053
 def recover(
     case,                     # a Case, or a name in CASES
     out=None,                 # folder to create: result.json, tables, figures, report.html, scores and mask
@@ -380,16 +395,13 @@ def recover(
     bench = Bench(case, device, progress)
     grid, best = choose(bench, rows, methods, seeds[0])
     rows = measure(bench, best, seeds, rows, methods)
-    took = {k: round(sum(v)/len(v), 2) for k, v in bench.seconds.items()}
     a = bench.scores(seeds[0]).meta
-    meta = provenance(seconds=round(time.time() - start), peak_memory_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024), seeds=list(seeds), stages=took, costs={r: dict(seconds=round(np.mean([s for s, _ in c]), 2), tokens=round(np.mean([t for _, t in c]))) for r, c in bench.costs.items()},
-                      target_hash=a['target_hash'], donor_hash=a['donor_hash'], data={x.name: x.hash for x in bench.test})
-    rec = Recovery(case, rows, grid, best, meta)
+    rec = Recovery(case, rows, grid, best, _meta(bench, seeds, start, target_hash=a['target_hash'], donor_hash=a['donor_hash']))
     if out:
         with atomic_folder(out) as tmp: _write_all(rec, bench, tmp)
     return rec
 
-# %% ../nbs/30_recover.ipynb #30-054
+# %% ../nbs/30_recover.ipynb #30-055
 _MARKS = dict(zip(['target', 'donor', *ROWS], 'sDoX^vPPpp'))
 
 def _axis(case, name, ax, which, items='test'):
@@ -416,7 +428,7 @@ def plot_rows(
     ax.legend(fontsize=6, loc='upper center', bbox_to_anchor=(.45, -.18), ncol=2, frameon=False)
     return ax
 
-# %% ../nbs/30_recover.ipynb #30-055
+# %% ../nbs/30_recover.ipynb #30-056
 def plot_grid(
     rec: Recovery, # what to draw
     ax=None,       # axes to draw on
@@ -433,7 +445,7 @@ def plot_grid(
     ax.legend(fontsize=6, loc='lower left')
     return ax
 
-# %% ../nbs/30_recover.ipynb #30-057
+# %% ../nbs/30_recover.ipynb #30-058
 def _svg(ax):
     buf = io.StringIO()
     ax.figure.savefig(buf, format='svg')
@@ -456,7 +468,7 @@ def _write_all(rec, bench, out):
         plt.close(ax.figure)
     (out/'report.html').write_text(report_html(rec, figures))
 
-# %% ../nbs/30_recover.ipynb #30-058
+# %% ../nbs/30_recover.ipynb #30-059
 def report_html(
     rec: Recovery, # what to report
     figures: dict, # name -> SVG text
@@ -480,7 +492,7 @@ th:first-child{{text-align:left}}figure{{display:inline-block;margin:.5rem;verti
 <h2>Pictures</h2>{pictures}<h2>Settings</h2><p>Chosen on validation items, by the mean of retained and recovered.</p>{chosen}
 <details><summary>Where these numbers come from</summary><pre>{html.escape(json.dumps(m, indent=1))}</pre></details></body></html>"""
 
-# %% ../nbs/30_recover.ipynb #30-060
+# %% ../nbs/30_recover.ipynb #30-061
 def findings(
     rec: Recovery,  # with metric correct
     ours: tuple = ('ACT', 'ACT (module-normalised)'), # rows to speak of
@@ -500,7 +512,7 @@ def findings(
     if beaten and differs: out.append(f"That some rivals do better contradicts the paper, which finds the channels of largest activation difference to be the ones that matter. {differs}")
     return '\n\n'.join(out)
 
-# %% ../nbs/30_recover.ipynb #30-062
+# %% ../nbs/30_recover.ipynb #30-063
 @command
 def act_reproduce(
     out: str = None,      # folder to create
@@ -517,7 +529,7 @@ def act_reproduce(
     print(rec)
     print(f"\n{rec.meta['seconds']} s, peak memory {rec.meta['peak_memory_mb']:,} MB; tables, figures and report.html in {out}")
 
-# %% ../nbs/30_recover.ipynb #30-082
+# %% ../nbs/30_recover.ipynb #30-083
 def stages(
     rec: Recovery, # from `recover`
     row: str = 'ACT (module-normalised)', # a row that has a twin without SFT
