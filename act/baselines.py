@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BASELINES', 'BASELINE_ROWS', 'merge_with_mergekit', 'layer_mask', 'top_of_kinds', 'hypervolume', 'scaled', 'volumes',
-           'plot_pareto', 'winners', 'plot_methods', 'act_baselines']
+           'plot_pareto', 'winners', 'plot_methods', 'act_baselines', 'options']
 
 # %% ../nbs/32_baselines.ipynb #32-003
 import itertools, tempfile
@@ -208,11 +208,12 @@ def winners(
 ) -> pd.DataFrame:  # column -> best row, its value, rows not told apart from it
     "The best row of each column among the methods, and who ties with it (Holm's correction over all rows and columns)."
     n, out = rec.numbers(), []
-    n = n[~n.row.isin(['target', 'donor'])]
+    given = {'oracle', *(r for r, s in zip(rec.grid.row, rec.grid.setting) if not s)} # models as they are, no methods
+    n = n[~n.row.isin(given)]
     for c in columns:
         g = n[n.column == c]
         top = g.loc[g.value.idxmax() if rec.case.metric == 'correct' else g.value.idxmin()]
-        ties = [r for r in rec.sides(top.row, (c,))[c]['tie'] if r not in ('target', 'donor')]
+        ties = [r for r in rec.sides(top.row, (c,))[c]['tie'] if r not in given]
         out.append(dict(column=c, best=top.row, value=rec._scale()*top.value, low=rec._scale()*top.low, high=rec._scale()*top.high, ties=', '.join(ties) or 'none'))
     return pd.DataFrame(out).set_index('column')
 
@@ -250,3 +251,19 @@ def act_baselines(
     rec = recover(case, out, tuple(range(seeds)), device, rows=BASELINE_ROWS, methods=BASELINES)
     print(rec)
     print(winners(rec).to_string())
+
+# %% ../nbs/32_baselines.ipynb #32-045
+def options(
+    rec: Recovery, # from `recover` with BASELINES
+    reference: str = 'ACT (module-normalised)', # the row to compare with
+    prefix: str = 'ACT', # of the rows to compare
+) -> pd.DataFrame: # row x validation (mean of the aims), and for each column of the table difference, low, high, holm on test items
+    "Every variant of ACT with fine-tuning against one of them."
+    rows = [r for r in rec.rows if r.startswith(prefix) and r != reference and 'without' not in r]
+    val = rec.grid.groupby('row')['mean'].agg('max' if rec.case.metric == 'correct' else 'min')
+    out = []
+    for r in rows:
+        d = rec.against(r)
+        d = d[d.against == reference].set_index('column')
+        out.append({'row': r, 'validation': rec._scale()*val[r], **{c: f'{x.difference:+.1f} [{x.low:+.1f}, {x.high:+.1f}]' + ('' if x.holm < .05 else ' n.s.') for c, x in d.iterrows()}})
+    return pd.DataFrame(out).set_index('row').sort_values('validation', ascending=rec.case.metric != 'correct')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MERGES', 'MERGERS', 'MERGE_ROWS', 'MergeCase', 'MergeBench', 'claims', 'conflicts', 'priority', 'merge', 'Merged',
-           'interference', 'oracle', 'merge_study', 'plot_interference', 'act_merge']
+           'interference', 'oracle', 'merge_study', 'plot_interference', 'plot_merged', 'act_merge']
 
 # %% ../nbs/31_merge.ipynb #31-003
 import itertools, time
@@ -250,6 +250,25 @@ def plot_interference(
     return ax
 
 # %% ../nbs/31_merge.ipynb #31-034
+def plot_merged(
+    rec: Merged, # from `merge_study`
+    ax=None,     # axes to draw on
+):
+    "The specialists' own abilities (mean over specialists) against the base's, for every row; returns the axes."
+    if ax is None: _, ax = plt.subplots(figsize=(7, 4), constrained_layout=True)
+    k, own = rec._scale(), [c for c in rec.case.aims if c != 'base']
+    for i, r in enumerate(rec.rows):
+        s = rec.samples(r)
+        x, y = interval(k*s['base']), interval(k*np.mean([s[c] for c in own], 0))
+        err = lambda e: [[max(0, e[0] - e[1])], [max(0, e[2] - e[0])]]
+        ax.errorbar(x[0], y[0], xerr=err(x), yerr=err(y), fmt='s' if r.startswith('ACT') else 'o', color='C1' if r.startswith('ACT') else 'C0', mfc='white' if 'without' in r else None, ms=4, lw=.6)
+        ax.annotate(str(i + 1), (x[0], y[0]), xytext=(3, 3), textcoords='offset points', fontsize=6)
+    unit = '% of test items' if k == 100 else 'bits per byte'
+    ax.set(xlabel=f"the base's abilities ({unit})", ylabel=f"the specialists' own ({unit})")
+    ax.text(1.02, 1, '\n'.join(f'{i + 1} {r}' for i, r in enumerate(rec.rows)), transform=ax.transAxes, va='top', fontsize=6)
+    return ax
+
+# %% ../nbs/31_merge.ipynb #31-035
 @command
 def act_merge(
     out: str = None,      # file to write

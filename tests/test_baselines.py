@@ -3,7 +3,7 @@ import sys
 import numpy as np, pandas as pd, pytest, torch
 from dataclasses import replace
 from act import baselines as b
-from act.baselines import BASELINES, BASELINE_ROWS, act_baselines, hypervolume, layer_mask, merge_with_mergekit, plot_methods, plot_pareto, scaled, top_of_kinds, volumes, winners
+from act.baselines import BASELINES, BASELINE_ROWS, act_baselines, hypervolume, layer_mask, merge_with_mergekit, options, plot_methods, plot_pareto, scaled, top_of_kinds, volumes, winners
 from act.channels import ChannelMap, ModuleChannels, enumerate_channels
 from act.checkpoints import load_model, weight_hash
 from act.core import ActError
@@ -85,7 +85,7 @@ def study(metric='correct'):
     x = np.arange(100)
     to = lambda n: (x < n).astype(float)
     rows = {'target': [dict(k=to(90), r=to(10))], 'donor': [dict(k=to(10), r=to(90))], 'A': [dict(k=to(80), r=to(50))], 'A without SFT': [dict(k=to(60), r=to(50))], 'B': [dict(k=to(40), r=to(80))], 'C': [dict(k=to(79), r=to(51))]}
-    point = lambda row, k, r: dict(row=row, setting=dict(p=k), retained=k, recovered=r, mean=(k + r)/2)
+    point = lambda row, k, r: dict(row=row, setting={} if row in ('target', 'donor') else dict(p=k), retained=k, recovered=r, mean=(k + r)/2)
     grid = [point('target', .9, .1), point('donor', .1, .9), point('A', .5, .5), point('A', .9, .1), point('A without SFT', .1, .9), point('B', .5, .9), point('C', .5, .5)]
     return Recovery(Case('t', 'd', ('r',), ('k',), (), metric=metric), rows, pd.DataFrame(grid), {}, dict(seeds=[0]))
 
@@ -111,3 +111,11 @@ def test_a_small_run_with_two_rivals(bench, tmp_path):
     rec = recover(replace(bench.case, grid=dict(ps=(.1,), lams=(.5, 1.))), tmp_path/'out', (0, 1), progress=False, rows=some, methods=BASELINES)
     again = Recovery.load(tmp_path/'out'/'result.json')
     assert list(again.rows) == ['target', 'donor', *some] and again.best == rec.best and volumes(again).index.isin(some).all()
+
+def test_options_compare_variants_with_the_plain_form():
+    rec = study()
+    x = np.arange(100)
+    rec.rows = {'ACT': rec.rows['A'], 'ACT (more)': [dict(k=(x < 80)*1., r=(x < 70)*1.)], 'ACT (more) without SFT': rec.rows['B'], **rec.rows}
+    rec.grid = pd.concat([rec.grid, pd.DataFrame([dict(row='ACT (more)', setting=dict(p=1), retained=.6, recovered=.8, mean=m) for m in (.7, .6)])])
+    t = options(rec, 'ACT')
+    assert list(t.index) == ['ACT (more)'] and t.validation.iloc[0] == pytest.approx(70) and t.recovered.iloc[0].startswith('+20.0') and t.retained.iloc[0] == '+0.0 [+0.0, +0.0] n.s.'
