@@ -85,7 +85,7 @@ def compare(
     return {'overlap, raw': overlap(top_p(acts, p), top_p(rival, p)), 'overlap, module': overlap(top_p(acts, p, 'module'), top_p(rival, p, 'module')),
             'rho, all channels': float(stats.spearmanr(acts.flat(), rival.flat()).statistic), 'rho, within modules': float(correlations(acts, rival).rho.mean())}
 
-# %% ../nbs/24_activation_vs_weight.ipynb #24-020
+# %% ../nbs/24_activation_vs_weight.ipynb #24-021
 def own_share(
     acts: ChannelScores, own: ChannelScores, # of one pair and ability
 ) -> pd.DataFrame: # kind, layer (-1: none), own, difference, share
@@ -94,7 +94,7 @@ def own_share(
     g = f.groupby(['kind', 'layer'], sort=False)[['own', 'difference']].sum().reset_index()
     return g.assign(share=g.own/g.difference.clip(lower=1e-30))
 
-# %% ../nbs/24_activation_vs_weight.ipynb #24-022
+# %% ../nbs/24_activation_vs_weight.ipynb #24-023
 def plot_share(
     shares: pd.DataFrame, # from `own_share`
     ax=None,              # axes to draw on
@@ -108,7 +108,7 @@ def plot_share(
     ax.tick_params(axis='y', rotation=0); ax.tick_params(axis='x', rotation=90)
     return ax
 
-# %% ../nbs/24_activation_vs_weight.ipynb #24-024
+# %% ../nbs/24_activation_vs_weight.ipynb #24-025
 def effects(
     table: pd.DataFrame, # ability (skill-language, all combinations), value
 ) -> dict: # share of the variance that goes with skill, language, rest
@@ -118,7 +118,7 @@ def effects(
     part = {f: float(((t.groupby(f).value.transform('mean') - grand)**2).sum()/max(total, 1e-30)) for f in ('skill', 'language')}
     return {**part, 'rest': 1 - sum(part.values())}
 
-# %% ../nbs/24_activation_vs_weight.ipynb #24-026
+# %% ../nbs/24_activation_vs_weight.ipynb #24-027
 def plot_abilities(
     table: pd.DataFrame, # ability, ranking, value
     axes=None,           # one axes for each ranking
@@ -136,7 +136,7 @@ def plot_abilities(
         ax.tick_params(axis='y', rotation=0)
     return axes
 
-# %% ../nbs/24_activation_vs_weight.ipynb #24-028
+# %% ../nbs/24_activation_vs_weight.ipynb #24-029
 def orders(
     bench,         # from `bench_of`
     seeds=(0, 1, 2), # of localisation items
@@ -152,7 +152,7 @@ def orders(
     out['random'] = lambda scores, p, seed: random_mask(top_p(scores, p), seed=seed)
     return out
 
-# %% ../nbs/24_activation_vs_weight.ipynb #24-029
+# %% ../nbs/24_activation_vs_weight.ipynb #24-030
 def plot_transfer(
     areas: pd.DataFrame, # of the study
     unit: str,           # of the values
@@ -172,7 +172,7 @@ def plot_transfer(
     ax.legend(loc='lower center', bbox_to_anchor=(.4, 1), ncols=2)
     return ax
 
-# %% ../nbs/24_activation_vs_weight.ipynb #24-031
+# %% ../nbs/24_activation_vs_weight.ipynb #24-032
 PAPER = 'masks from weight changes and from activation differences overlap only partly; language and task affect how the two relate'
 
 def agreements(
@@ -199,7 +199,7 @@ def agreements(
     table = pd.DataFrame([dict(ability=a, ranking=k, statistic=q, **estimate(v, draws.get((a, k, q), v))) for (a, k, q), v in full.items()])
     return table, pd.concat(modules), pd.concat(shares).groupby(['kind', 'layer'], sort=False)[['own', 'difference']].mean().reset_index().eval('share = own/difference')
 
-# %% ../nbs/24_activation_vs_weight.ipynb #24-032
+# %% ../nbs/24_activation_vs_weight.ipynb #24-033
 def study(
     fam,                     # a Family, or its name
     seeds=(0, 1, 2),         # of items and noise
@@ -229,7 +229,7 @@ def study(
     meta = about(fam, seeds=list(seeds), resamples=resamples, p=p, ps=list(ps), test={a.name: dict(items=len(a), hash=a.hash) for a in bench.test}, metric=bench.case.metric, recovered=list(bench.case.recovered), retained=list(bench.case.retained))
     return Finding('weights', fam.name, tables, PAPER, *verdict(tables, meta), meta)
 
-# %% ../nbs/24_activation_vs_weight.ipynb #24-033
+# %% ../nbs/24_activation_vs_weight.ipynb #24-034
 def averaged(
     agreement: pd.DataFrame, # of a study
     names=None,              # abilities; those that every condition has by default
@@ -239,7 +239,7 @@ def averaged(
     names = names or set.intersection(*map(set, sets))
     return agreement[agreement.ability.isin(names)].groupby(['condition', 'ranking', 'statistic'], sort=False)[['value', 'low', 'high']].mean().reset_index()
 
-# %% ../nbs/24_activation_vs_weight.ipynb #24-034
+# %% ../nbs/24_activation_vs_weight.ipynb #24-035
 def verdict(
     tables: dict, # of a study
     meta: dict,   # its provenance
@@ -259,7 +259,7 @@ def verdict(
     why = f"recovered most: {best('recovered')}; retained most: {best('retained')}. The paper's own overlaps and its masks' sizes are not known to us; its models are larger, and it fine-tunes after the transfer"
     return here, why
 
-# %% ../nbs/24_activation_vs_weight.ipynb #24-035
+# %% ../nbs/24_activation_vs_weight.ipynb #24-036
 def brief(
     tables: dict, # of a study
     meta: dict,   # its provenance
