@@ -19,7 +19,8 @@ class Item:
     "A prompt and its answer; the text is their plain concatenation."
     prompt: str
     answer: str
-    id: str = None # where it comes from
+    id: str = None      # where it comes from
+    choices: tuple = () # answers to choose from, the right one among them; none for an open question
 
 # %% ../nbs/02_abilities.ipynb #02-009
 def skill_language(
@@ -48,7 +49,7 @@ class Ability:
     @property
     def language(self): return skill_language(self.name)[1]
     @property
-    def hash(self): return sha256(*[s for o in self.items for s in (o.prompt, o.answer)])
+    def hash(self): return sha256(*[s for o in self.items for s in (o.prompt, o.answer, *o.choices)])
     def __len__(self): return len(self.items)
     def __iter__(self): return iter(self.items)
     def __getitem__(self, i): return Ability(self.name, self.items[i], self.source, self.eos) if isinstance(i, slice) else self.items[i]
@@ -61,7 +62,8 @@ class Ability:
 
     def save(self, path):
         "Write a jsonl file that `load_ability` reads."
-        with atomic_file(path) as tmp: tmp.write_text(''.join(json.dumps(dict(prompt=o.prompt, answer=o.answer), ensure_ascii=False) + '\n' for o in self.items), encoding='utf-8')
+        line = lambda o: json.dumps(dict(prompt=o.prompt, answer=o.answer, **(dict(choices=o.choices) if o.choices else {})), ensure_ascii=False) + '\n'
+        with atomic_file(path) as tmp: tmp.write_text(''.join(map(line, self.items)), encoding='utf-8')
         return Path(path)
 
     def __repr__(self): return f'Ability {self.name}: {len(self)} items, {self.source}'
@@ -85,7 +87,9 @@ def read_jsonl(
         except json.JSONDecodeError as e: raise bad(f'not JSON ({e.msg})') from e
         if not isinstance(d, dict) or not all(isinstance(d.get(k), str) for k in ('prompt', 'answer')): raise bad('no text under "prompt" and "answer"')
         if not d['answer'].strip(): raise bad('the answer is empty')
-        items.append(Item(d['prompt'], d['answer'], f'{path.name}:{n}'))
+        choices = d.get('choices') or ()
+        if not isinstance(choices, (list, tuple)) or choices and d['answer'] not in choices: raise bad('"choices" is not a list that holds the answer')
+        items.append(Item(d['prompt'], d['answer'], f'{path.name}:{n}', tuple(choices)))
     if not items: raise ActError(f"{path} holds no items: each line must be {{\"prompt\": \"...\", \"answer\": \"...\"}}")
     return Ability(path.stem, items, path.name)
 
@@ -96,6 +100,8 @@ def _gsm8k(r):
     return f"Question: {r['question']}\nAnswer:", ' ' + answer.replace('\n', ' ')
 
 def _mgsm(r): return f"{r['question']}\n", str(r.get('answer_number', r['answer']))
+
+def _msvamp(r): return f"{r['m_query'].strip()}\n", f"{float(r['response']):g}"
 
 def _xquad(r): return f"{r['context'].strip()}\n\n{r['question'].strip()}\n", r['answers']['text'][0] if isinstance(r.get('answers'), dict) else r['answers'][0]
 
@@ -108,9 +114,15 @@ def _text(r):
 def _exams(r):
     q = r['question'] if isinstance(r['question'], dict) else dict(stem=r['question'], choices=dict(label=r['labels'], text=r['choices']))
     labels, texts = q['choices']['label'], q['choices']['text']
-    right = r.get('answerKey', r.get('answer'))
-    listed = ''.join(f'{a}. {t}\n' for a, t in zip(labels, texts))
-    return f"{q['stem']}\n{listed}", f'{right}. {texts[labels.index(right)]}' if right in labels else ''
+    return _listed(q['stem'], labels, texts, r.get('answerKey', r.get('answer')))
+
+def _arc(r):
+    labels = [o for o in 'ABCDE' if r.get(f'option_{o.lower()}')]
+    return _listed(r['instruction'], labels, [r[f'option_{o.lower()}'] for o in labels], r['answer'])
+
+def _listed(stem, labels, texts, right):
+    choices = [f'{a}. {t}' for a, t in zip(labels, texts)]
+    return f"{stem}\n" + ''.join(f'{c}\n' for c in choices), choices[labels.index(right)] if right in labels else '', tuple(choices)
 
 # %% ../nbs/02_abilities.ipynb #02-018
 LANGUAGE_NAMES = dict(ar='Arabic', bg='Bulgarian', de='German', es='Spanish', fr='French', hr='Croatian', hu='Hungarian', it='Italian', lt='Lithuanian', mk='Macedonian', # as EXAMS names them
@@ -121,7 +133,11 @@ SOURCES = { # name -> where rows come from and what they become; {lang} is repla
                        shares=dict(train=0., localize=0.2, sft=0.1, validation=0.2, test=0.5)),
     'xquad':      dict(hub=('google/xquad', 'xquad.{lang}'), local='xquad/{lang}.jsonl', files=dict(test='validation', other='validation'), item=_xquad, group='context'),
     'xquad-text': dict(hub=('google/xquad', 'xquad.{lang}'), local='xquad/{lang}.jsonl', files=dict(test='validation', other='validation'), item=_text, group='context', once=True),
-    'exams':      dict(hub=('mhardalov/exams', 'multilingual'), local='exams/{file}.jsonl', files=dict(test='test', validation='dev', other='train'), item=_exams, group='question', lang='lang')}
+    'exams':      dict(hub=('mhardalov/exams', 'multilingual'), local='exams/{file}.jsonl', files=dict(test='test', validation='dev', other='train'), item=_exams, group='question', lang='lang'),
+    'msvamp':     dict(hub=('Mathoctopus/MSVAMP', '{lang}'), local='msvamp/{lang}.jsonl', files=dict(test='test', other='test'), item=_msvamp, group=None,
+                       shares=dict(train=0., localize=0.2, sft=0.1, validation=0.2, test=0.5)),
+    'arc':        dict(hub=('alexandrainst/m_arc', '{lang}'), local='arc/{lang}/{file}.jsonl', files=dict(test='test', validation='val', other='train'), item=_arc, group='id', ids=True)}
+SOURCES['exams-science'] = dict(SOURCES['exams'], only=('Biology', 'Chemistry', 'Physics', 'Geology', 'Science')) # the natural sciences among the subjects
 SHARES = dict(train=0.6, localize=0.1, sft=0.1, validation=0.08, test=0.12) # of the groups, where a source has one file for all
 
 # %% ../nbs/02_abilities.ipynb #02-019
@@ -139,8 +155,9 @@ def _rows(name, src, lang, file):
     except Exception as e: raise ActError(f"{name}/{lang} is neither here nor on the hub ({type(e).__name__}): {ways}") from e
 
 def _groups(src, rows):
-    "A group number for each row; parallel rows of other languages get the same."
+    "A group's number (or name) for each row; parallel rows of other languages get the same."
     if not src['group']: return list(range(len(rows)))
+    if src.get('ids'): return [r[src['group']] for r in rows]
     seen = {}
     return [seen.setdefault(json.dumps(r[src['group']], ensure_ascii=False), len(seen)) for r in rows]
 
@@ -160,11 +177,12 @@ def _public(name, lang, split):
     shares = {s: src.get('shares', SHARES)[s] for s in shared}
     items, last = [], set()
     for i, (r, g) in enumerate(zip(rows, _groups(src, rows))):
-        if src.get('lang') and r.get('lang', r.get('info', {}).get('language')) != LANGUAGE_NAMES.get(lang, lang): continue
-        if _split_of(name.removesuffix('-text'), g, shares) != split or (src.get('once') and g in last): continue
+        if src.get('lang') and r.get('lang', r.get('info', {}).get('language')).removeprefix('North ') != LANGUAGE_NAMES.get(lang, lang): continue
+        if src.get('only') and r.get('subject', r.get('info', {}).get('subject')) not in src['only']: continue
+        if _split_of(name.removesuffix('-text').removesuffix('-science'), g, shares) != split or (src.get('once') and g in last): continue
         last.add(g)
-        prompt, answer = src['item'](r)
-        if answer.strip(): items.append(Item(prompt, answer, f'{name}/{lang}/{i}'))
+        prompt, answer, *choices = src['item'](r)
+        if answer.strip(): items.append(Item(prompt, answer, f'{name}/{lang}/{i}', *choices))
     return Ability(f'{name}-{lang}', items, f'{origin} {split}')
 
 # %% ../nbs/02_abilities.ipynb #02-023

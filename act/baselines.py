@@ -42,7 +42,7 @@ def merge_with_mergekit(
 def _mergekit(method, both=False):
     "For `Method.make`: the donor is the base of the target's task vector, or a member of the average."
     def make(bench, seed, weight, **options):
-        target, donor = bench.case.target, bench.case.donor
+        target, donor = bench.at(bench.case.target), bench.at(bench.case.donor)
         models = {target: dict(weight=weight, **options)} | ({donor: dict(weight=1 - weight)} if both else {})
         return merge_with_mergekit(method, models, None if both else donor, seed, bench.case.dtype, bench.target.device)
     return make

@@ -15,7 +15,6 @@ from .abilities import load_ability
 from .baselines import merge_with_mergekit
 from .checkpoints import load_model, preflight
 from .core import ActError, check_absent, command
-from .localize import localize
 from .masks import ChannelMask, iou, random_mask, top_p, weight_scores
 from .recover import Bench, Method, Recovery, _meta, _short, by_p_and_lam, by_p_and_rank, choose, interval, measure
 from .transfer import mask_slices, transfer
@@ -35,6 +34,8 @@ class MergeCase:
     dtype: str = 'float32' # of the models in memory
     max_length: int = None # tokens of an item in localisation
     batch_size: int = 64   # items at once in evaluation
+    generate: int = 0      # let the models write so many tokens; 0 scores the given answers
+    chat: bool = False     # prompts through the chat template
 
     @property
     def aims(self): return {**{_short(s): tuple(own) for s, own in self.specialists.items()}, 'base': tuple(self.shared)}
@@ -48,19 +49,18 @@ MERGES = dict(lab=MergeCase(
 
 # %% ../nbs/31_merge.ipynb #31-008
 class MergeBench(Bench):
-    "Base, specialists and items of a `MergeCase`, loaded once."
-    def __init__(self,
-        case: MergeCase,       # what to load
-        device=None,           # where the models go
-        progress: bool = True, # show bars
-    ):
-        self.case, self.progress = case, progress
-        for s in case.specialists: preflight(case.base, s)
-        self.target, self.tok = load_model(case.base, dtype=case.dtype, device=device)
-        self.specialists = {s: load_model(s, dtype=case.dtype, device=device)[0] for s in case.specialists}
+    "Base, specialists and items of a `MergeCase`; the models are loaded once, when first asked for."
+    @property
+    def names(self): return 'base', *map(_short, self.case.specialists)
+
+    def load(self):
+        "Load the models."
+        case, base = self.case, self.at(self.case.base)
+        for s in case.specialists: preflight(base, self.at(s))
+        self.target, self.tok = load_model(base, dtype=case.dtype, device=self.device)
+        self.specialists = {s: load_model(self.at(s), dtype=case.dtype, device=self.device)[0] for s in case.specialists}
         self.weights = {s: weight_scores(self.target, m) for s, m in self.specialists.items()}
         self.given = {'base': self.target, **{_short(s): m for s, m in self.specialists.items()}}
-        self.items()
 
 # %% ../nbs/31_merge.ipynb #31-009
 @patch
@@ -71,8 +71,7 @@ def scores(
     "Activation scores of every specialist's own abilities, base against specialist."
     if seed not in self.acts:
         pools = {s: sum((load_ability(a, 'localize') for a in own[1:]), load_ability(own[0], 'localize')) for s, own in self.case.specialists.items()}
-        with self.clock('localise'):
-            self.acts[seed] = {s: localize(self.target, m, pools[s].sample(min(len(pools[s]), self.case.items), seed), self.tok, max_length=self.case.max_length, progress=False) for s, m in self.specialists.items()}
+        self.acts[seed] = {s: self.localised(_short(s), pool.sample(min(len(pool), self.case.items), seed)) for s, pool in pools.items()}
     return self.acts[seed]
 
 # %% ../nbs/31_merge.ipynb #31-012
@@ -145,9 +144,9 @@ def _weight(bench, seed, p, lam=1., rank='raw'):
 
 def _mergekit(method):
     def make(bench, seed, weight, **options):
-        models = {s: dict(weight=weight, **options) for s in bench.case.specialists}
-        if method == 'linear': models[bench.case.base] = dict(weight=1 - weight*len(models))
-        return merge_with_mergekit(method, models, None if method == 'linear' else bench.case.base, seed, bench.case.dtype, bench.target.device)
+        models, base = {bench.at(s): dict(weight=weight, **options) for s in bench.case.specialists}, bench.at(bench.case.base)
+        if method == 'linear': models[base] = dict(weight=1 - weight*len(models))
+        return merge_with_mergekit(method, models, None if method == 'linear' else base, seed, bench.case.dtype, bench.target.device)
     return make
 
 def _weights(ps, lams): return [dict(weight=w) for w in (.1, .15, .2, .25, .3, .4, .5, .7)[:len(ps)*len(lams)]]
@@ -184,8 +183,10 @@ def interference(
     "What adding each specialist to the others does to every ability, without fine-tuning, on test items, paired."
     case, runs = bench.case, {}
     def values(seed, left_out=None):
-        scores = {s: o for s, o in bench.scores(seed).items() if s != left_out}
-        return bench.values(merge(bench.target, bench.specialists, {s: top_p(o, setting['p'], setting['rank']) for s, o in scores.items()}, setting['lam'], rule, scores), bench.test)
+        def make(bench, seed, p, lam, rank):
+            scores = {s: o for s, o in bench.scores(seed).items() if s != left_out}
+            return merge(bench.target, bench.specialists, {s: top_p(o, p, rank) for s, o in scores.items()}, lam, rule, scores)
+        return bench.score(f'{rule} without {left_out}', 'test', Method(make, None), seed, setting=setting)['values']
     runs = {s: [values(seed, s) for seed in seeds] for s in (None, *case.specialists)}
     recs = Merged(case, {str(s): r for s, r in runs.items()}, None, None, {})
     out = []
@@ -213,16 +214,17 @@ def merge_study(
     progress: bool = True,    # show bars
     rows: dict = MERGE_ROWS,  # row -> (method, with SFT or not)
     methods: dict = MERGERS,  # name -> Method
+    bench: MergeBench = None, # of the case; made here by default
 ) -> Merged:
     "Choose settings on validation items, measure every row on test items, count conflicts and what specialists cost each other."
     if isinstance(case, str):
         if case not in MERGES: raise ActError(f"no merge is called {case!r}: choose one of {', '.join(MERGES)}")
         case = MERGES[case]
     if out: check_absent(out)
-    start, bench = time.time(), MergeBench(case, device, progress)
+    start, bench = time.time(), bench or MergeBench(case, device, progress)
     grid, best = choose(bench, rows, methods, seeds[0])
     values = measure(bench, best, seeds, rows, methods)
-    values = {'oracle': oracle(values, list(bench.given), case.metric), **values}
+    values = {'oracle': oracle(values, bench.names, case.metric), **values}
     setting = next((best[r] for r in ('ACT (module-normalised) without SFT', *best) if r in best and 'rank' in best[r]))
     masks = {s: top_p(o, setting['p'], setting['rank']) for s, o in bench.scores(seeds[0]).items()}
     extra = dict(setting=setting, claims=claims(masks).rename(columns=str).reset_index().to_dict('records'), conflicts=conflicts(bench.target, bench.specialists, masks).to_dict('records'),

@@ -42,6 +42,8 @@ class Case:
     dtype: str = 'float32' # of the models in memory
     max_length: int = None # tokens of an item in localisation
     batch_size: int = 64   # items at once in evaluation
+    generate: int = 0      # let the models write so many tokens; 0 scores the given answers
+    chat: bool = False     # prompts through the chat template
 
     @property
     def aims(self): return dict(retained=self.retained, recovered=self.recovered) # what settings are chosen by
@@ -106,25 +108,33 @@ METHODS = {
 
 # %% ../nbs/30_recover.ipynb #30-027
 class Bench:
-    "Target, donor and items of a `Case`, loaded once."
+    "Target, donor and items of a `Case`; the models are loaded once, when first asked for."
+    names = 'target', 'donor'
     def __init__(self,
         case: Case,           # what to load
         device=None,          # where the models go
         progress: bool = True, # show bars
     ):
-        self.case, self.progress = case, progress
-        preflight(case.target, case.donor)
-        self.target, self.tok = load_model(case.target, dtype=case.dtype, device=device)
-        self.donor, _ = load_model(case.donor, dtype=case.dtype, device=device)
+        self.case, self.device, self.progress, self.places = case, device, progress, {}
+        load = lambda split, groups, n=None: [load_ability(a, split, n=n) for names in groups.values() for a in names]
+        self.val, self.sft, self.test = load('validation', case.aims, case.n), load('sft', case.aims), load('test', case.groups, case.n)
+        self.acts, self.seconds, self.tokens, self.costs = {}, defaultdict(list), 0, {}
+
+    def __getattr__(self, name):
+        if name not in ('target', 'donor', 'specialists', 'tok', 'weights', 'given') or 'given' in self.__dict__: raise AttributeError(name)
+        self.load()
+        return getattr(self, name)
+
+    def at(self, model): return self.places.get(model, model) # where a model of the case is kept
+
+    def load(self):
+        "Load the models."
+        target, donor = self.at(self.case.target), self.at(self.case.donor)
+        preflight(target, donor)
+        self.target, self.tok = load_model(target, dtype=self.case.dtype, device=self.device)
+        self.donor, _ = load_model(donor, dtype=self.case.dtype, device=self.device)
         self.weights = weight_scores(self.target, self.donor)
         self.given = dict(target=self.target, donor=self.donor)
-        self.items()
-
-    def items(self):
-        "Load the case's items."
-        load = lambda split, groups, n=None: [load_ability(a, split, n=n) for names in groups.values() for a in names]
-        self.val, self.sft, self.test = load('validation', self.case.aims, self.case.n), load('sft', self.case.aims), load('test', self.case.groups, self.case.n)
-        self.acts, self.seconds, self.tokens, self.costs = {}, defaultdict(list), 0, {}
 
     @contextmanager
     def clock(self, stage):
@@ -132,6 +142,16 @@ class Bench:
         start = time.time()
         yield
         self.seconds[stage].append(time.time() - start)
+
+# %% ../nbs/30_recover.ipynb #x
+@patch
+def localised(
+    self: Bench,
+    name: str, # of a given model
+    items,     # an Ability
+):
+    "Scores of every channel: that model against the target."
+    with self.clock('localise'): return localize(self.target, self.given[name], items, self.tok, max_length=self.case.max_length, chat=self.case.chat, progress=False)
 
 # %% ../nbs/30_recover.ipynb #30-028
 @patch
@@ -150,8 +170,7 @@ def scores(
     seed: int = 0, # of the sample
 ):
     "Activation scores of the recovered abilities on that sample."
-    if seed not in self.acts:
-        with self.clock('localise'): self.acts[seed] = localize(self.target, self.donor, self.sample(seed), self.tok, max_length=self.case.max_length, progress=False)
+    if seed not in self.acts: self.acts[seed] = self.localised('donor', self.sample(seed))
     return self.acts[seed]
 
 # %% ../nbs/30_recover.ipynb #30-029
@@ -163,7 +182,7 @@ def tune(
     **options,     # of `finetune`, instead of the case's; items: other abilities to learn
 ):
     "A model after light fine-tuning on the case's SFT items."
-    report = finetune(model, options.pop('items', self.sft), self.tok, seed=seed, progress=False, **{**(self.case.sft or {}), **options})
+    report = finetune(model, options.pop('items', self.sft), self.tok, seed=seed, chat=self.case.chat, progress=False, **{**(self.case.sft or {}), **options})
     self.tokens += report.tokens
     return report.model
 
@@ -192,16 +211,33 @@ def values(
     abilities, # what to score
 ) -> dict: # ability -> array over items
     "Per-item values of the case's metric."
-    with self.clock(f'evaluate {sum(map(len, abilities))} items'): result = evaluate(model, abilities, self.tok, batch_size=self.case.batch_size, progress=False)
+    with self.clock(f'evaluate {sum(map(len, abilities))} items'): result = evaluate(model, abilities, self.tok, batch_size=self.case.batch_size, generate=self.case.generate, chat=self.case.chat, progress=False)
     items = result.items.assign(bits=result.bits)
     return {k: g[self.case.metric].to_numpy(float) for k, g in items.groupby('ability', sort=False)}
 
-# %% ../nbs/30_recover.ipynb #30-033
+# %% ../nbs/30_recover.ipynb #30-031
+@patch
+def score(
+    self: Bench,
+    name: str = None,      # of a method, or of a given model
+    items: str = 'test',   # val or test
+    method: Method = None, # none: no transfer
+    seed: int = 0,         # of localisation, chance and fine-tuning
+    sft: bool = False,     # light fine-tuning afterwards
+    setting: dict = None,  # one of the method's
+) -> dict: # values (ability -> per-item values); seconds and training tokens that the model took
+    "Make a model and score it."
+    start, before = time.time(), self.tokens
+    model = self.given[name] if name in self.names else self.model(method, seed, sft, **(setting or {}))
+    took = dict(seconds=time.time() - start, tokens=self.tokens - before)
+    return dict(values=self.values(model, getattr(self, items)), **took)
+
+# %% ../nbs/30_recover.ipynb #30-034
 ROWS = { # row -> (method or none, with SFT or not)
     'target + SFT': (None, True), 'random mask + SFT': ('random mask', True), 'weight mask + SFT': ('weight mask', True), 'full task vector + SFT': ('full task vector', True),
     'ACT without SFT': ('ACT', False), 'ACT': ('ACT', True), 'ACT (module-normalised) without SFT': ('ACT (module-normalised)', False), 'ACT (module-normalised)': ('ACT (module-normalised)', True)}
 
-# %% ../nbs/30_recover.ipynb #30-035
+# %% ../nbs/30_recover.ipynb #30-036
 def choose(
     bench: Bench,            # from a case
     rows: dict = ROWS,       # row -> (method or none, with SFT or not)
@@ -216,19 +252,19 @@ def choose(
     def point(row, s, vals):
         aims = {k: mean(vals, v) for k, v in case.aims.items()}
         return dict(row=row, setting=s, **aims, mean=np.mean(list(aims.values())))
-    out = [point(n, {}, bench.values(m, bench.val)) for n, m in bench.given.items()]
+    out = [point(n, {}, bench.score(n, 'val')['values']) for n in bench.names]
     for row, m, sft, s in bar(points, bench.progress, desc='choosing on validation'):
         key = m, sft, tuple(s.items())
-        if key not in known: known[key] = bench.values(bench.model(methods[m], seed, sft, **s), bench.val)
+        if key not in known: known[key] = bench.score(m, 'val', methods[m], seed, sft, s)['values']
         out.append(point(row, s, known[key]))
     df = pd.DataFrame(out)
-    best = df.loc[df[len(bench.given):].groupby('row', sort=False)['mean'].agg('idxmax' if case.metric == 'correct' else 'idxmin')]
+    best = df.loc[df[len(bench.names):].groupby('row', sort=False)['mean'].agg('idxmax' if case.metric == 'correct' else 'idxmin')]
     return df, dict(zip(best.row, best.setting))
 
-# %% ../nbs/30_recover.ipynb #30-036
+# %% ../nbs/30_recover.ipynb #30-037
 def _short(ability): return Path(ability).stem if ability.endswith('.jsonl') else ability.removeprefix('lab/').replace('/', '-')
 
-# %% ../nbs/30_recover.ipynb #30-038
+# %% ../nbs/30_recover.ipynb #30-039
 def measure(
     bench: Bench,          # from a case
     best: dict,            # row -> setting, from `choose`
@@ -237,15 +273,14 @@ def measure(
     methods: dict = METHODS, # name -> Method
 ) -> dict: # row (the given models first) -> list over seeds of dict ability -> per-item values
     "Every row on the test items."
-    out = {n: [bench.values(m, bench.test)] for n, m in bench.given.items()}
+    out = {n: [bench.score(n)['values']] for n in bench.names}
     for (row, (m, sft)), seed in bar([(r, s) for r in rows.items() for s in seeds], bench.progress, desc='test items'):
-        start, before = time.time(), bench.tokens
-        model = bench.model(methods.get(m), seed, sft, **best.get(row, {}))
-        bench.costs.setdefault(row, []).append((time.time() - start, bench.tokens - before))
-        out.setdefault(row, []).append(bench.values(model, bench.test))
+        done = bench.score(m, 'test', methods.get(m), seed, sft, best.get(row, {}))
+        bench.costs.setdefault(row, []).append((done['seconds'], done['tokens']))
+        out.setdefault(row, []).append(done['values'])
     return out
 
-# %% ../nbs/30_recover.ipynb #30-040
+# %% ../nbs/30_recover.ipynb #30-041
 def group_samples(
     runs: list,    # over seeds: dict ability -> per-item values
     names: tuple,  # abilities of the group
@@ -263,14 +298,14 @@ def group_samples(
         means.append(np.take_along_axis(per_seed, who, 1).mean(1))
     return np.mean(means, 0)
 
-# %% ../nbs/30_recover.ipynb #30-041
+# %% ../nbs/30_recover.ipynb #30-042
 def interval(
     samples: np.ndarray, # from `group_samples`: the estimate, then its resamples
 ) -> tuple: # (estimate, low, high)
     "The estimate and its 95 % percentile interval."
     return samples[0], *np.percentile(samples[1:], [2.5, 97.5])
 
-# %% ../nbs/30_recover.ipynb #30-043
+# %% ../nbs/30_recover.ipynb #30-044
 class Recovery:
     "Result of a recovery study: `.table()`, `.against()`, `.mcnemar()`, `.save()`; renders itself; `plot_rows` and `plot_grid` draw it."
     kind = Case
@@ -307,7 +342,7 @@ class Recovery:
     def __repr__(self): return self.table().to_string()
     def _repr_html_(self): return self.table().to_html()
 
-# %% ../nbs/30_recover.ipynb #30-045
+# %% ../nbs/30_recover.ipynb #30-046
 @patch
 def against(
     self: Recovery,
@@ -321,7 +356,7 @@ def against(
             out.append((r, c, *interval(d), min(1., 2*(1 + min((d[1:] <= 0).sum(), (d[1:] >= 0).sum()))/len(d))))
     return pd.DataFrame(out, columns=['against', 'column', 'difference', 'low', 'high', 'p']).assign(holm=lambda t: holm(t.p))
 
-# %% ../nbs/30_recover.ipynb #30-046
+# %% ../nbs/30_recover.ipynb #30-047
 @patch
 def mcnemar(
     self: Recovery,
@@ -332,7 +367,7 @@ def mcnemar(
     t = pd.DataFrame([dict(against=r, **paired_test(items(row), items(r))) for r in self.rows if r != row])
     return t.rename(columns=dict(only_a='only this', only_b='only the other')).assign(holm=holm(t.p))
 
-# %% ../nbs/30_recover.ipynb #30-047
+# %% ../nbs/30_recover.ipynb #30-048
 @patch
 def sides(
     self: Recovery,
@@ -346,7 +381,7 @@ def sides(
     side = np.select([better, worse], ['better', 'worse'], 'tie')
     return {c: {s: list(d.against[(d.column == c) & (side == s)]) for s in ('better', 'worse', 'tie')} for c in columns}
 
-# %% ../nbs/30_recover.ipynb #30-049
+# %% ../nbs/30_recover.ipynb #30-050
 @patch
 def save(
     self: Recovery,
@@ -357,7 +392,7 @@ def save(
     rows = {r: [{a: pack(x) for a, x in run.items()} for run in runs] for r, runs in self.rows.items()}
     return write_json(dict(format='act-recovery-2', case=asdict(self.case), best=self.best, rows=rows, grid=self.grid.round(4).to_dict('records'), meta=self.meta), path)
 
-# %% ../nbs/30_recover.ipynb #30-050
+# %% ../nbs/30_recover.ipynb #30-051
 @patch(cls_method=True)
 def load(
     cls: Recovery,
@@ -369,14 +404,14 @@ def load(
     rows = {r: [{a: np.array([float(o) for o in x]) for a, x in run.items()} for run in runs] for r, runs in d['rows'].items()}
     return cls(case, rows, pd.DataFrame(d['grid']), d['best'], d['meta'])
 
-# %% ../nbs/30_recover.ipynb #30-052
+# %% ../nbs/30_recover.ipynb #30-053
 def _meta(bench, seeds, start, **more):
     "What a result's file says of its making: time, memory, cost of each row, data, and what `provenance` knows."
     costs = {r: dict(seconds=round(np.mean([s for s, _ in c]), 2), tokens=round(np.mean([t for _, t in c]))) for r, c in bench.costs.items()}
     return provenance(seconds=round(time.time() - start), peak_memory_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024), seeds=list(seeds),
                       stages={k: round(sum(v)/len(v), 2) for k, v in bench.seconds.items()}, costs=costs, data={x.name: x.hash for x in bench.test}, **more)
 
-# %% ../nbs/30_recover.ipynb #30-053
+# %% ../nbs/30_recover.ipynb #30-054
 def recover(
     case,                     # a Case, or a name in CASES
     out=None,                 # folder to create: result.json, tables, figures, report.html, scores and mask
@@ -385,6 +420,7 @@ def recover(
     progress: bool = True,    # show bars
     rows: dict = ROWS,        # row -> (method or none, with SFT or not)
     methods: dict = METHODS,  # name -> Method
+    bench: Bench = None,      # of the case; made here by default
 ) -> Recovery:
     "Choose settings on validation items, measure every row on test items."
     if isinstance(case, str):
@@ -392,7 +428,7 @@ def recover(
         case = CASES[case]
     if out: check_absent(out)
     start = time.time()
-    bench = Bench(case, device, progress)
+    bench = bench or Bench(case, device, progress)
     grid, best = choose(bench, rows, methods, seeds[0])
     rows = measure(bench, best, seeds, rows, methods)
     a = bench.scores(seeds[0]).meta
@@ -401,7 +437,7 @@ def recover(
         with atomic_folder(out) as tmp: _write_all(rec, bench, tmp)
     return rec
 
-# %% ../nbs/30_recover.ipynb #30-055
+# %% ../nbs/30_recover.ipynb #30-056
 _MARKS = dict(zip(['target', 'donor', *ROWS], 'sDoX^vPPpp'))
 
 def _axis(case, name, ax, which, items='test'):
@@ -428,7 +464,7 @@ def plot_rows(
     ax.legend(fontsize=6, loc='upper center', bbox_to_anchor=(.45, -.18), ncol=2, frameon=False)
     return ax
 
-# %% ../nbs/30_recover.ipynb #30-056
+# %% ../nbs/30_recover.ipynb #30-057
 def plot_grid(
     rec: Recovery, # what to draw
     ax=None,       # axes to draw on
@@ -445,7 +481,7 @@ def plot_grid(
     ax.legend(fontsize=6, loc='lower left')
     return ax
 
-# %% ../nbs/30_recover.ipynb #30-058
+# %% ../nbs/30_recover.ipynb #30-059
 def _svg(ax):
     buf = io.StringIO()
     ax.figure.savefig(buf, format='svg')
@@ -468,7 +504,7 @@ def _write_all(rec, bench, out):
         plt.close(ax.figure)
     (out/'report.html').write_text(report_html(rec, figures))
 
-# %% ../nbs/30_recover.ipynb #30-059
+# %% ../nbs/30_recover.ipynb #30-060
 def report_html(
     rec: Recovery, # what to report
     figures: dict, # name -> SVG text
@@ -492,7 +528,7 @@ th:first-child{{text-align:left}}figure{{display:inline-block;margin:.5rem;verti
 <h2>Pictures</h2>{pictures}<h2>Settings</h2><p>Chosen on validation items, by the mean of retained and recovered.</p>{chosen}
 <details><summary>Where these numbers come from</summary><pre>{html.escape(json.dumps(m, indent=1))}</pre></details></body></html>"""
 
-# %% ../nbs/30_recover.ipynb #30-061
+# %% ../nbs/30_recover.ipynb #30-062
 def findings(
     rec: Recovery,  # with metric correct
     ours: tuple = ('ACT', 'ACT (module-normalised)'), # rows to speak of
@@ -512,7 +548,7 @@ def findings(
     if beaten and differs: out.append(f"That some rivals do better contradicts the paper, which finds the channels of largest activation difference to be the ones that matter. {differs}")
     return '\n\n'.join(out)
 
-# %% ../nbs/30_recover.ipynb #30-063
+# %% ../nbs/30_recover.ipynb #30-064
 @command
 def act_reproduce(
     out: str = None,      # folder to create
@@ -529,7 +565,7 @@ def act_reproduce(
     print(rec)
     print(f"\n{rec.meta['seconds']} s, peak memory {rec.meta['peak_memory_mb']:,} MB; tables, figures and report.html in {out}")
 
-# %% ../nbs/30_recover.ipynb #30-083
+# %% ../nbs/30_recover.ipynb #30-084
 def stages(
     rec: Recovery, # from `recover`
     row: str = 'ACT (module-normalised)', # a row that has a twin without SFT
