@@ -24,7 +24,7 @@ def run(monkeypatch, capsys):
 def test_help(name, run, capsys):
     with pytest.raises(SystemExit) as e: run(f'{name} --help')
     text = capsys.readouterr().out
-    assert e.value.code == 0 and name + ' --' in text and 'None' not in text.replace('(default: None)', '')
+    assert e.value.code == 0 and f': {name} ' in text and 'None' not in text.replace('(default: None)', '')
 
 def test_the_pipeline(run, tmp_path):
     t = tmp_path
