@@ -261,9 +261,9 @@ def options(
     "Every variant of ACT with fine-tuning against one of them."
     rows = [r for r in rec.rows if r.startswith(prefix) and r != reference and 'without' not in r]
     val = rec.grid.groupby('row')['mean'].agg('max' if rec.case.metric == 'correct' else 'min')
-    out = []
+    k, out = 1 if rec.case.metric == 'correct' else 3, []
     for r in rows:
         d = rec.against(r)
         d = d[d.against == reference].set_index('column')
-        out.append({'row': r, 'validation': rec._scale()*val[r], **{c: f'{x.difference:+.1f} [{x.low:+.1f}, {x.high:+.1f}]' + ('' if x.holm < .05 else ' n.s.') for c, x in d.iterrows()}})
+        out.append({'row': r, 'validation': rec._scale()*val[r], **{c: f'{x.difference:+.{k}f} [{x.low:+.{k}f}, {x.high:+.{k}f}]' + ('' if x.holm < .05 else ' n.s.') for c, x in d.iterrows()}})
     return pd.DataFrame(out).set_index('row').sort_values('validation', ascending=rec.case.metric != 'correct')

@@ -227,7 +227,7 @@ class Store:
     "Results of stages in a folder, each under a hash of all that it depends on."
     def __init__(self,
         folder, # where they are kept
-    ): self.folder, self.found, self.made = Path(folder), 0, 0
+    ): self.folder, self.found, self.made, self.seconds = Path(folder), 0, 0, 0.
 
     def path(self,
         name: str,     # of the stage
@@ -252,7 +252,9 @@ class Store:
         def write(path):
             start = time.time()
             write_json(dict(format='act-stage-1', name=name, depends=depends, value=make(), seconds=round(time.time() - start, 2), provenance=provenance()), path)
-        return self.kept(self.path(name, depends), write, lambda p: read_json(p, 'act-stage-1', 'stage', 'act_recipe')['value'])
+        done = self.kept(self.path(name, depends), write, lambda p: read_json(p, 'act-stage-1', 'stage', 'act_recipe'))
+        self.seconds += done['seconds'] # whenever it was done
+        return done['value']
 
 # %% ../nbs/35_recipes.ipynb #35-031
 _CODE = 'channels checkpoints abilities localize masks transfer finetune evaluate weights recover baselines merge'.split()
@@ -336,7 +338,7 @@ def run_recipe(
         bench.keep(store, dict(models={m: _identity(store, places.get(m, m)) for m in recipe.models}, code=_code()))
         study = recover if recipe.kind == 'recover' else merge_study
         rec = study(recipe.case, None, recipe.seeds, device, progress, {r: rows[r] for r in recipe.rows}, methods, bench)
-        rec.meta.update(recipe=recipe.name, recipe_hash=sha256(recipe.text), stages_made=store.made, stages_found=store.found)
+        rec.meta.update(recipe=recipe.name, recipe_hash=sha256(recipe.text), stages_made=store.made, stages_found=store.found, seconds=round(store.seconds))
         if (out/'report').exists(): shutil.rmtree(out/'report')
         with atomic_folder(out/'report') as tmp: _report(recipe, rec, bench, tmp)
     return rec
