@@ -143,7 +143,7 @@ class Bench:
         yield
         self.seconds[stage].append(time.time() - start)
 
-# %% ../nbs/30_recover.ipynb #x
+# %% ../nbs/30_recover.ipynb #30-028
 @patch
 def localised(
     self: Bench,
@@ -153,7 +153,7 @@ def localised(
     "Scores of every channel: that model against the target."
     with self.clock('localise'): return localize(self.target, self.given[name], items, self.tok, max_length=self.case.max_length, chat=self.case.chat, progress=False)
 
-# %% ../nbs/30_recover.ipynb #30-028
+# %% ../nbs/30_recover.ipynb #30-029
 @patch
 def sample(
     self: Bench,
@@ -173,7 +173,7 @@ def scores(
     if seed not in self.acts: self.acts[seed] = self.localised('donor', self.sample(seed))
     return self.acts[seed]
 
-# %% ../nbs/30_recover.ipynb #30-029
+# %% ../nbs/30_recover.ipynb #30-030
 @patch
 def tune(
     self: Bench,
@@ -203,7 +203,7 @@ def model(
     if not sft: return m
     with self.clock('fine-tune'): return tune(self, m, seed, **setting)
 
-# %% ../nbs/30_recover.ipynb #30-030
+# %% ../nbs/30_recover.ipynb #30-031
 @patch
 def values(
     self: Bench,
@@ -215,7 +215,7 @@ def values(
     items = result.items.assign(bits=result.bits)
     return {k: g[self.case.metric].to_numpy(float) for k, g in items.groupby('ability', sort=False)}
 
-# %% ../nbs/30_recover.ipynb #30-031
+# %% ../nbs/30_recover.ipynb #30-032
 @patch
 def score(
     self: Bench,
@@ -232,12 +232,12 @@ def score(
     took = dict(seconds=time.time() - start, tokens=self.tokens - before)
     return dict(values=self.values(model, getattr(self, items)), **took)
 
-# %% ../nbs/30_recover.ipynb #30-034
+# %% ../nbs/30_recover.ipynb #30-035
 ROWS = { # row -> (method or none, with SFT or not)
     'target + SFT': (None, True), 'random mask + SFT': ('random mask', True), 'weight mask + SFT': ('weight mask', True), 'full task vector + SFT': ('full task vector', True),
     'ACT without SFT': ('ACT', False), 'ACT': ('ACT', True), 'ACT (module-normalised) without SFT': ('ACT (module-normalised)', False), 'ACT (module-normalised)': ('ACT (module-normalised)', True)}
 
-# %% ../nbs/30_recover.ipynb #30-036
+# %% ../nbs/30_recover.ipynb #30-037
 def choose(
     bench: Bench,            # from a case
     rows: dict = ROWS,       # row -> (method or none, with SFT or not)
@@ -261,10 +261,10 @@ def choose(
     best = df.loc[df[len(bench.names):].groupby('row', sort=False)['mean'].agg('idxmax' if case.metric == 'correct' else 'idxmin')]
     return df, dict(zip(best.row, best.setting))
 
-# %% ../nbs/30_recover.ipynb #30-037
+# %% ../nbs/30_recover.ipynb #30-038
 def _short(ability): return Path(ability).stem if ability.endswith('.jsonl') else ability.removeprefix('lab/').replace('/', '-')
 
-# %% ../nbs/30_recover.ipynb #30-039
+# %% ../nbs/30_recover.ipynb #30-040
 def measure(
     bench: Bench,          # from a case
     best: dict,            # row -> setting, from `choose`
@@ -280,7 +280,7 @@ def measure(
         out.setdefault(row, []).append(done['values'])
     return out
 
-# %% ../nbs/30_recover.ipynb #30-041
+# %% ../nbs/30_recover.ipynb #30-042
 def group_samples(
     runs: list,    # over seeds: dict ability -> per-item values
     names: tuple,  # abilities of the group
@@ -298,14 +298,14 @@ def group_samples(
         means.append(np.take_along_axis(per_seed, who, 1).mean(1))
     return np.mean(means, 0)
 
-# %% ../nbs/30_recover.ipynb #30-042
+# %% ../nbs/30_recover.ipynb #30-043
 def interval(
     samples: np.ndarray, # from `group_samples`: the estimate, then its resamples
 ) -> tuple: # (estimate, low, high)
     "The estimate and its 95 % percentile interval."
     return samples[0], *np.percentile(samples[1:], [2.5, 97.5])
 
-# %% ../nbs/30_recover.ipynb #30-044
+# %% ../nbs/30_recover.ipynb #30-045
 class Recovery:
     "Result of a recovery study: `.table()`, `.against()`, `.mcnemar()`, `.save()`; renders itself; `plot_rows` and `plot_grid` draw it."
     kind = Case
@@ -342,7 +342,7 @@ class Recovery:
     def __repr__(self): return self.table().to_string()
     def _repr_html_(self): return self.table().to_html()
 
-# %% ../nbs/30_recover.ipynb #30-046
+# %% ../nbs/30_recover.ipynb #30-047
 @patch
 def against(
     self: Recovery,
@@ -356,7 +356,7 @@ def against(
             out.append((r, c, *interval(d), min(1., 2*(1 + min((d[1:] <= 0).sum(), (d[1:] >= 0).sum()))/len(d))))
     return pd.DataFrame(out, columns=['against', 'column', 'difference', 'low', 'high', 'p']).assign(holm=lambda t: holm(t.p))
 
-# %% ../nbs/30_recover.ipynb #30-047
+# %% ../nbs/30_recover.ipynb #30-048
 @patch
 def mcnemar(
     self: Recovery,
@@ -367,7 +367,7 @@ def mcnemar(
     t = pd.DataFrame([dict(against=r, **paired_test(items(row), items(r))) for r in self.rows if r != row])
     return t.rename(columns=dict(only_a='only this', only_b='only the other')).assign(holm=holm(t.p))
 
-# %% ../nbs/30_recover.ipynb #30-048
+# %% ../nbs/30_recover.ipynb #30-049
 @patch
 def sides(
     self: Recovery,
@@ -381,7 +381,7 @@ def sides(
     side = np.select([better, worse], ['better', 'worse'], 'tie')
     return {c: {s: list(d.against[(d.column == c) & (side == s)]) for s in ('better', 'worse', 'tie')} for c in columns}
 
-# %% ../nbs/30_recover.ipynb #30-050
+# %% ../nbs/30_recover.ipynb #30-051
 @patch
 def save(
     self: Recovery,
@@ -392,7 +392,7 @@ def save(
     rows = {r: [{a: pack(x) for a, x in run.items()} for run in runs] for r, runs in self.rows.items()}
     return write_json(dict(format='act-recovery-2', case=asdict(self.case), best=self.best, rows=rows, grid=self.grid.round(4).to_dict('records'), meta=self.meta), path)
 
-# %% ../nbs/30_recover.ipynb #30-051
+# %% ../nbs/30_recover.ipynb #30-052
 @patch(cls_method=True)
 def load(
     cls: Recovery,
@@ -404,14 +404,14 @@ def load(
     rows = {r: [{a: np.array([float(o) for o in x]) for a, x in run.items()} for run in runs] for r, runs in d['rows'].items()}
     return cls(case, rows, pd.DataFrame(d['grid']), d['best'], d['meta'])
 
-# %% ../nbs/30_recover.ipynb #30-053
+# %% ../nbs/30_recover.ipynb #30-054
 def _meta(bench, seeds, start, **more):
     "What a result's file says of its making: time, memory, cost of each row, data, and what `provenance` knows."
     costs = {r: dict(seconds=round(np.mean([s for s, _ in c]), 2), tokens=round(np.mean([t for _, t in c]))) for r, c in bench.costs.items()}
     return provenance(seconds=round(time.time() - start), peak_memory_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024), seeds=list(seeds),
                       stages={k: round(sum(v)/len(v), 2) for k, v in bench.seconds.items()}, costs=costs, data={x.name: x.hash for x in bench.test}, **more)
 
-# %% ../nbs/30_recover.ipynb #30-054
+# %% ../nbs/30_recover.ipynb #30-055
 def recover(
     case,                     # a Case, or a name in CASES
     out=None,                 # folder to create: result.json, tables, figures, report.html, scores and mask
@@ -437,7 +437,7 @@ def recover(
         with atomic_folder(out) as tmp: _write_all(rec, bench, tmp)
     return rec
 
-# %% ../nbs/30_recover.ipynb #30-056
+# %% ../nbs/30_recover.ipynb #30-057
 _MARKS = dict(zip(['target', 'donor', *ROWS], 'sDoX^vPPpp'))
 
 def _axis(case, name, ax, which, items='test'):
@@ -464,7 +464,7 @@ def plot_rows(
     ax.legend(fontsize=6, loc='upper center', bbox_to_anchor=(.45, -.18), ncol=2, frameon=False)
     return ax
 
-# %% ../nbs/30_recover.ipynb #30-057
+# %% ../nbs/30_recover.ipynb #30-058
 def plot_grid(
     rec: Recovery, # what to draw
     ax=None,       # axes to draw on
@@ -481,7 +481,7 @@ def plot_grid(
     ax.legend(fontsize=6, loc='lower left')
     return ax
 
-# %% ../nbs/30_recover.ipynb #30-059
+# %% ../nbs/30_recover.ipynb #30-060
 def _svg(ax):
     buf = io.StringIO()
     ax.figure.savefig(buf, format='svg')
@@ -504,7 +504,7 @@ def _write_all(rec, bench, out):
         plt.close(ax.figure)
     (out/'report.html').write_text(report_html(rec, figures))
 
-# %% ../nbs/30_recover.ipynb #30-060
+# %% ../nbs/30_recover.ipynb #30-061
 def report_html(
     rec: Recovery, # what to report
     figures: dict, # name -> SVG text
@@ -528,7 +528,7 @@ th:first-child{{text-align:left}}figure{{display:inline-block;margin:.5rem;verti
 <h2>Pictures</h2>{pictures}<h2>Settings</h2><p>Chosen on validation items, by the mean of retained and recovered.</p>{chosen}
 <details><summary>Where these numbers come from</summary><pre>{html.escape(json.dumps(m, indent=1))}</pre></details></body></html>"""
 
-# %% ../nbs/30_recover.ipynb #30-062
+# %% ../nbs/30_recover.ipynb #30-063
 def findings(
     rec: Recovery,  # with metric correct
     ours: tuple = ('ACT', 'ACT (module-normalised)'), # rows to speak of
@@ -548,7 +548,7 @@ def findings(
     if beaten and differs: out.append(f"That some rivals do better contradicts the paper, which finds the channels of largest activation difference to be the ones that matter. {differs}")
     return '\n\n'.join(out)
 
-# %% ../nbs/30_recover.ipynb #30-064
+# %% ../nbs/30_recover.ipynb #30-065
 @command
 def act_reproduce(
     out: str = None,      # folder to create
@@ -565,7 +565,7 @@ def act_reproduce(
     print(rec)
     print(f"\n{rec.meta['seconds']} s, peak memory {rec.meta['peak_memory_mb']:,} MB; tables, figures and report.html in {out}")
 
-# %% ../nbs/30_recover.ipynb #30-084
+# %% ../nbs/30_recover.ipynb #30-085
 def stages(
     rec: Recovery, # from `recover`
     row: str = 'ACT (module-normalised)', # a row that has a twin without SFT
