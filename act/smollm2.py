@@ -125,7 +125,7 @@ def gains(
         rows.append(row)
     return pd.DataFrame(rows).set_index('ability')
 
-# %% ../nbs/33_smollm2.ipynb #33-039
+# %% ../nbs/33_smollm2.ipynb #33-045
 def verdict(
     study, # a Recovery with metric bits
 ) -> str:
@@ -133,7 +133,7 @@ def verdict(
     s = {k: ', '.join(v) or 'none' for k, v in study.sides('ACT')['recovered'].items()}
     return f"On the recovered ability ACT is better than: {s['better']}. Worse than: {s['worse']}. Not told apart from: {s['tie']}."
 
-# %% ../nbs/33_smollm2.ipynb #33-042
+# %% ../nbs/33_smollm2.ipynb #33-048
 def costs(
     study, # a Recovery
 ) -> pd.Series: # seconds, and megabytes
@@ -141,7 +141,7 @@ def costs(
     m = study.meta
     return pd.Series({**{f'{k} (s)': v for k, v in m['stages'].items()}, 'whole study (s)': m['seconds'], 'peak memory (MB)': m['peak_memory_mb'], 'machine': f"{m['machine']['cores']} cores, {m['machine']['cpu']}", 'torch': m['versions']['torch']})
 
-# %% ../nbs/33_smollm2.ipynb #33-045
+# %% ../nbs/33_smollm2.ipynb #33-051
 @command
 def act_smollm2(
     out: str = None,     # folder (study) or result file (measure) to create
