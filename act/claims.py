@@ -107,4 +107,4 @@ def lead_rows(
 def paper_table() -> pd.DataFrame: # claim, source, paper, measured, verdict, model, data, machine, revision
     "Every claim of the paper beside what the recorded results say."
     recoveries = {c: Recovery.load(RESULTS/f'recover-{c}.json') for c in ('lab', 'lab-science', 'lab-swahili', 'smollm2')}
-    return pd.DataFrame([*finding_rows(), *recovery_rows(recoveries), *merge_rows({'lab': Merged.load(RESULTS/'merge-lab.json')}), *lead_rows(recoveries)])
+    return pd.DataFrame([*finding_rows(), *recovery_rows(recoveries), *merge_rows({c: Merged.load(RESULTS/f'merge-{c}.json') for c in ('lab', 'smollm2')}), *lead_rows(recoveries)])
