@@ -6,7 +6,7 @@
 __all__ = ['Recipe', 'read_recipe', 'shape_of', 'Plan', 'plan', 'Store', 'Staged', 'run_recipe', 'act_recipe']
 
 # %% ../nbs/35_recipes.ipynb #35-004
-import inspect, json, math, shutil, time
+import inspect, json, math, os, shutil, time
 from dataclasses import dataclass, fields
 from pathlib import Path
 import numpy as np, pandas as pd, matplotlib.pyplot as plt, yaml
@@ -96,7 +96,8 @@ def shape_of(
     noted = recipe.shapes.get(source)
     try:
         local = Path(source).is_dir() or source.split('/')[0] in ('lab', 'smollm2')
-        config, where = AutoConfig.from_pretrained(resolve(source) if local else source, trust_remote_code=False), 'folder' if local else 'hub'
+        offline = os.environ.get('HF_HUB_OFFLINE', '0') not in ('', '0', 'false')
+        config, where = AutoConfig.from_pretrained(resolve(source) if local else source, trust_remote_code=False, local_files_only=offline), 'folder' if local else 'hub'
     except ActError: raise
     except Exception as e:
         if not noted: raise ActError(f"{source} has no configuration here, on the hub ({type(e).__name__}) or under shapes: check the name, or note its config.json under shapes") from e

@@ -3,9 +3,9 @@ import sys
 import numpy as np, pandas as pd, pytest, torch
 from dataclasses import replace
 from act import baselines as b
-from act.baselines import BASELINES, BASELINE_ROWS, act_baselines, hypervolume, layer_mask, merge_with_mergekit, options, plot_methods, plot_pareto, scaled, top_of_kinds, volumes, winners
+from act.baselines import BASELINES, BASELINE_ROWS, hypervolume, layer_mask, merge_with_mergekit, options, plot_methods, plot_pareto, scaled, top_of_kinds, volumes, winners
 from act.channels import ChannelMap, ModuleChannels, enumerate_channels
-from act.checkpoints import load_model, weight_hash
+from act.checkpoints import weight_hash
 from act.core import ActError
 from act.masks import ChannelScores
 from act.recover import CASES, Bench, Case, Recovery, recover
