@@ -16,26 +16,16 @@ from .baselines import merge_with_mergekit
 from .checkpoints import load_model, preflight
 from .core import ActError, check_absent, command
 from .masks import ChannelMask, iou, random_mask, top_p, weight_scores
-from .recover import Bench, Method, Recovery, _meta, _short, by_p_and_lam, by_p_and_rank, choose, interval, measure
+from .recover import Bench, Method, Options, Recovery, _meta, _short, by_p_and_lam, by_p_and_rank, choose, interval, measure
 from .transfer import mask_slices, transfer
 
 # %% ../nbs/31_merge.ipynb #31-006
 @dataclass(frozen=True)
-class MergeCase:
+class MergeCase(Options):
     "One merge: the base, the specialists that came from it, and what each should bring."
     base: str              # hub id, folder or lab name
     specialists: dict      # checkpoint -> its own abilities
     shared: tuple          # abilities of the base that should stay
-    metric: str = 'correct' # correct (share of items) or bits (bits per byte of the answer, lower is better)
-    items: int = 128       # localisation items drawn for each specialist and seed
-    sft: dict = None       # options of `finetune`
-    n: int = None          # validation and test items an ability; all by default
-    grid: dict = None      # ps and lams to choose from, and sft=False to choose before the fine-tuning
-    dtype: str = 'float32' # of the models in memory
-    max_length: int = None # tokens of an item in localisation
-    batch_size: int = 64   # items at once in evaluation
-    generate: int = 0      # let the models write so many tokens; 0 scores the given answers
-    chat: bool = False     # prompts through the chat template
 
     @property
     def aims(self): return {**{_short(s): tuple(own) for s, own in self.specialists.items()}, 'base': tuple(self.shared)}

@@ -7,7 +7,7 @@ __all__ = ['Recipe', 'read_recipe', 'shape_of', 'Plan', 'plan', 'Store', 'Staged
 
 # %% ../nbs/35_recipes.ipynb #35-004
 import inspect, json, math, os, shutil, time
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 import numpy as np, pandas as pd, matplotlib.pyplot as plt, yaml
 from fastcore.basics import patch
@@ -67,7 +67,7 @@ def read_recipe(
     _only(d, ('kind', 'rows', 'seeds', 'train', 'case', 'shapes'), 'the recipe', bad, ('kind', 'case'))
     if d['kind'] not in _KINDS: raise bad(f"kind is {d['kind']!r}: choose recover or merge")
     cls, _, rows, _, plain = _KINDS[d['kind']]
-    _only(d['case'], [f.name for f in fields(cls)], 'case', bad, [f.name for f in fields(cls) if f.default is inspect._empty or f.name in ('target', 'donor', 'recovered', 'retained', 'base', 'specialists', 'shared')])
+    _only(d['case'], [f.name for f in fields(cls)], 'case', bad, [f.name for f in fields(cls) if f.default is MISSING and f.name != 'others'])
     if d['case'].get('grid'): _check_grid(d['case']['grid'], bad)
     chosen, seeds, train = d.get('rows') or list(plain), d.get('seeds', [0, 1, 2]), d.get('train') or {}
     if odd := [r for r in chosen if r not in rows]: raise bad(f"no row is called {odd[0]!r}; there are {', '.join(rows)}")
