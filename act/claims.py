@@ -53,7 +53,7 @@ def recovery_rows(
             add('moving the channels, then fine-tuning lightly, recovers a forgotten ability', f"recovered {_cell(rec, 'target', 'recovered')} -> {_cell(rec, f'{row} without SFT', 'recovered')} after the transfer -> {_cell(rec, row, 'recovered')} after fine-tuning; fine-tuning alone {_cell(rec, 'target + SFT', 'recovered')}",
                 ('does not hold', 'in part', 'holds')[('target' in back['better']) + ('target' in back['better'] and 'target + SFT' in back['better'])])
             add('... and what the specialist has stays', f"retained {_cell(rec, 'target', 'retained')} -> {_cell(rec, row, 'retained')}", 'does not hold' if 'target' in kept['worse'] else 'holds' if _loses_little(rec, row) else 'in part')
-            add('the channels of largest activation difference are the ones that matter', f"mean {_cell(rec, row, 'mean')}; as many random channels {_cell(rec, 'random mask + SFT', 'mean')}",
+            add('the channels of largest activation difference are the ones that matter', f"mean {_cell(rec, row, 'mean')}; random channels at their best setting {_cell(rec, 'random mask + SFT', 'mean')}",
                 next(v for k, v in (('better', 'holds'), ('tie', 'in part'), ('worse', 'does not hold')) if 'random mask + SFT' in chosen[k]))
     return out
 
