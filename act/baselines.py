@@ -13,7 +13,7 @@ from .abilities import load_ability
 from .channels import ChannelMap, enumerate_channels
 from .checkpoints import load_model, resolve
 from .core import ActError, command, quiet
-from .masks import ChannelMask, ChannelScores, top_p
+from .masks import ChannelMask, ChannelScores, top_p, with_kind
 from .recover import METHODS, Method, Recovery, by_p_and_lam, by_p_and_rank, moving, recover
 from .transfer import transfer
 from .weights import own_items
@@ -116,8 +116,7 @@ def top_of_kinds(
 
 # %% ../nbs/32_baselines.ipynb #32-021
 def _with_embedding(bench, p, rank, seed):
-    mask = top_p(bench.scores(seed), p, rank)
-    return mask | ChannelMask({m.path: torch.full((m.width,), m.kind == 'embedding') for m in mask.map}, mask.map)
+    return with_kind(top_p(bench.scores(seed), p, rank))
 
 def _by_depth(bench, seed, p, first, last, rank='module'):
     "Lambda runs from `first` in layer 0 to `last` in the last layer; outside the layers it is their mean."

@@ -32,8 +32,9 @@ def test_the_pipeline(run, tmp_path):
     assert run(f'act_localize --target lab/maths-en --donor lab/base --ability lab/science-zh --n 40 --out {t}/s.safetensors')[0] == 0
     assert run(f'act_mask --scores {t}/s.safetensors --p 0.1 --rank module --out {t}/m.safetensors')[0] == 0
     assert run(f'act_mask --scores {t}/s.safetensors --p 0.1 --control random --seed 3 --out {t}/r.safetensors')[0] == 0
+    assert run(f'act_mask --scores {t}/s.safetensors --p 0.1 --rank module --whole embedding --out {t}/w.safetensors')[0] == 0
     m, r = (ChannelMask.load(t/f'{n}.safetensors') for n in 'mr')
-    assert m.count == r.count == round(.1*m.total) and m != r and ChannelScores.load(t/'s.safetensors').meta['items'] == 40
+    assert m.count == r.count == round(.1*m.total) and m != r and ChannelMask.load(t/'w.safetensors')['model.embed_tokens'].all() and ChannelScores.load(t/'s.safetensors').meta['items'] == 40
     code, out, _ = run(f'act_transfer --target lab/maths-en --donor lab/base --mask {t}/m.safetensors --lam 0.5 --out {t}/moved')
     assert code == 0 and f'{m.count:,} of {m.total:,} channels from lab/base, lam 0.5' in out
     assert run(f'act_finetune --model {t}/moved --ability lab/science-zh,{t}/mine.jsonl --mask {t}/m.safetensors --steps 2 --batch_size 4 --out {t}/tuned')[0] == 0

@@ -5,7 +5,7 @@ from safetensors.torch import load_file, save_file
 from safetensors import safe_open
 from act.channels import ChannelMap, ModuleChannels
 from act.core import ActError
-from act.masks import ChannelMask, ChannelScores, iou, overlap, random_mask, top_p, weight_scores
+from act.masks import ChannelMask, ChannelScores, iou, overlap, random_mask, top_p, weight_scores, with_kind
 from conftest import tiny_model
 
 def make_map(*widths): return ChannelMap([ModuleChannels(f'model.layers.{i}.mlp.up_proj', 'up', i, w, ((f'model.layers.{i}.mlp.up_proj.weight', 0),)) for i, w in enumerate(widths)], None)
@@ -138,3 +138,12 @@ def test_a_full_size_vector_is_ranked_exactly():
     cm = ChannelMap([ModuleChannels('lm_head', 'lm_head', None, n, (('lm_head.weight', 0),))], None)
     m = top_p(ChannelScores({'lm_head': torch.arange(n) % 1000 + 0.}, cm), 0.001)
     assert m.count == 17_000 and m.flat()[999::1000].all()
+
+def test_a_kind_taken_whole():
+    model = tiny_model('qwen2')
+    scores = weight_scores(model, tiny_model('qwen2', 1))
+    mask = top_p(scores, .1, 'module')
+    whole = with_kind(mask)
+    assert whole['model.embed_tokens'].all() and (mask - whole).count == 0
+    assert {p for p in mask.data if not torch.equal(mask[p], whole[p])} <= {'model.embed_tokens'}
+    with pytest.raises(ActError, match='router'): with_kind(mask, 'router')
