@@ -132,15 +132,17 @@ SOURCES = { # name -> where rows come from and what they become; {lang} is repla
     'mgsm':       dict(hub=('juletxara/mgsm', '{lang}'), local='mgsm/{lang}.jsonl', files=dict(test='test', other='test'), item=_mgsm, group=None,
                        shares=dict(train=0., localize=0.2, sft=0.1, validation=0.2, test=0.5)),
     'xquad':      dict(hub=('google/xquad', 'xquad.{lang}'), local='xquad/{lang}.jsonl', files=dict(test='validation', other='validation'), item=_xquad, group='context'),
-    'xquad-text': dict(hub=('google/xquad', 'xquad.{lang}'), local='xquad/{lang}.jsonl', files=dict(test='validation', other='validation'), item=_text, group='context', once=True),
+    'xquad-text': dict(hub=('google/xquad', 'xquad.{lang}'), local='xquad/{lang}.jsonl', files=dict(test='validation', other='validation'), item=_text, group='context', once=True, splits='xquad'),
     'exams':      dict(hub=('mhardalov/exams', 'multilingual'), local='exams/{file}.jsonl', files=dict(test='test', validation='dev', other='train'), item=_exams, group='question', lang='lang'),
     'msvamp':     dict(hub=('Mathoctopus/MSVAMP', '{lang}'), local='msvamp/{lang}.jsonl', files=dict(test='test', other='test'), item=_msvamp, group=None,
                        shares=dict(train=0., localize=0.2, sft=0.1, validation=0.2, test=0.5)),
     'arc':        dict(hub=('alexandrainst/m_arc', '{lang}'), local='arc/{lang}/{file}.jsonl', files=dict(test='test', validation='val', other='train'), item=_arc, group='id', ids=True)}
-SOURCES['exams-science'] = dict(SOURCES['exams'], only=('Biology', 'Chemistry', 'Physics', 'Geology', 'Science')) # the natural sciences among the subjects
+SOURCES['exams-science'] = dict(SOURCES['exams'], splits='exams', only=('Biology', 'Chemistry', 'Physics', 'Geology', 'Science')) # the natural sciences among the subjects
 SHARES = dict(train=0.6, localize=0.1, sft=0.1, validation=0.08, test=0.12) # of the groups, where a source has one file for all
 
 # %% ../nbs/02_abilities.ipynb #02-019
+def _hub_is_off(): return os.environ.get('HF_HUB_OFFLINE', '0') not in ('', '0', 'false') # now, not when huggingface_hub was imported
+
 def _rows(name, src, lang, file):
     fill = lambda s: s.format(lang=lang, file=file)
     root, hub = os.environ.get('ACT_DATA'), src['hub']
@@ -148,7 +150,7 @@ def _rows(name, src, lang, file):
     if local and local.is_file():
         with open(local, encoding='utf-8') as f: return [json.loads(l) for l in f if l.strip()], f"{fill(src['local'])}"
     ways = f"put {fill(src['local'])} under the folder that ACT_DATA names, or let the hub id {hub[0]} ({fill(hub[1])}) be reached"
-    if os.environ.get('HF_HUB_OFFLINE', '0') not in ('', '0', 'false'): raise ActError(f"no local copy of {name}/{lang} and the hub is switched off: {ways}")
+    if _hub_is_off(): raise ActError(f"no local copy of {name}/{lang} and the hub is switched off: {ways}")
     from datasets import load_dataset
     try:
         with quiet(): return list(load_dataset(hub[0], fill(hub[1]), split=file)), f'{hub[0]} {fill(hub[1])} {file}'
@@ -179,7 +181,7 @@ def _public(name, lang, split):
     for i, (r, g) in enumerate(zip(rows, _groups(src, rows))):
         if src.get('lang') and r.get('lang', r.get('info', {}).get('language')).removeprefix('North ') != LANGUAGE_NAMES.get(lang, lang): continue
         if src.get('only') and r.get('subject', r.get('info', {}).get('subject')) not in src['only']: continue
-        if _split_of(name.removesuffix('-text').removesuffix('-science'), g, shares) != split or (src.get('once') and g in last): continue
+        if _split_of(src.get('splits', name), g, shares) != split or (src.get('once') and g in last): continue
         last.add(g)
         prompt, answer, *choices = src['item'](r)
         if answer.strip(): items.append(Item(prompt, answer, f'{name}/{lang}/{i}', *choices))

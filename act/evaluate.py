@@ -128,6 +128,8 @@ def write_tasks(
     return sorted(p.stem for p in Path(folder).glob('act_*_*.yaml'))
 
 # %% ../nbs/14_evaluate.ipynb #14-027
+def _kind(ability, generate): return 'choices' if all(o.choices for o in ability) else 'generate' if generate else 'loglikelihood' # which template
+
 @lru_cache(maxsize=256)
 def _cached_task(key, kind, eos, write):
     from lm_eval.api.task import ConfigurableTask
@@ -206,19 +208,19 @@ def evaluate(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     abilities = [abilities] if isinstance(abilities, Ability) else list(abilities)
-    kind = lambda a: 'choices' if all(o.choices for o in a) else 'generate' if generate else 'loglikelihood'
     if not abilities: raise ActError("no abilities to evaluate: pass at least one")
     if len({a.name for a in abilities}) < len(abilities): raise ActError(f"two abilities share a name ({', '.join(a.name for a in abilities)}): give them different names")
-    end = lambda a: (tokenizer.eos_token or '') if (a.eos if eos is None else eos) and kind(a) != 'generate' else ''
+    kinds = {a.name: _kind(a, generate) for a in abilities}
+    end = lambda a: (tokenizer.eos_token or '') if (a.eos if eos is None else eos) and kinds[a.name] != 'generate' else ''
     with _silent():
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
         if not progress:
             for f in ('loglikelihood', 'generate_until'): setattr(lm, f, _without_bar(getattr(lm, f)))
         write = min(512 if generate is True else int(generate), lm.max_length//2) # the other half is for the prompt
-        tasks = {a.name: _cached_task(_Key(a.name, a), kind(a), end(a), write) for a in abilities}
+        tasks = {a.name: _cached_task(_Key(a.name, a), kinds[a.name], end(a), write) for a in abilities}
         out = lm_eval.evaluate(lm, dict(tasks=tasks), bootstrap_iters=0, apply_chat_template=chat)
-    rows = [row for a in abilities for row in _item_rows(a, out['samples'][a.name], tokenizer, end(a), kind(a))]
-    meta = provenance(model=_label(model), abilities={a.name: dict(hash=a.hash, items=len(a), source=a.source, kind=kind(a), task_version=t.VERSION, filters=[f.name for f in t._filters]) for a, t in zip(abilities, tasks.values())},
+    rows = [row for a in abilities for row in _item_rows(a, out['samples'][a.name], tokenizer, end(a), kinds[a.name])]
+    meta = provenance(model=_label(model), abilities={a.name: dict(hash=a.hash, items=len(a), source=a.source, kind=kinds[a.name], task_version=t.VERSION, filters=[f.name for f in t._filters]) for a, t in zip(abilities, tasks.values())},
                       batch_size=batch_size, generate=write, dtype=str(model.dtype).removeprefix('torch.'), max_length=max_length, chat=chat, lm_eval=lm_eval.__version__)
     return EvalResult(pd.DataFrame(rows), meta)
 

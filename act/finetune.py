@@ -101,6 +101,9 @@ class FinetuneReport:
     meta: dict = field(default_factory=dict, repr=False)
 
     def __repr__(self): return f"FinetuneReport: {len(self.losses)} steps, {self.tokens:,} tokens, {self.seconds:.1f} s, loss {self.losses[0]:.3f} -> {self.losses[-1]:.3f}" + (f", best validation loss {min(l for _, l in self.eval_losses):.3f} at step {self.best_step}" if self.eval_losses else '')
+    def record(self, model): # name of what was fine-tuned
+        "What the file beside the weights says."
+        return dict(format='act-finetune-1', **self.meta, losses=self.losses, eval_losses=self.eval_losses, best_step=self.best_step, tokens=self.tokens, seconds=round(self.seconds, 2), provenance=provenance(model=model))
     def plot(self, ax=None):
         "Loss against step; returns the axes."
         import matplotlib.pyplot as plt
@@ -195,6 +198,5 @@ def act_finetune(
     report = finetune(net, data, tok, steps, lr, batch_size, chosen, held, seed=seed, max_length=max_length, weight_decay=weight_decay,
                       lora=dict(r=lora_r, lora_alpha=2*lora_r, target_modules='all-linear') if lora_r else None, chat=chat, bf16=bf16, inplace=True)
     if torch.distributed.is_initialized() and torch.distributed.get_rank(): return
-    record = dict(format='act-finetune-1', **report.meta, losses=report.losses, eval_losses=report.eval_losses, best_step=report.best_step, tokens=report.tokens, seconds=round(report.seconds, 2), provenance=provenance(model=model))
-    save_model(report.model, tok, out, {'act_finetune.json': record})
+    save_model(report.model, tok, out, {'act_finetune.json': report.record(model)})
     print(f'{report} -> {out}')

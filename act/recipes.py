@@ -6,7 +6,8 @@
 __all__ = ['Recipe', 'read_recipe', 'shape_of', 'Plan', 'plan', 'Store', 'Staged', 'run_recipe', 'act_recipe']
 
 # %% ../nbs/35_recipes.ipynb #35-004
-import inspect, json, math, os, shutil, time
+import inspect, json, math, shutil, time
+from collections import namedtuple
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 import numpy as np, pandas as pd, matplotlib.pyplot as plt, yaml
@@ -14,16 +15,16 @@ from fastcore.basics import patch
 from fastcore.script import store_true
 from filelock import FileLock, Timeout
 from transformers import AutoConfig
-from .abilities import load_ability
+from .abilities import _hub_is_off, load_ability
 from .baselines import BASELINES, BASELINE_ROWS
 from .channels import _meta_model, enumerate_channels
 from .checkpoints import load_model, resolve, save_model, weight_hash
-from .core import ActError, PACKAGE, _version, atomic_folder, check_absent, command, provenance, read_json, sha256, write_json
-from .evaluate import _Key, _cached_task, _silent
+from .core import ActError, PACKAGE, _version, atomic_file, atomic_folder, check_absent, command, provenance, read_json, sha256, write_json
+from .evaluate import _Key, _cached_task, _kind, _silent
 from .finetune import finetune
 from .masks import ChannelScores
 from .merge import MERGERS, MERGE_ROWS, MergeBench, MergeCase, merge_study, plot_merged
-from .recover import METHODS, ROWS, Bench, Case, _write_all, recover
+from .recover import METHODS, ROWS, Bench, Case, _write_all, _write_tables, grid_of, points, recover
 
 # %% ../nbs/35_recipes.ipynb #35-009
 @dataclass(frozen=True)
@@ -39,7 +40,15 @@ class Recipe:
     text: str    # the file
 
 # %% ../nbs/35_recipes.ipynb #35-010
-_KINDS = dict(recover=(Case, Bench, {**BASELINE_ROWS, **ROWS}, {**BASELINES, **METHODS}, ROWS), merge=(MergeCase, MergeBench, MERGE_ROWS, MERGERS, MERGE_ROWS))
+def _write_merged(rec, bench, out):
+    _write_tables(rec, out)
+    ax = plot_merged(rec)
+    ax.figure.savefig(out/'rows.svg', bbox_inches='tight'); ax.figure.savefig(out/'rows.png', dpi=200, bbox_inches='tight')
+    plt.close(ax.figure)
+
+_Kind = namedtuple('_Kind', 'case bench rows methods plain study report') # plain: the rows of a recipe that names none
+_KINDS = dict(recover=_Kind(Case, Bench, {**BASELINE_ROWS, **ROWS}, {**BASELINES, **METHODS}, ROWS, recover, _write_all),
+              merge=_Kind(MergeCase, MergeBench, MERGE_ROWS, MERGERS, MERGE_ROWS, merge_study, _write_merged))
 _OURS = 'ACT (module-normalised)' # the row that reports compare with the others
 
 def _frozen(v): return tuple(map(_frozen, v)) if isinstance(v, list) else {k: _frozen(x) for k, x in v.items()} if isinstance(v, dict) else v
@@ -66,11 +75,11 @@ def read_recipe(
     except yaml.YAMLError as e: raise bad(f"not YAML ({' '.join(str(e).split())[:160]})") from e
     _only(d, ('kind', 'rows', 'seeds', 'train', 'case', 'shapes'), 'the recipe', bad, ('kind', 'case'))
     if d['kind'] not in _KINDS: raise bad(f"kind is {d['kind']!r}: choose recover or merge")
-    cls, _, rows, _, plain = _KINDS[d['kind']]
+    kind, cls = _KINDS[d['kind']], _KINDS[d['kind']].case
     _only(d['case'], [f.name for f in fields(cls)], 'case', bad, [f.name for f in fields(cls) if f.default is MISSING and f.name != 'others'])
     if d['case'].get('grid'): _check_grid(d['case']['grid'], bad)
-    chosen, seeds, train = d.get('rows') or list(plain), d.get('seeds', [0, 1, 2]), d.get('train') or {}
-    if odd := [r for r in chosen if r not in rows]: raise bad(f"no row is called {odd[0]!r}; there are {', '.join(rows)}")
+    chosen, seeds, train = d.get('rows') or list(kind.plain), d.get('seeds', [0, 1, 2]), d.get('train') or {}
+    if odd := [r for r in chosen if r not in kind.rows]: raise bad(f"no row is called {odd[0]!r}; there are {', '.join(kind.rows)}")
     if _OURS not in chosen: raise bad(f'rows lacks {_OURS!r}, with which the report compares the others')
     if not isinstance(seeds, list) or not seeds or not all(isinstance(s, int) for s in seeds): raise bad(f'seeds is {seeds!r}: a list of whole numbers')
     options = ['model', 'abilities', 'split', 'n', *list(inspect.signature(finetune).parameters)[3:]]
@@ -96,8 +105,7 @@ def shape_of(
     noted = recipe.shapes.get(source)
     try:
         local = Path(source).is_dir() or source.split('/')[0] in ('lab', 'smollm2')
-        offline = os.environ.get('HF_HUB_OFFLINE', '0') not in ('', '0', 'false')
-        config, where = AutoConfig.from_pretrained(resolve(source) if local else source, trust_remote_code=False, local_files_only=offline), 'folder' if local else 'hub'
+        config, where = AutoConfig.from_pretrained(resolve(source) if local else source, trust_remote_code=False, local_files_only=_hub_is_off()), 'folder' if local else 'hub'
     except ActError: raise
     except Exception as e:
         if not noted: raise ActError(f"{source} has no configuration here, on the hub ({type(e).__name__}) or under shapes: check the name, or note its config.json under shapes") from e
@@ -155,47 +163,48 @@ def _resolve_data(recipe, problems):
     rows = []
     for (a, split), n in _abilities(recipe).items():
         try:
-            ability = load_ability(a, split, n if n and split in ('validation', 'test', 'train') else None)
-            kind = 'choices' if all(o.choices for o in ability) else 'generate' if recipe.case.generate else 'loglikelihood'
+            ability = load_ability(a, split, n if split != 'localize' else None) # of which each seed takes so many
+            kind = _kind(ability, recipe.case.generate)
             with _silent(): task = _cached_task(_Key(ability.name, ability), kind, '', recipe.case.generate) if split in ('validation', 'test') else None
             size = lambda o: len((o.prompt + ''.join(o.choices or [o.answer])).encode())
             rows.append(dict(ability=a, split=split, items=len(ability), tokens=sum(map(size, ability))//3, task=f'{kind} {task.VERSION}' if task else ''))
         except ActError as e: problems.append(str(e))
     return pd.DataFrame(rows, columns=['ability', 'split', 'items', 'tokens', 'task'])
 
-def _points(recipe):
-    "(settings to try, with their fine-tuning), each counted once however many rows share it."
-    _, _, rows, methods, _ = _KINDS[recipe.kind]
-    grid = dict(ps=(0.05, 0.1, 0.2, 0.3), lams=(0.5, 1.), sft=True) | (recipe.case.grid or {})
-    return {(m, bool(sft and (grid['sft'] or methods[m].tune)), json.dumps(s, sort_keys=True)) for m, sft in (rows[r] for r in recipe.rows) if m for s in methods[m].settings(grid['ps'], grid['lams'])}, grid
+def _tries(recipe):
+    "Fine-tuned or not, for every setting to try, counted once however many rows share it."
+    kind = _KINDS[recipe.kind]
+    return [sft for _, sft, _ in {(m, sft, tuple(s.items())) for _, m, sft, s in points(recipe.case, {r: kind.rows[r] for r in recipe.rows}, kind.methods)}]
 
 # %% ../nbs/35_recipes.ipynb #35-020
 def _work(recipe, n, data, flops, bandwidth):
-    c, b = recipe.case, dict(float32=4).get(recipe.case.dtype, 2)
-    tokens = lambda split: int(data.tokens[data.split == split].sum())
-    items = lambda split: int(data['items'][data.split == split].sum())
-    per_item = lambda split: tokens(split)/max(1, items(split))
-    points, grid = _points(recipe)
-    rows, seeds, given = _KINDS[recipe.kind][2], len(recipe.seeds), len(recipe.models)
-    tuned = sum(rows[r][1] for r in recipe.rows)
-    sft = c.sft or {}
-    def training(o, split): return (o.get('steps', 50)*o.get('batch_size', 16)*o.get('accumulate', 1)*min(per_item(split), o.get('max_length') or 1e9))
-    def state(o): return (b if not o.get('upcast', True) else 4)*n if o.get('lora') else (4*b if not o.get('upcast', True) else 16)*n
-    def scoring(split): # seconds of one model on the items
-        open_items = int(data['items'][(data.split == split) & data.task.str.startswith('generate')].sum())
-        steps = math.ceil(open_items/c.batch_size)*c.generate
-        return 2*n*tokens(split)/flops + steps*max(b*n/bandwidth, 2*n*c.batch_size/flops)
-    own = 1 if recipe.kind == 'recover' else given - 1
-    taken = sum(min(c.items, int(r['items'])) * r.tokens/max(1, r['items']) for _, r in data[data.split == 'localize'].iterrows())
-    out = [(f'train/{k}', 1, t := training(o, o.get('split', 'train')), 6*n*t, state(o), 6*n*t/flops) for k, o in recipe.train.items()]
-    out.append(('localise', seeds*own, seeds*taken, 4*n*seeds*taken, given*b*n, 4*n*seeds*taken/flops))
-    out.append(('given models', 2*given, given*(tokens('validation') + tokens('test')), 2*n*given*(tokens('validation') + tokens('test')), given*b*n, given*(scoring('validation') + scoring('test'))))
-    fits = sum(f for _, f, _ in points)
-    t = fits*training(sft, 'sft') + len(points)*tokens('validation')
-    out.append(('choose settings', len(points), t, n*(6*fits*training(sft, 'sft') + 2*len(points)*tokens('validation')), (given + 1)*b*n + (state(sft) if fits else 0), fits*6*n*training(sft, 'sft')/flops + len(points)*scoring('validation')))
-    k = seeds*len(recipe.rows)
-    out.append(('test', k, seeds*tuned*training(sft, 'sft') + k*tokens('test'), n*(6*seeds*tuned*training(sft, 'sft') + 2*k*tokens('test')), (given + 1)*b*n + (state(sft) if tuned else 0), seeds*tuned*6*n*training(sft, 'sft')/flops + k*scoring('test')))
-    return pd.DataFrame([dict(stage=s, times=i, tokens=int(t), pflop=f/1e15, memory_gb=m/1e9, hours=h/3600) for s, i, t, f, m, h in out])
+    "A row for each kind of stage: how often, tokens, operations, memory, time."
+    c, b, kind = recipe.case, 4 if recipe.case.dtype == 'float32' else 2, _KINDS[recipe.kind]
+    seeds, given, sft, tries = len(recipe.seeds), len(recipe.models), c.sft or {}, _tries(recipe)
+    part = lambda split: data[data.split == split]
+    def stage(name, times, memory, trained=0, read=0, passes=1, writing=0): # tokens trained on; tokens read, by so many models; seconds spent on writing
+        work = n*(6*trained + 2*read*passes)
+        return dict(stage=name, times=times, tokens=int(trained + read), pflop=work/1e15, memory_gb=memory/1e9, hours=(work/flops + writing)/3600)
+    def training(o, split): # tokens of one fine-tuning
+        per_item = part(split).tokens.sum()/max(1, part(split)['items'].sum())
+        return o.get('steps', 50)*o.get('batch_size', 16)*o.get('accumulate', 1)*min(per_item, o.get('max_length') or 1e9)
+    def state(o): # bytes of one fine-tuning
+        whole = o.get('upcast', True)
+        return n*((4 if whole else b) if o.get('lora') else (16 if whole else 4*b))
+    def writing(split): # seconds in which one model writes its answers
+        steps = math.ceil(part(split)[part(split).task.str.startswith('generate')]['items'].sum()/c.batch_size)*c.generate
+        return steps*max(b*n/bandwidth, 2*n*c.batch_size/flops)
+    val, test = (int(part(s).tokens.sum()) for s in ('validation', 'test'))
+    samples = part('localize')
+    taken = seeds*(samples['items'].clip(upper=c.items)*samples.tokens/samples['items']).sum()
+    fit, beside, tuned = training(sft, 'sft'), (given + 1)*b*n, sum(kind.rows[r][1] for r in recipe.rows)
+    rows = seeds*len(recipe.rows)
+    return pd.DataFrame([
+        *[stage(f'train/{k}', 1, state(o), training(o, o.get('split', 'train'))) for k, o in recipe.train.items()],
+        stage('localise', seeds*(1 if recipe.kind == 'recover' else given - 1), given*b*n, read=taken, passes=2),
+        stage('given models', 2*given, given*b*n, read=given*(val + test), writing=given*(writing('validation') + writing('test'))),
+        stage('choose settings', len(tries), beside + (state(sft) if any(tries) else 0), sum(tries)*fit, len(tries)*val, writing=len(tries)*writing('validation')),
+        stage('test', rows, beside + (state(sft) if tuned else 0), seeds*tuned*fit, rows*test, writing=rows*writing('test'))])
 
 # %% ../nbs/35_recipes.ipynb #35-021
 def plan(
@@ -217,8 +226,7 @@ def plan(
     data = _resolve_data(recipe, problems)
     n = max([r['parameters'] for r in rows], default=0)
     work = _work(recipe, n, data, tflops*1e12, gb_s*1e9) if n and len(data) else pd.DataFrame(columns=['stage', 'times', 'tokens', 'pflop', 'memory_gb', 'hours'])
-    ps = _points(recipe)[1]['ps']
-    moved = pd.DataFrame([dict(p=p, channels=max(1, round(p*first.total))) for p in ps]) if first else pd.DataFrame()
+    moved = pd.DataFrame([dict(p=p, channels=max(1, round(p*first.total))) for p in grid_of(recipe.case)['ps']]) if first else pd.DataFrame()
     disk = sum(2*r['parameters'] for r in rows if r['origin'] != 'folder' and not r['model'].startswith('train/'))/1e9 + len(recipe.train)*2*n/1e9
     kinds = first.summary().reset_index() if first else pd.DataFrame()
     return Plan(recipe, pd.DataFrame(rows), kinds, moved, data, work, disk, tuple(problems), f'{tflops:g} TFLOP/s and {gb_s:g} GB/s, which is assumed, not measured')
@@ -312,7 +320,7 @@ def _trained(recipe, store, device):
         def make(path):
             net, tok = load_model(source, dtype=recipe.case.dtype, device=device)
             report = finetune(net, items, tok, inplace=True, **o)
-            save_model(report.model, tok, path, {'act_finetune.json': dict(format='act-finetune-1', **report.meta, losses=report.losses, tokens=report.tokens, seconds=round(report.seconds, 2), provenance=provenance(model=source))})
+            save_model(report.model, tok, path, {'act_finetune.json': report.record(source)})
         out[f'train/{name}'] = store.kept(store.path(f'train {name}', depends, ''), make, lambda p: p)
     return out
 
@@ -329,33 +337,21 @@ def run_recipe(
     try: lock = FileLock(out/'.lock', timeout=0).acquire()
     except Timeout as e: raise ActError(f"another run is working in {out}: wait for it, or choose another folder") from e
     with lock:
-        for f in (out/'stages').glob('.*.tmp'): shutil.rmtree(f) if f.is_dir() else f.unlink() # of a run that was killed
-        (out/'recipe.yaml').write_text(recipe.text, encoding='utf-8')
+        for f in [*out.glob('.*.tmp'), *(out/'stages').glob('.*.tmp')]: shutil.rmtree(f) if f.is_dir() else f.unlink() # of a run that was killed
+        with atomic_file(out/'recipe.yaml') as tmp: tmp.write_text(recipe.text, encoding='utf-8')
         store = Store(out/'stages')
         places = _trained(recipe, store, device)
-        cls, bench, rows, methods, _ = _KINDS[recipe.kind]
-        bench = type(f'Staged{bench.__name__}', (Staged, bench), {})(recipe.case, device, progress)
+        kind = _KINDS[recipe.kind]
+        bench = type(f'Staged{kind.bench.__name__}', (Staged, kind.bench), {})(recipe.case, device, progress)
         bench.places = places
         bench.keep(store, dict(models={m: _identity(store, places.get(m, m)) for m in recipe.models}, code=_code()))
-        study = recover if recipe.kind == 'recover' else merge_study
-        rec = study(recipe.case, None, recipe.seeds, device, progress, {r: rows[r] for r in recipe.rows}, methods, bench)
+        rec = kind.study(recipe.case, None, recipe.seeds, device, progress, {r: kind.rows[r] for r in recipe.rows}, kind.methods, bench)
         rec.meta.update(recipe=recipe.name, recipe_hash=sha256(recipe.text), stages_made=store.made, stages_found=store.found, seconds=round(store.seconds))
         if (out/'report').exists(): shutil.rmtree(out/'report')
-        with atomic_folder(out/'report') as tmp: _report(recipe, rec, bench, tmp)
+        with atomic_folder(out/'report') as tmp: kind.report(rec, bench, tmp)
     return rec
 
-# %% ../nbs/35_recipes.ipynb #35-036
-def _report(recipe, rec, bench, out):
-    if recipe.kind == 'recover': return _write_all(rec, bench, out)
-    rec.save(out/'result.json')
-    rec.table().to_csv(out/'table.csv')
-    (out/'table.txt').write_text(rec.table().to_string() + '\n')
-    rec.numbers().to_csv(out/'numbers.csv', index=False); rec.grid.to_csv(out/'grid.csv', index=False); rec.against().to_csv(out/'against.csv', index=False)
-    ax = plot_merged(rec)
-    ax.figure.savefig(out/'rows.svg', bbox_inches='tight'); ax.figure.savefig(out/'rows.png', dpi=200, bbox_inches='tight')
-    plt.close(ax.figure)
-
-# %% ../nbs/35_recipes.ipynb #35-043
+# %% ../nbs/35_recipes.ipynb #35-042
 @command
 def act_recipe(
     action: str,           # run, resume or report

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CASES', 'RESULTS', 'METHODS', 'ROWS', 'Options', 'Case', 'Method', 'moving', 'by_p_and_lam', 'by_p_and_rank',
-           'by_lam', 'Bench', 'choose', 'measure', 'group_samples', 'interval', 'Recovery', 'recover', 'plot_rows',
-           'plot_grid', 'report_html', 'findings', 'act_reproduce', 'stages']
+           'by_lam', 'Bench', 'grid_of', 'points', 'choose', 'measure', 'group_samples', 'interval', 'Recovery',
+           'recover', 'plot_rows', 'plot_grid', 'report_html', 'findings', 'act_reproduce', 'stages']
 
 # %% ../nbs/30_recover.ipynb #30-003
 import html, io, json, resource, time
@@ -243,6 +243,20 @@ ROWS = { # row -> (method or none, with SFT or not)
     'ACT without SFT': ('ACT', False), 'ACT': ('ACT', True), 'ACT (module-normalised) without SFT': ('ACT (module-normalised)', False), 'ACT (module-normalised)': ('ACT (module-normalised)', True)}
 
 # %% ../nbs/30_recover.ipynb #30-038
+def grid_of(
+    case, # a Case or MergeCase
+) -> dict: # ps, lams; sft: choose after the fine-tuning
+    "The settings to choose from: the case's own, or the default ones."
+    return dict(ps=(0.05, 0.1, 0.2, 0.3), lams=(0.5, 1.), sft=True) | (case.grid or {})
+
+def points(
+    case, rows: dict, methods: dict, # as in `choose`
+) -> list: # (row, method, with SFT or not, setting)
+    "Every setting of every row that has a method."
+    grid = grid_of(case)
+    return [(r, m, sft and (grid['sft'] or methods[m].tune is not None), s) for r, (m, sft) in rows.items() if m for s in methods[m].settings(grid['ps'], grid['lams'])]
+
+# %% ../nbs/30_recover.ipynb #30-039
 def choose(
     bench: Bench,            # from a case
     rows: dict = ROWS,       # row -> (method or none, with SFT or not)
@@ -251,14 +265,12 @@ def choose(
 ) -> tuple: # DataFrame of all points, the given models first: row, setting, a column for each aim, mean; dict row -> best setting
     "Try every setting on validation items; the best has the best mean over the case's aims (retained and recovered)."
     case, known = bench.case, {}
-    grid = dict(ps=(0.05, 0.1, 0.2, 0.3), lams=(0.5, 1.), sft=True) | (case.grid or {})
-    points = [(r, m, sft and (grid['sft'] or methods[m].tune is not None), s) for r, (m, sft) in rows.items() if m for s in methods[m].settings(grid['ps'], grid['lams'])]
     mean = lambda vals, names: np.mean([vals[_short(a)].mean() for a in names])
     def point(row, s, vals):
         aims = {k: mean(vals, v) for k, v in case.aims.items()}
         return dict(row=row, setting=s, **aims, mean=np.mean(list(aims.values())))
     out = [point(n, {}, bench.score(n, 'val')['values']) for n in bench.names]
-    for row, m, sft, s in bar(points, bench.progress, desc='choosing on validation'):
+    for row, m, sft, s in bar(points(case, rows, methods), bench.progress, desc='choosing on validation'):
         key = m, sft, tuple(s.items())
         if key not in known: known[key] = bench.score(m, 'val', methods[m], seed, sft, s)['values']
         out.append(point(row, s, known[key]))
@@ -266,10 +278,10 @@ def choose(
     best = df.loc[df[len(bench.names):].groupby('row', sort=False)['mean'].agg('idxmax' if case.metric == 'correct' else 'idxmin')]
     return df, dict(zip(best.row, best.setting))
 
-# %% ../nbs/30_recover.ipynb #30-039
+# %% ../nbs/30_recover.ipynb #30-040
 def _short(ability): return Path(ability).stem if ability.endswith('.jsonl') else ability.removeprefix('lab/').replace('/', '-')
 
-# %% ../nbs/30_recover.ipynb #30-041
+# %% ../nbs/30_recover.ipynb #30-042
 def measure(
     bench: Bench,          # from a case
     best: dict,            # row -> setting, from `choose`
@@ -285,7 +297,7 @@ def measure(
         out.setdefault(row, []).append(done['values'])
     return out
 
-# %% ../nbs/30_recover.ipynb #30-043
+# %% ../nbs/30_recover.ipynb #30-044
 def group_samples(
     runs: list,    # over seeds: dict ability -> per-item values
     names: tuple,  # abilities of the group
@@ -303,14 +315,14 @@ def group_samples(
         means.append(np.take_along_axis(per_seed, who, 1).mean(1))
     return np.mean(means, 0)
 
-# %% ../nbs/30_recover.ipynb #30-044
+# %% ../nbs/30_recover.ipynb #30-045
 def interval(
     samples: np.ndarray, # from `group_samples`: the estimate, then its resamples
 ) -> tuple: # (estimate, low, high)
     "The estimate and its 95 % percentile interval."
     return samples[0], *np.percentile(samples[1:], [2.5, 97.5])
 
-# %% ../nbs/30_recover.ipynb #30-046
+# %% ../nbs/30_recover.ipynb #30-047
 class Recovery:
     "Result of a recovery study: `.table()`, `.against()`, `.mcnemar()`, `.save()`; renders itself; `plot_rows` and `plot_grid` draw it."
     kind = Case
@@ -347,7 +359,7 @@ class Recovery:
     def __repr__(self): return self.table().to_string()
     def _repr_html_(self): return self.table().to_html()
 
-# %% ../nbs/30_recover.ipynb #30-048
+# %% ../nbs/30_recover.ipynb #30-049
 @patch
 def against(
     self: Recovery,
@@ -361,7 +373,7 @@ def against(
             out.append((r, c, *interval(d), min(1., 2*(1 + min((d[1:] <= 0).sum(), (d[1:] >= 0).sum()))/len(d))))
     return pd.DataFrame(out, columns=['against', 'column', 'difference', 'low', 'high', 'p']).assign(holm=lambda t: holm(t.p))
 
-# %% ../nbs/30_recover.ipynb #30-049
+# %% ../nbs/30_recover.ipynb #30-050
 @patch
 def mcnemar(
     self: Recovery,
@@ -372,7 +384,7 @@ def mcnemar(
     t = pd.DataFrame([dict(against=r, **paired_test(items(row), items(r))) for r in self.rows if r != row])
     return t.rename(columns=dict(only_a='only this', only_b='only the other')).assign(holm=holm(t.p))
 
-# %% ../nbs/30_recover.ipynb #30-050
+# %% ../nbs/30_recover.ipynb #30-051
 @patch
 def sides(
     self: Recovery,
@@ -386,7 +398,7 @@ def sides(
     side = np.select([better, worse], ['better', 'worse'], 'tie')
     return {c: {s: list(d.against[(d.column == c) & (side == s)]) for s in ('better', 'worse', 'tie')} for c in columns}
 
-# %% ../nbs/30_recover.ipynb #30-052
+# %% ../nbs/30_recover.ipynb #30-053
 @patch
 def save(
     self: Recovery,
@@ -397,7 +409,7 @@ def save(
     rows = {r: [{a: pack(x) for a, x in run.items()} for run in runs] for r, runs in self.rows.items()}
     return write_json(dict(format='act-recovery-2', case=asdict(self.case), best=self.best, rows=rows, grid=self.grid.round(4).to_dict('records'), meta=self.meta), path)
 
-# %% ../nbs/30_recover.ipynb #30-053
+# %% ../nbs/30_recover.ipynb #30-054
 @patch(cls_method=True)
 def load(
     cls: Recovery,
@@ -409,14 +421,14 @@ def load(
     rows = {r: [{a: np.array([float(o) for o in x]) for a, x in run.items()} for run in runs] for r, runs in d['rows'].items()}
     return cls(case, rows, pd.DataFrame(d['grid']), d['best'], d['meta'])
 
-# %% ../nbs/30_recover.ipynb #30-055
+# %% ../nbs/30_recover.ipynb #30-056
 def _meta(bench, seeds, start, **more):
     "What a result's file says of its making: time, memory, cost of each row, data, and what `provenance` knows."
     costs = {r: dict(seconds=round(np.mean([s for s, _ in c]), 2), tokens=round(np.mean([t for _, t in c]))) for r, c in bench.costs.items()}
     return provenance(seconds=round(time.time() - start), peak_memory_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024), seeds=list(seeds),
                       stages={k: round(sum(v)/len(v), 2) for k, v in bench.seconds.items()}, costs=costs, data={x.name: x.hash for x in bench.test}, **more)
 
-# %% ../nbs/30_recover.ipynb #30-056
+# %% ../nbs/30_recover.ipynb #30-057
 def recover(
     case,                     # a Case, or a name in CASES
     out=None,                 # folder to create: result.json, tables, figures, report.html, scores and mask
@@ -442,7 +454,7 @@ def recover(
         with atomic_folder(out) as tmp: _write_all(rec, bench, tmp)
     return rec
 
-# %% ../nbs/30_recover.ipynb #30-058
+# %% ../nbs/30_recover.ipynb #30-059
 _MARKS = dict(zip(['target', 'donor', *ROWS], 'sDoX^vPPpp'))
 
 def _axis(case, name, ax, which, items='test'):
@@ -469,7 +481,7 @@ def plot_rows(
     ax.legend(fontsize=6, loc='upper center', bbox_to_anchor=(.45, -.18), ncol=2, frameon=False)
     return ax
 
-# %% ../nbs/30_recover.ipynb #30-059
+# %% ../nbs/30_recover.ipynb #30-060
 def plot_grid(
     rec: Recovery, # what to draw
     ax=None,       # axes to draw on
@@ -486,20 +498,23 @@ def plot_grid(
     ax.legend(fontsize=6, loc='lower left')
     return ax
 
-# %% ../nbs/30_recover.ipynb #30-061
+# %% ../nbs/30_recover.ipynb #30-062
 def _svg(ax):
     buf = io.StringIO()
     ax.figure.savefig(buf, format='svg')
     return buf.getvalue()[buf.getvalue().index('<svg'):]
 
-def _write_all(rec, bench, out):
-    scores, best = bench.scores(rec.meta['seeds'][0]), rec.best['ACT (module-normalised)']
-    mask = top_p(scores, best['p'], best['rank'])
-    scores.save(out/'scores.safetensors'); mask.save(out/'mask.safetensors')
+def _write_tables(rec, out):
     rec.save(out/'result.json')
     rec.table().to_csv(out/'table.csv')
     (out/'table.txt').write_text(rec.table().to_string() + '\n')
     rec.numbers().to_csv(out/'numbers.csv', index=False); rec.grid.to_csv(out/'grid.csv', index=False); rec.against().to_csv(out/'against.csv', index=False)
+
+def _write_all(rec, bench, out):
+    scores, best = bench.scores(rec.meta['seeds'][0]), rec.best['ACT (module-normalised)']
+    mask = top_p(scores, best['p'], best['rank'])
+    scores.save(out/'scores.safetensors'); mask.save(out/'mask.safetensors')
+    _write_tables(rec, out)
     figures = {}
     for name, draw in dict(rows=lambda: plot_rows(rec), grid=lambda: plot_grid(rec), scores=scores.plot, mask=mask.plot).items():
         ax = draw()
@@ -509,7 +524,7 @@ def _write_all(rec, bench, out):
         plt.close(ax.figure)
     (out/'report.html').write_text(report_html(rec, figures))
 
-# %% ../nbs/30_recover.ipynb #30-062
+# %% ../nbs/30_recover.ipynb #30-063
 def report_html(
     rec: Recovery, # what to report
     figures: dict, # name -> SVG text
@@ -533,7 +548,7 @@ th:first-child{{text-align:left}}figure{{display:inline-block;margin:.5rem;verti
 <h2>Pictures</h2>{pictures}<h2>Settings</h2><p>Chosen on validation items, by the mean of retained and recovered.</p>{chosen}
 <details><summary>Where these numbers come from</summary><pre>{html.escape(json.dumps(m, indent=1))}</pre></details></body></html>"""
 
-# %% ../nbs/30_recover.ipynb #30-064
+# %% ../nbs/30_recover.ipynb #30-065
 def findings(
     rec: Recovery,  # with metric correct
     ours: tuple = ('ACT', 'ACT (module-normalised)'), # rows to speak of
@@ -553,7 +568,7 @@ def findings(
     if beaten and differs: out.append(f"That some rivals do better contradicts the paper, which finds the channels of largest activation difference to be the ones that matter. {differs}")
     return '\n\n'.join(out)
 
-# %% ../nbs/30_recover.ipynb #30-066
+# %% ../nbs/30_recover.ipynb #30-067
 @command
 def act_reproduce(
     out: str = None,      # folder to create
@@ -570,7 +585,7 @@ def act_reproduce(
     print(rec)
     print(f"\n{rec.meta['seconds']} s, peak memory {rec.meta['peak_memory_mb']:,} MB; tables, figures and report.html in {out}")
 
-# %% ../nbs/30_recover.ipynb #30-086
+# %% ../nbs/30_recover.ipynb #30-087
 def stages(
     rec: Recovery, # from `recover`
     row: str = 'ACT (module-normalised)', # a row that has a twin without SFT
