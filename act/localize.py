@@ -12,7 +12,7 @@ from fastcore.script import store_true
 from transformers import PreTrainedModel
 from .abilities import batches, encode, load_ability
 from .channels import enumerate_channels
-from .checkpoints import _label, load_model, preflight, weight_hash
+from .checkpoints import _label, fingerprint, load_model, preflight, weight_hash
 from .core import ActError, bar, command, provenance
 from .masks import ChannelScores, ItemScores
 
@@ -84,7 +84,7 @@ def localize(
     "Stage 1 of ACT: the mean absolute activation difference delta_i of every channel on an ability's answer tokens."
     start, names = time.time(), (_label(target), _label(donor))
     if check: preflight(target, donor)
-    hashes = dict(target_hash=weight_hash(target), donor_hash=weight_hash(donor)) if check else {}
+    hashes = {f'{role}_{k}': f(m) for role, m in (('target', target), ('donor', donor)) for k, f in (('hash', weight_hash), ('print', fingerprint))} if check else {}
     load = lambda m: (m, tokenizer) if isinstance(m, PreTrainedModel) else load_model(m, dtype, device, device_map)
     (target, tok), (donor, _) = load(target), load(donor)
     tokenizer = tokenizer or tok

@@ -7,11 +7,12 @@ __all__ = ['RULES', 'mask_slices', 'blend', 'transfer', 'transfer_checkpoint', '
 
 # %% ../nbs/12_transfer.ipynb #12-003
 import copy, json, math, torch
+from functools import partial
 from pathlib import Path
 from fastcore.script import store_true
 from transformers import PreTrainedModel
 from .channels import enumerate_channels
-from .checkpoints import Checkpoint, _label, preflight, resolve, weight_hash, write_like
+from .checkpoints import Checkpoint, _label, fingerprint, preflight, resolve, weight_hash, write_like
 from .core import ActError, atomic_folder, check_absent, command, provenance, write_json
 from .masks import ChannelMask
 
@@ -80,12 +81,12 @@ def _check_masks(target, jobs):
         cm = enumerate_channels(target, mask.map.tied or 'embedding')
         if cm != mask.map: raise ActError(f"the mask covers {mask.map.total:,} channels of {len(mask.map)} modules, {_label(target)} has {cm.total:,} in {len(cm)}: it was made for another model")
         for role, m in (('target', target), ('donor', donor)):
-            want = mask.meta.get(f'{role}_hash')
-            if want is None: continue
-            key = id(m) if isinstance(m, PreTrainedModel) else str(m)
-            have = hashes.setdefault(key, weight_hash(m)) if key not in hashes else hashes[key]
-            if have != want: raise ActError(f"the mask was made for another {role} than {_label(m)}: its weights have hash {have[:12]}, the mask expects {want[:12]}; localise again, or pass check=False (--no_check) if you are sure")
-    return hashes
+            kind, name = next(((k, f) for k, f in (('print', fingerprint), ('hash', weight_hash)) if mask.meta.get(f'{role}_{k}')), (None, None))
+            if kind is None: continue
+            want, key = mask.meta[f'{role}_{kind}'], (kind, id(m) if isinstance(m, PreTrainedModel) else str(m))
+            if key not in hashes: hashes[key] = name(m)
+            if hashes[key] != want: raise ActError(f"the mask was made for another {role} than {_label(m)}: its weights have {name.__name__} {hashes[key][:12]}, the mask expects {want[:12]}; localise again, or pass check=False (--no_check) if you are sure")
+    return {m: h for (_, m), h in hashes.items()}
 
 # %% ../nbs/12_transfer.ipynb #12-019
 @torch.no_grad()
@@ -113,6 +114,24 @@ def transfer(
     return out
 
 # %% ../nbs/12_transfer.ipynb #12-028
+def _changes(ours, theirs, jobs, rule):
+    "For `write_like`: the name of every parameter that moves -> function of a block of its rows."
+    moves = {}
+    for (_, mask, lam), donor in zip(jobs, theirs):
+        for name, (axis, chosen) in mask_slices(mask).items(): moves.setdefault(name, []).append((donor, axis, chosen, lam))
+    def changed(name, rows, a, b):
+        block = []
+        for donor, axis, chosen, lam in moves[name]:
+            if axis == 0: part, values = chosen[a:b], donor.rows(name, a + chosen[a:b].nonzero()[:, 0])
+            else: part, values = chosen, donor.read(name, a, b).index_select(axis, chosen.nonzero()[:, 0])
+            block.append((values.to(rows.dtype), axis, part, lam))
+        return blend(rows, block, rule)
+    out, tied = {n: partial(changed, n) for n in moves}, 'model.embed_tokens.weight'
+    if tied in moves and 'lm_head.weight' in ours.tensors and ours._is_copy('lm_head.weight'): out['lm_head.weight'] = lambda rows, a, b: changed(tied, ours.read(tied, a, b), a, b)
+    return out
+
+
+# %% ../nbs/12_transfer.ipynb #12-029
 def transfer_checkpoint(
     target,             # folder, hub id, lab/NAME or smollm2/NAME
     donors, masks,      # as in `transfer`, donors as folders or ids
@@ -121,30 +140,22 @@ def transfer_checkpoint(
     check: bool = True, # the pair fits, holds no NaN, and the mask was made for these weights
     rule: str = 'sum',  # where several donors claim a channel: sum (the paper's), mean or sign
 ) -> Path:
-    "Stage 2 of ACT, streamed: from checkpoint folders to a new checkpoint folder, one shard in memory at most."
+    "Stage 2 of ACT, streamed: from checkpoint folders to a new checkpoint folder, in memory of a few blocks of rows."
     jobs, out = _jobs(donors, masks, lam, rule), check_absent(out)
     hashes = {}
     if check:
-        for d, _, _ in jobs: preflight(target, d)
+        for d, _, _ in jobs: preflight(target, d, finite=False)
         hashes = _check_masks(target, jobs)
-    ours, theirs, slices = Checkpoint(resolve(target)), [Checkpoint(resolve(d)) for d, _, _ in jobs], [mask_slices(m) for _, m, _ in jobs]
-    def moved(name):
-        if ours._is_copy(name): name = 'model.embed_tokens.weight'
-        theta, moves = ours.read(name), []
-        for (_, _, l), s, d in zip(jobs, slices, theirs):
-            if name not in s: continue
-            axis, idx = s[name][0], s[name][1].nonzero()[:, 0]
-            rows = d.rows(name, idx.tolist()) if axis == 0 else d.read(name).index_select(axis, idx)
-            moves.append((rows.to(theta.dtype), axis, s[name][1], l))
-        return blend(theta, moves, rule)
+    ours, theirs = Checkpoint(resolve(target)), [Checkpoint(resolve(d)) for d, _, _ in jobs]
+    change = _changes(ours, theirs, jobs, rule)
     record = dict(format='act-transfer-1', target=str(target), rule=rule, moved=[dict(donor=str(d), lam=l, mask=m.hash, channels=m.count, total=m.total, **{k: m.meta[k] for k in ('ability', 'p', 'rank', 'made') if k in m.meta}) for d, m, l in jobs],
                   hashes={str(k): v for k, v in hashes.items()}, provenance=provenance())
     with atomic_folder(out, ours.nbytes) as tmp:
-        write_like(ours, tmp, moved)
+        write_like(ours, tmp, change, finite=check)
         write_json(record, tmp/'act_transfer.json')
     return out
 
-# %% ../nbs/12_transfer.ipynb #12-034
+# %% ../nbs/12_transfer.ipynb #12-035
 @command
 def act_transfer(
     target: str = None,  # the model that receives: folder, hub id, lab/NAME or smollm2/NAME

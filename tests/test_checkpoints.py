@@ -1,7 +1,8 @@
 "Checkpoints: damaged and mismatched ones are refused by name; hashes name values."
 import json, struct, pytest, torch
+from act import checkpoints
 from safetensors.torch import load_file, save_file
-from act.checkpoints import Checkpoint, check_finite, load_model, preflight, read_header, resolve, save_model, weight_hash, write_like
+from act.checkpoints import Checkpoint, check_finite, fingerprint, load_model, preflight, read_header, resolve, save_model, weight_hash, write_like
 from act.core import ActError
 from conftest import tiny_model, toy_tokenizer
 
@@ -29,13 +30,37 @@ def test_rows_are_the_tensors_rows(checkpoint):
     assert torch.equal(ck.rows('model.layers.0.mlp.up_proj.weight', [5, 0, 23]), w[[5, 0, 23]])
     assert ck.rows('model.layers.0.mlp.up_proj.weight', []).shape == (0, w.shape[1])
 
-def test_written_like_the_source_it_is_the_source(checkpoint, tmp_path):
-    src = checkpoint('m', tiny_model(), max_shard_size='5KB')
-    ck = Checkpoint(src)
+@pytest.mark.parametrize('block', [100, 1 << 20])
+def test_written_like_the_source_it_is_the_source_to_the_byte(checkpoint, tmp_path, monkeypatch, block):
+    monkeypatch.setattr(checkpoints, 'BLOCK', block)
+    ck = Checkpoint(checkpoint('m', tiny_model(), max_shard_size='5KB'))
     (tmp_path/'copy').mkdir()
-    write_like(ck, tmp_path/'copy', ck.read)
-    assert weight_hash(tmp_path/'copy') == weight_hash(src) and Checkpoint(tmp_path/'copy').files == ck.files
+    write_like(ck, tmp_path/'copy')
+    assert len(ck.files) > 1
+    for f in (*ck.files, 'model.safetensors.index.json', 'config.json', 'tokenizer.json'): assert (tmp_path/'copy'/f).read_bytes() == (ck.folder/f).read_bytes()
     load_model(tmp_path/'copy')
+
+@pytest.mark.parametrize('change, word', [(lambda r, a, b: r[:-1], 'same shape'), (lambda r, a, b: r.double(), 'same shape'), (lambda r, a, b: r/0, 'after the change')])
+def test_a_change_that_cannot_be_is_refused(checkpoint, tmp_path, change, word):
+    ck = Checkpoint(checkpoint('m'))
+    (tmp_path/'copy').mkdir()
+    with pytest.raises(ActError, match=f'model.norm.weight.*{word}'): write_like(ck, tmp_path/'copy', {'model.norm.weight': change})
+
+def test_the_source_is_looked_at_on_its_way(checkpoint, tmp_path):
+    folder = checkpoint('m')
+    edit(folder, lambda t: t['model.layers.1.mlp.gate_proj.weight'].__setitem__((2, 3), float('nan')))
+    (tmp_path/'copy').mkdir()
+    with pytest.raises(ActError, match='gate_proj.weight of m holds NaN'): write_like(Checkpoint(folder), tmp_path/'copy')
+
+def test_a_fingerprint_is_of_values_not_of_shards_or_precision(family, checkpoint):
+    model = tiny_model(family, dtype=torch.bfloat16)
+    same = model, checkpoint('one', model), checkpoint('many', model, max_shard_size='5KB'), checkpoint('wide', tiny_model(family, dtype=torch.bfloat16).float())
+    assert len({fingerprint(m) for m in same}) == 1 and fingerprint(tiny_model(family, 1)) != fingerprint(model)
+
+def test_rows_out_of_range_are_refused(checkpoint):
+    ck = Checkpoint(checkpoint('m'))
+    for idx in ([-1], [0, 24]):
+        with pytest.raises(ActError, match='which has 24'): ck.rows('model.layers.0.mlp.up_proj.weight', idx)
 
 def test_a_truncated_file_is_named(checkpoint):
     folder = checkpoint('m')

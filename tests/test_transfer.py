@@ -1,7 +1,8 @@
 "Transfer: all channels at lam 1 give the donor bit for bit, lam 0 the target, everything else stays; folders equal memory."
 import shutil, pytest, torch
 from safetensors.torch import load_file, save_file
-from act.checkpoints import Checkpoint, load_model, weight_hash
+from act import checkpoints
+from act.checkpoints import Checkpoint, fingerprint, load_model, weight_hash
 from act.channels import enumerate_channels
 from act.core import ActError
 from act.masks import ChannelMask, random_mask
@@ -52,6 +53,45 @@ def test_folders_equal_memory(family, checkpoint, tmp_path):
     m = some(a)
     out = transfer_checkpoint(checkpoint('a', a, max_shard_size='6KB'), checkpoint('b', b), m, .7, tmp_path/'out')
     assert weight_hash(out) == weight_hash(transfer(a, b, m, .7))
+
+@pytest.mark.parametrize('dtypes', [(torch.float16, torch.float16), (torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float32, torch.float16)])
+@pytest.mark.parametrize('block', [64, 1000])
+def test_blocks_do_not_matter_nor_does_the_type(dtypes, block, checkpoint, tmp_path, monkeypatch):
+    a, b, c = tiny_model(dtype=dtypes[0]), tiny_model(seed=1, dtype=dtypes[1]), tiny_model(seed=2, dtype=dtypes[1])
+    masks, lams = [some(a, 1), some(a, 2)], [.7, .4]
+    folders = checkpoint('a', a, max_shard_size='6KB'), [checkpoint('b', b), checkpoint('c', c)]
+    monkeypatch.setattr(checkpoints, 'BLOCK', block)
+    for rule in RULES:
+        out = transfer_checkpoint(*folders, masks, lams, tmp_path/rule, rule=rule)
+        want = transfer(a, [b.to(dtypes[0]), c.to(dtypes[0])], masks, lams, check=False, rule=rule)
+        assert weight_hash(out) == weight_hash(want) and Checkpoint(out).tensors['model.norm.weight'].dtype == Checkpoint(folders[0]).tensors['model.norm.weight'].dtype
+
+def test_untouched_files_are_the_target_s_to_the_byte(pair, checkpoint, tmp_path):
+    a, b = checkpoint('a', pair[0], max_shard_size='6KB'), checkpoint('b', pair[1])
+    m = full(pair[0])
+    only = ChannelMask({p: v & (p == 'model.norm') for p, v in m.data.items()}, m.map)
+    out = transfer_checkpoint(a, b, only, .5, tmp_path/'out')
+    changed = [f for f in Checkpoint(a).files if (a/f).read_bytes() != (out/f).read_bytes()]
+    assert changed == [Checkpoint(a).tensors['model.norm.weight'].file.name] and len(Checkpoint(a).files) > 2
+
+@pytest.mark.parametrize('who', ['a', 'b'])
+def test_nan_is_found_on_its_way_and_leaves_nothing(pair, checkpoint, tmp_path, who):
+    with torch.no_grad(): pair['ab'.index(who)].model.layers[1].mlp.up_proj.weight[3, 4] = float('nan')
+    a, b, m = checkpoint('a', pair[0]), checkpoint('b', pair[1]), full(pair[0])
+    with pytest.raises(ActError, match='model.layers.1.mlp.up_proj.weight of a .* NaN'): transfer_checkpoint(a, b, m, .5, tmp_path/'out')
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['a', 'b']
+
+def test_a_result_too_large_for_its_type_is_refused(checkpoint, tmp_path):
+    a, b = tiny_model(dtype=torch.float16), tiny_model(seed=1, dtype=torch.float16)
+    with pytest.raises(ActError, match='lam is too large for F16'): transfer_checkpoint(checkpoint('a', a), checkpoint('b', b), full(a), 1e7, tmp_path/'out')
+    assert not (tmp_path/'out').exists()
+
+def test_a_mask_knows_its_models_by_fingerprint(pair, checkpoint, tmp_path):
+    a, b, m = *pair, some(pair[0])
+    m.meta.update(target_print=fingerprint(a), donor_print=fingerprint(b), target_hash='never read', donor_hash='never read')
+    out = transfer_checkpoint(checkpoint('a', a), checkpoint('b', b), m, 1., tmp_path/'out')
+    assert weight_hash(out) == weight_hash(transfer(a, b, m))
+    with pytest.raises(ActError, match='another donor.*fingerprint'): transfer_checkpoint(tmp_path/'a', checkpoint('x', tiny_model(seed=5)), m, 1., tmp_path/'no')
 
 def test_the_target_stays_as_it_is(pair):
     a, b = pair
