@@ -7,11 +7,9 @@ __all__ = ['KINDS', 'TABLE', 'ModuleChannels', 'ChannelMap', 'enumerate_channels
 
 # %% ../nbs/00_channels.ipynb #00-003
 import re, torch
-import pandas as pd
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from .core import ActError
 
 # %% ../nbs/00_channels.ipynb #00-013
@@ -83,6 +81,7 @@ class ChannelMap(Sequence):
 
     def frame(self):
         "One row a module: path, kind, layer, width, number of its first channel, parameters."
+        import pandas as pd
         rows = [(m.path, m.kind, m.layer, m.width, self.offsets[m.path], ', '.join(f'{n}[{a}]' for n, a in m.params)) for m in self]
         return pd.DataFrame(rows, columns='path kind layer width start params'.split()).astype({'layer': 'Int64'})
 
@@ -91,17 +90,40 @@ class ChannelMap(Sequence):
         g = self.frame().groupby('kind').width.agg(modules='size', channels='sum').reindex([k for k in KINDS if any(m.kind == k for m in self)])
         return g.assign(share=g.channels / self.total)
 
+    def check(self,
+        shapes, # parameter name -> shape, tied copies left out
+        where,  # what they are the parameters of, for the message
+    ):
+        "Raise ActError unless the map covers exactly these parameters."
+        ours = {n: (a, m) for m in self for n, a in m.params}
+        odd = [n for n, (a, m) in ours.items() if n not in shapes or a >= len(shapes[n]) or shapes[n][a] != m.width]
+        odd += [n for n in shapes if n not in ours and not re.fullmatch(_BUFFERS, n)]
+        if odd: raise ActError(f"the mask, of {self.total:,} channels in {len(self)} modules, does not fit {odd[0]} of {where} ({tuple(shapes.get(odd[0], ())) or 'absent'}): it was made for another model or tie policy")
+
     def to_dict(self): "A form that JSON can hold; `ChannelMap.from_dict` reads it."; return dict(tied=self.tied, modules=[asdict(m) for m in self])
     @classmethod
     def from_dict(cls, d):
         "The map that `to_dict` described."
-        try: return cls([ModuleChannels(**{**m, 'params': tuple((n, a) for n, a in m['params'])}) for m in d['modules']], d['tied'])
+        try:
+            modules = [ModuleChannels(**{**m, 'params': tuple((n, a) for n, a in m['params'])}) for m in d['modules']]
+            odd = d['tied'] not in _TIED or len({m.path for m in modules}) < len(modules) or not all(_possible(m, d['tied']) for m in modules)
         except (KeyError, TypeError, ValueError) as e: raise ActError(f"not a channel map ({e!r}): pass what ChannelMap.to_dict returned") from e
+        if odd: raise ActError("not a channel map: it holds a module twice, one that no row of act.channels.TABLE describes, or an impossible number of channels")
+        return cls(modules, d['tied'])
 
     def __repr__(self): return f"ChannelMap: {self.total:,} channels in {len(self)} modules (embedding and lm_head {_TIED[self.tied]})"
     def _repr_html_(self): return f'<p>{self!r}</p>' + self.summary().to_html(formatters={'channels': '{:,}'.format, 'share': '{:.1%}'.format})
 
 # %% ../nbs/00_channels.ipynb #00-024
+_BUFFERS = r'.*rotary_emb\.(?:\w+_)?inv_freq'
+
+def _possible(m, tied):
+    "A module that a file describes is what the table would say."
+    kind, layer, axes = _row(m.path) or (None, None, ())
+    names = [(f'{m.path}.{n}', a) for n, a in axes]
+    if tied == 'lm_head' and kind == 'lm_head': names[0] = 'model.embed_tokens.weight', 0
+    return (m.kind, m.layer) == (kind, layer) and type(m.width) is int and m.width > 0 and len(m.params) > 0 and m.params == tuple(n for n in names if n in m.params)
+
 _TIED = {'embedding': 'tied, counted once as embedding columns', 'lm_head': 'tied, counted once as lm_head rows', None: 'not tied'}
 
 # %% ../nbs/00_channels.ipynb #00-031
@@ -132,14 +154,13 @@ def _from_model(model, tied):
     return ChannelMap(modules, tied if is_tied else None)
 
 def _meta_model(config):
+    from transformers import AutoModelForCausalLM
     try:
         with torch.device('meta'): return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except ActError: raise
     except Exception as e: raise ActError(f"no causal language model can be built from this {type(config).__name__} ({str(e).splitlines()[0][:200]}): use one that transformers knows") from e
 
 # %% ../nbs/00_channels.ipynb #00-033
-_BUFFERS = r'.*rotary_emb\.(?:\w+_)?inv_freq'
-
 def _check_headers(model, tensors, where):
     want, seen = {n: tuple(p.shape) for n, p in model.named_parameters()}, set(tensors)
     every = {n for n, _ in model.named_parameters(remove_duplicate=False)}
@@ -150,6 +171,7 @@ def _check_headers(model, tensors, where):
         if tuple(tensors[n].shape) != s: raise ActError(f"{n} in {where} has shape {tuple(tensors[n].shape)}, its config.json says {s}: the two do not belong together")
 
 def _from_name(source, tied):
+    from transformers import AutoConfig
     if re.match(r'(lab/|smollm2(/|$))', str(source)) or Path(source).exists():
         from act.checkpoints import Checkpoint, resolve
         folder = resolve(source)
@@ -170,6 +192,7 @@ def enumerate_channels(
     "All channels of `source`, in model order, without loading weights; an unknown module or parameter is named in an `ActError`."
     if tied not in ('embedding', 'lm_head'): raise ActError(f"tied={tied!r}: choose 'embedding' or 'lm_head'")
     if isinstance(source, torch.nn.Module): return _from_model(source, tied)
-    if isinstance(source, PretrainedConfig): return _from_model(_meta_model(source), tied)
     if isinstance(source, (str, Path)): return _from_name(source, tied)
+    from transformers import PretrainedConfig
+    if isinstance(source, PretrainedConfig): return _from_model(_meta_model(source), tied)
     raise ActError(f"cannot list the channels of a {type(source).__name__}: pass a model, a configuration, a folder or a hub id")

@@ -9,7 +9,7 @@ __all__ = ['ChannelData', 'ChannelScores', 'ItemScores', 'ChannelMask', 'top_p',
 # %% ../nbs/11_masks.ipynb #11-003
 import json, math
 from pathlib import Path
-import numpy as np, pandas as pd, torch
+import numpy as np, torch
 from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -38,7 +38,7 @@ class ChannelData:
         "All channels in one vector, in map order."
         return torch.cat(list(self.data.values()))
 
-    def frame(self) -> pd.DataFrame:
+    def frame(self) -> 'pd.DataFrame':
         "One row a module: path, kind, layer, width, sum of values."
         return self.map.frame()[['path', 'kind', 'layer', 'width']].assign(sum=[float(v.double().sum()) for v in self.data.values()])
 
@@ -58,7 +58,7 @@ def from_flat(
 def shares(
     self: ChannelData,
     by: str = 'kind', # 'kind', 'layer' or 'path'
-) -> pd.Series:
+) -> 'pd.Series':
     "Share of the sum of values by kind of module, by layer or by module."
     s = self.frame().groupby(by, sort=False, dropna=False)['sum'].sum()
     return s/s.sum() if s.sum() else s
@@ -102,8 +102,9 @@ class ChannelScores(ChannelData):
     format, dtype, noun = 'act-scores-1', torch.float32, 'score'
     cell_label, cell_scale = 'mean score', 1.
 
-    def top(self, n=5) -> pd.DataFrame:
+    def top(self, n=5) -> 'pd.DataFrame':
         "The `n` channels with the highest scores."
+        import pandas as pd
         flat = self.flat()
         v, i = flat.topk(min(n, len(flat)))
         starts = np.array(list(self.map.offsets.values()))

@@ -10,9 +10,7 @@ import copy, json, math, torch
 from functools import partial
 from pathlib import Path
 from fastcore.script import store_true
-from transformers import PreTrainedModel
-from .channels import enumerate_channels
-from .checkpoints import Checkpoint, _label, fingerprint, preflight, resolve, weight_hash, write_like
+from .checkpoints import Checkpoint, _label, _tensors, check_pair, fingerprint, preflight, resolve, weight_hash, write_like
 from .core import ActError, atomic_folder, check_absent, command, provenance, write_json
 from .masks import ChannelMask
 
@@ -76,14 +74,13 @@ def _jobs(donors, masks, lam, rule):
 
 def _check_masks(target, jobs):
     "Each mask fits the target's channels and was made for these weights; returns the hashes that were computed."
-    hashes = {}
+    hashes, shapes = {}, {n: s for n, (s, _) in _tensors(target).items()}
     for donor, mask, _ in jobs:
-        cm = enumerate_channels(target, mask.map.tied or 'embedding')
-        if cm != mask.map: raise ActError(f"the mask covers {mask.map.total:,} channels of {len(mask.map)} modules, {_label(target)} has {cm.total:,} in {len(cm)}: it was made for another model")
+        mask.map.check(shapes, _label(target))
         for role, m in (('target', target), ('donor', donor)):
             kind, name = next(((k, f) for k, f in (('print', fingerprint), ('hash', weight_hash)) if mask.meta.get(f'{role}_{k}')), (None, None))
             if kind is None: continue
-            want, key = mask.meta[f'{role}_{kind}'], (kind, id(m) if isinstance(m, PreTrainedModel) else str(m))
+            want, key = mask.meta[f'{role}_{kind}'], (kind, id(m) if isinstance(m, torch.nn.Module) else str(m))
             if key not in hashes: hashes[key] = name(m)
             if hashes[key] != want: raise ActError(f"the mask was made for another {role} than {_label(m)}: its weights have {name.__name__} {hashes[key][:12]}, the mask expects {want[:12]}; localise again, or pass check=False (--no_check) if you are sure")
     return {m: h for (_, m), h in hashes.items()}
@@ -144,7 +141,7 @@ def transfer_checkpoint(
     jobs, out = _jobs(donors, masks, lam, rule), check_absent(out)
     hashes = {}
     if check:
-        for d, _, _ in jobs: preflight(target, d, finite=False)
+        for d, _, _ in jobs: check_pair(target, d)
         hashes = _check_masks(target, jobs)
     ours, theirs = Checkpoint(resolve(target)), [Checkpoint(resolve(d)) for d, _, _ in jobs]
     change = _changes(ours, theirs, jobs, rule)
