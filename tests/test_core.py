@@ -1,7 +1,7 @@
 "Core: output whole or not at all, errors as one line, provenance that can be traced."
-import json, os, shutil, sys, pytest
+import json, os, shutil, subprocess, sys, pytest
 from act import core
-from act.core import ActError, atomic_file, atomic_folder, command, provenance, sha256, write_json
+from act.core import ActError, atomic_file, atomic_folder, command, provenance, sha256, work_folder, write_json
 
 def test_a_file_that_fails_leaves_the_old_one_and_no_debris(tmp_path):
     write_json({'a': 1}, tmp_path/'x.json')
@@ -90,3 +90,34 @@ def test_help_explains_every_option(monkeypatch, capsys):
 
 def test_called_from_python_it_raises():
     with pytest.raises(ActError): half(n=3)
+
+def test_a_second_run_into_one_place_is_refused_and_the_first_goes_on(tmp_path):
+    code = f"from act.core import work_folder\nwith work_folder('{tmp_path}/out') as w: (w/'theirs').touch(); print('in', flush=True); input()"
+    with subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == 'in\n'
+        with pytest.raises(ActError, match='another run is writing'):
+            with atomic_folder(tmp_path/'out'): pytest.fail('the block must not run')
+        assert (tmp_path/'.out.partial'/'theirs').exists()
+        first.communicate('\n')
+        assert first.returncode == 0
+    with atomic_folder(tmp_path/'out') as tmp: (tmp/'a').touch()
+    assert os.listdir(tmp_path) == ['out']
+
+@pytest.mark.parametrize('key, left', [('k1', True), ('k2', False), (None, False)])
+def test_what_a_killed_run_left_is_found_by_its_like_only(tmp_path, key, left):
+    code = f"import os, signal\nfrom act.core import work_folder\nwith work_folder('{tmp_path}/out', 'k1') as w: (w/'half').touch(); os.kill(os.getpid(), signal.SIGKILL)"
+    assert subprocess.run([sys.executable, '-c', code]).returncode == -9
+    with work_folder(tmp_path/'out', key) as w: assert (w/'half').exists() == left
+    assert os.listdir(tmp_path) == []
+
+def test_files_that_a_killed_run_left_are_swept_away(tmp_path):
+    code = f"import os, signal\nfrom act.core import atomic_file\nwith atomic_file('{tmp_path}/x.json') as t: t.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+    assert subprocess.run([sys.executable, '-c', code]).returncode == -9 and len(os.listdir(tmp_path)) == 2
+    write_json(1, tmp_path/'x.json')
+    assert os.listdir(tmp_path) == ['x.json']
+
+def test_a_lock_that_was_just_given_back_is_taken_anew(tmp_path):
+    with atomic_file(tmp_path/'a') as t: t.write_text('1')
+    with core._alone(tmp_path/'a'):
+        with atomic_file(tmp_path/'a') as t: t.write_text('2') # the same process may
+    assert (tmp_path/'a').read_text() == '2' and os.listdir(tmp_path) == ['a']
