@@ -28,11 +28,12 @@ def blend(
     theta: torch.Tensor, # the target's parameter
     moves: list,         # of (donor's values at the chosen entries, axis, bool vector, lam), one for each donor
     rule: str = 'sum',   # what happens where several donors claim a channel: sum, mean or sign
-) -> torch.Tensor: # a new tensor of the same type
+    inplace: bool = False, # change theta itself
+) -> torch.Tensor: # a new tensor of the same type, or theta
     "The transfer rule on one parameter: theta_T + sum of lam (theta_D - theta_T) on the chosen entries."
     moves = [m for m in moves if m[3] != 0 and m[2].any()]
     if not moves: return theta
-    out, axis = theta.clone(), moves[0][1]
+    out, axis = theta if inplace else theta.clone(), moves[0][1]
     claims = sum(chosen.int() for _, _, chosen, _ in moves)
     wide = torch.promote_types(theta.dtype, torch.float32)
     for donor, _, chosen, lam in moves:
@@ -122,11 +123,10 @@ def _changes(ours, theirs, jobs, rule):
             if axis == 0: part, values = chosen[a:b], donor.rows(name, a + chosen[a:b].nonzero()[:, 0])
             else: part, values = chosen, donor.read(name, a, b).index_select(axis, chosen.nonzero()[:, 0])
             block.append((values.to(rows.dtype), axis, part, lam))
-        return blend(rows, block, rule)
+        return blend(rows, block, rule, inplace=True)
     out, tied = {n: partial(changed, n) for n in moves}, 'model.embed_tokens.weight'
     if tied in moves and 'lm_head.weight' in ours.tensors and ours._is_copy('lm_head.weight'): out['lm_head.weight'] = lambda rows, a, b: changed(tied, ours.read(tied, a, b), a, b)
     return out
-
 
 # %% ../nbs/12_transfer.ipynb #12-029
 def transfer_checkpoint(
