@@ -16,7 +16,7 @@ from .core import ActError
 KINDS = 'embedding norm q k v o gate up down lm_head'.split()
 
 # %% ../nbs/00_channels.ipynb #00-014
-_LAYER, _LINEAR, _NORM = r'model\.layers\.(\d+)\.', (('weight', 0), ('bias', 0)), (('weight', 0),)
+_LAYER, _LINEAR, _NORM = r'model\.layers\.(0|[1-9][0-9]{0,4})\.', (('weight', 0), ('bias', 0)), (('weight', 0),)
 
 # %% ../nbs/00_channels.ipynb #00-015
 TABLE = (
@@ -71,7 +71,7 @@ class ChannelMap(Sequence):
         for m in self.modules: self.offsets[m.path] = self.total; self.total += m.width
 
     def __len__(self): return len(self.modules)
-    def __contains__(self, path): return path in self._at or path in self.modules
+    def __contains__(self, path): return path in (self._at if isinstance(path, str) else self.modules)
     def __eq__(self, other): return isinstance(other, ChannelMap) and (self.modules, self.tied) == (other.modules, other.tied)
     def __hash__(self): return hash((self.modules, self.tied))
     def __getitem__(self, i):
@@ -106,10 +106,11 @@ class ChannelMap(Sequence):
         "The map that `to_dict` described."
         try:
             modules = [ModuleChannels(**{**m, 'params': tuple((n, a) for n, a in m['params'])}) for m in d['modules']]
-            odd = d['tied'] not in _TIED or len({m.path for m in modules}) < len(modules) or not all(_possible(m, d['tied']) for m in modules)
+            ours, names = [_described(m, d['tied']) for m in modules], [n for m in modules for n in (m.path, *dict(m.params))]
+            odd = d['tied'] not in _TIED or not modules or len(set(names)) < len(names) or modules != ours
         except (KeyError, TypeError, ValueError) as e: raise ActError(f"not a channel map ({e!r}): pass what ChannelMap.to_dict returned") from e
-        if odd: raise ActError("not a channel map: it holds a module twice, one that no row of act.channels.TABLE describes, or an impossible number of channels")
-        return cls(modules, d['tied'])
+        if odd: raise ActError("not a channel map: it is empty, or holds a module or parameter twice, one that no row of act.channels.TABLE describes, or an impossible number of channels")
+        return cls(ours, d['tied'])
 
     def __repr__(self): return f"ChannelMap: {self.total:,} channels in {len(self)} modules (embedding and lm_head {_TIED[self.tied]})"
     def _repr_html_(self): return f'<p>{self!r}</p>' + self.summary().to_html(formatters={'channels': '{:,}'.format, 'share': '{:.1%}'.format})
@@ -117,12 +118,13 @@ class ChannelMap(Sequence):
 # %% ../nbs/00_channels.ipynb #00-024
 _BUFFERS = r'.*rotary_emb\.(?:\w+_)?inv_freq'
 
-def _possible(m, tied):
-    "A module that a file describes is what the table would say."
+def _described(m, tied):
+    "What the table says of a module that a file describes; None when that cannot be."
     kind, layer, axes = _row(m.path) or (None, None, ())
     names = [(f'{m.path}.{n}', a) for n, a in axes]
     if tied == 'lm_head' and kind == 'lm_head': names[0] = 'model.embed_tokens.weight', 0
-    return (m.kind, m.layer) == (kind, layer) and type(m.width) is int and m.width > 0 and len(m.params) > 0 and m.params == tuple(n for n in names if n in m.params)
+    params = tuple(n for n in names if n in m.params)
+    return ModuleChannels(m.path, kind, layer, m.width, params) if params and type(m.width) is int and 0 < m.width < 1 << 31 else None
 
 _TIED = {'embedding': 'tied, counted once as embedding columns', 'lm_head': 'tied, counted once as lm_head rows', None: 'not tied'}
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TensorInfo', 'DTYPES', 'BLOCK', 'THREADS', 'read_header', 'Checkpoint', 'resolve', 'load_model', 'load_tokenizer',
            'weight_hash', 'fingerprint', 'check_finite', 'check_tokenizers', 'PairReport', 'check_pair', 'preflight',
-           'save_model', 'copy_extras', 'write_like']
+           'save_model', 'copy_extras', 'write_like', 'write_tensors']
 
 # %% ../nbs/01_checkpoints.ipynb #01-003
 import hashlib, json, math, os, queue, re, shutil, struct
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from .channels import enumerate_channels
-from .core import ActError, _flush, atomic_folder, quiet, write_json
+from .core import JSON_LIMIT, ActError, _flush, atomic_folder, parse_json, quiet, write_json
 
 # %% ../nbs/01_checkpoints.ipynb #01-009
 TensorInfo = namedtuple('TensorInfo', 'name dtype shape file start end') # start and end: byte offsets in the file
@@ -26,32 +26,44 @@ def read_header(
     file: Path, # a safetensors file
 ) -> dict: # name -> TensorInfo; raises ActError when the file is malformed or truncated
     "Names, types, shapes and places of the tensors in one file."
+    try: return _header(file, DTYPES)[0]
+    except (OSError, ValueError) as e: raise ActError(f"{file.name} is not a readable safetensors file ({str(e)[:300]}): download or write it again") from e
+
+# %% ../nbs/01_checkpoints.ipynb #01-201
+_TYPES = dict(DTYPES, U8=torch.uint8, I16=torch.int16, I32=torch.int32, I64=torch.int64) # of weights, and of our own files
+
+def _header(file, types):
+    "({name: TensorInfo}, metadata) of a safetensors file with tensors of these types alone; ValueError says what is wrong with it."
     size = file.stat().st_size
-    def bad(why): return ActError(f"{file.name} is not a readable safetensors file ({why}): download or write it again")
     with open(file, 'rb') as f:
         raw = f.read(8)
-        if len(raw) < 8: raise bad(f'{size} bytes in all')
+        if len(raw) < 8: raise ValueError(f'{size} bytes in all')
         n = struct.unpack('<Q', raw)[0]
-        if n > min(size - 8, 100_000_000): raise bad(f'its header claims {n:,} bytes of {size:,}')
-        try: head = json.loads(f.read(n))
-        except (json.JSONDecodeError, UnicodeDecodeError) as e: raise bad('its header is not JSON') from e
-    if not isinstance(head, dict): raise bad('its header is not an object')
+        if n > min(size - 8, JSON_LIMIT): raise ValueError(f'its header claims {n:,} bytes of {size:,}')
+        head = parse_json(f.read(n))
+    if not isinstance(head, dict): raise ValueError('its header is not an object')
+    meta = head.pop('__metadata__', {})
+    if not isinstance(meta, dict) or not all(isinstance(v, str) for v in meta.values()): raise ValueError('its __metadata__ is not text by name')
     out, last = {}, 0
-    entries = [(k, v) for k, v in head.items() if k != '__metadata__']
-    try:
-        for name, t in sorted(entries, key=lambda o: o[1]['data_offsets']):
-            (a, b), shape = t['data_offsets'], tuple(t['shape'])
-            if t['dtype'] not in DTYPES: raise ActError(f"{file.name}: tensor {name} has type {t['dtype']}: only {', '.join(DTYPES)} weights are supported")
-            if b - a != math.prod(shape)*DTYPES[t['dtype']].itemsize or min(shape, default=1) < 0: raise bad(f'tensor {name} has {b-a} bytes for shape {shape}')
-            if a != last: raise bad(f'tensor {name} starts at {a}, not at {last}: tensors overlap or leave gaps')
-            last = b
-            out[name] = TensorInfo(name, t['dtype'], shape, file, 8 + n + a, 8 + n + b)
-    except (KeyError, TypeError, ValueError) as e:
-        if isinstance(e, ActError): raise
-        raise bad('its header lacks type, shape or offsets') from e
-    if 8 + n + last > size: raise ActError(f"{file.name} is truncated: {size:,} bytes of {8+n+last:,}: download or copy it again")
-    if 8 + n + last < size: raise bad(f'{size - 8 - n - last} bytes after the last tensor')
-    return out
+    for name, dtype, shape, a, b in _entries(head, types):
+        if a != last: raise ValueError(f'tensor {name} starts at {a}, not at {last}: tensors overlap or leave gaps')
+        out[name], last = TensorInfo(name, dtype, shape, file, 8 + n + a, 8 + n + b), b
+    if 8 + n + last > size: raise ValueError(f'truncated: {size:,} bytes of {8+n+last:,}')
+    if 8 + n + last < size: raise ValueError(f'{size - 8 - n - last} bytes after the last tensor')
+    return out, meta
+
+# %% ../nbs/01_checkpoints.ipynb #01-202
+def _entries(head, types):
+    "(name, type, shape, start, end) of the tensors of a header, in the order of the file, each possible by itself."
+    out = []
+    for name, t in head.items():
+        try: dtype, shape, (a, b) = t['dtype'], tuple(t['shape']), t['data_offsets']
+        except (KeyError, TypeError, ValueError) as e: raise ValueError(f'tensor {name!r:.200} lacks type, shape or offsets') from e
+        if not all(type(x) is int and x >= 0 for x in (a, b, *shape)) or len(shape) > 8 or math.prod(x or 1 for x in shape) >> 48 or len(name) > 200 or not name.isprintable(): raise ValueError(f'tensor {name!r:.200} has an impossible name, shape or place')
+        if not isinstance(dtype, str) or dtype not in types: raise ValueError(f"tensor {name} has type {str(dtype):.40}: only {', '.join(types)} can be read")
+        if b - a != math.prod(shape)*types[dtype].itemsize: raise ValueError(f'tensor {name} has {b-a} bytes for shape {shape}')
+        out.append((name, dtype, shape, a, b))
+    return sorted(out, key=lambda o: o[3:])
 
 # %% ../nbs/01_checkpoints.ipynb #01-013
 class Checkpoint:
@@ -72,7 +84,7 @@ class Checkpoint:
                 if where and where.get(k) != name: raise ActError(f"tensor {k} is in {name}, but {index.name} places it in {where.get(k)}: download the folder again")
                 self.tensors[k] = t
         missing = set(where or ()) - set(self.tensors)
-        if missing: raise ActError(f"tensor {min(missing)} is named by {index.name} but is in no shard: download the folder again")
+        if missing: raise ActError(f"tensor {min(missing):.200} is named by {index.name} but is in no shard: download the folder again")
 
     @property
     def nbytes(self): return sum(t.end - t.start for t in self.tensors.values())
@@ -83,14 +95,16 @@ class Checkpoint:
 
 # %% ../nbs/01_checkpoints.ipynb #01-014
 def _read_json(path):
-    try: return json.loads(path.read_text(encoding='utf-8'))
+    try: d = parse_json(path, nan=True)
     except FileNotFoundError as e: raise ActError(f"{path.parent.name} has no {path.name}: it is not a Hugging Face checkpoint folder") from e
-    except (json.JSONDecodeError, UnicodeDecodeError) as e: raise ActError(f"{path.parent.name}/{path.name} is not JSON ({e}): download it again") from e
+    except (OSError, ValueError) as e: raise ActError(f"{path.parent.name}/{path.name} is not JSON ({e}): download it again") from e
+    if not isinstance(d, dict): raise ActError(f"{path.parent.name}/{path.name} is not a JSON object: download it again")
+    return d
 
 def _shards(where, index):
     if not isinstance(where, dict) or not where: raise ActError(f"{index.name} has no weight_map: download it again")
-    bad = [f for f in where.values() if not isinstance(f, str) or Path(f).name != f or not f.endswith('.safetensors')]
-    if bad: raise ActError(f"{index.name} names the shard {bad[0]!r}, which is not a plain .safetensors file name: do not use this folder")
+    bad = [f for f in where.values() if not isinstance(f, str) or not re.fullmatch(r'[\w.-]{1,200}\.safetensors', f, re.A)]
+    if bad: raise ActError(f"{index.name} names the shard {str(bad[0])!r:.100}, which is not a plain .safetensors file name: do not use this folder")
     return sorted(set(where.values()))
 
 def _no_file(folder, name):
@@ -118,16 +132,18 @@ def read(
     buf=None,         # a uint8 tensor to read into, at least as long; a new one by default
 ) -> torch.Tensor: # the tensor, or its rows start ... stop-1
     "A tensor or consecutive rows of it, copied into memory."
-    t = self.tensors[name]
+    return _rows(self.tensors[name], start, stop, buf)
+
+# %% ../nbs/01_checkpoints.ipynb #01-019
+def _rows(t, start=0, stop=None, buf=None):
     if not t.shape: return _values(t, t.start, t.end, buf).reshape(())
     stop, w = min(t.shape[0] if stop is None else stop, t.shape[0]), (t.end - t.start)//max(1, t.shape[0])
     return _values(t, t.start + start*w, t.start + stop*w, buf).reshape(stop - start, *t.shape[1:])
 
-# %% ../nbs/01_checkpoints.ipynb #01-019
 def _values(t, start, end, buf=None):
     buf = torch.empty(end - start, dtype=torch.uint8) if buf is None else buf[:end - start]
     if end > start: _fill(t.file, buf, (start, 0, end - start))
-    return buf.view(DTYPES[t.dtype])
+    return buf.view(_TYPES[t.dtype])
 
 # %% ../nbs/01_checkpoints.ipynb #01-020
 @patch
@@ -411,3 +427,21 @@ def _changed(source, t, a, b, buf, change, finite):
     if new.shape != rows.shape or new.dtype != rows.dtype: raise ActError(f"{where} would change from {tuple(rows.shape)} {rows.dtype} to {tuple(new.shape)} {new.dtype}: return rows of the same shape and type")
     if finite and change and not _finite(new): raise ActError(f"{where} would hold NaN or infinity after the change: the donor's weights do, or lam is too large for {t.dtype}")
     return new.view(-1).view(torch.uint8).numpy()
+
+# %% ../nbs/01_checkpoints.ipynb #01-103
+def write_tensors(
+    path,     # file to write
+    tensors,  # name -> (type as safetensors writes it, shape), in the order of `data`
+    metadata: dict, # strings by name
+    data,     # tensors, or parts of them, one after the other
+):
+    "Write a safetensors file from a stream."
+    head, end = dict(__metadata__=metadata), 0
+    for name, (dtype, shape) in tensors.items():
+        head[name] = dict(dtype=dtype, shape=list(shape), data_offsets=[end, end := end + math.prod(shape)*_TYPES[dtype].itemsize])
+    raw = json.dumps(head, ensure_ascii=False).encode()
+    raw += b' '*(-len(raw)%8)
+    with open(path, 'wb', buffering=0) as out:
+        _put(out, struct.pack('<Q', len(raw)) + raw)
+        for part in data: _put(out, part.contiguous().view(-1).view(torch.uint8).numpy())
+        if out.tell() != 8 + len(raw) + end: raise ActError(f"{out.tell() - 8 - len(raw):,} bytes of data came for {path}, its tensors have {end:,}: the source changed while it was read")

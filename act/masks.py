@@ -7,15 +7,14 @@ __all__ = ['ChannelData', 'ChannelScores', 'ItemScores', 'ChannelMask', 'top_p',
            'weight_scores', 'act_mask']
 
 # %% ../nbs/11_masks.ipynb #11-003
-import json, math
+import html, json, math
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from .channels import KINDS, ChannelMap, enumerate_channels
-from .checkpoints import _label, _tensors
-from .core import ActError, atomic_file, command, sha256
+from .checkpoints import _TYPES, _header, _label, _tensors, _values
+from .core import ActError, atomic_file, command, parse_json, sha256
 
 # %% ../nbs/11_masks.ipynb #11-006
 class ChannelData:
@@ -88,13 +87,13 @@ def plot(
 # %% ../nbs/11_masks.ipynb #11-012
 @patch
 def _origin(self: ChannelData):
-    rows = ''.join(f'<tr><th>{k}</th><td>{str(v)[:80]}</td></tr>' for k, v in self.meta.items() if not isinstance(v, (dict, list)))
+    rows = ''.join(f'<tr><th>{html.escape(k)}</th><td>{html.escape(str(v)[:80])}</td></tr>' for k, v in self.meta.items() if not isinstance(v, (dict, list)))
     return f'<details><summary>where it comes from</summary><table>{rows}</table></details>' if rows else ''
 
 @patch
 def _repr_html_(self: ChannelData):
     strip = self._cells().round(3).style.background_gradient(cmap='Blues', axis=None).format('{:.3g}', na_rep='').set_caption(f'{self.cell_label} by layer and kind')
-    return f'<p>{self!r}</p>' + strip.to_html() + self._origin()
+    return f'<p>{html.escape(repr(self))}</p>' + strip.to_html() + self._origin()
 
 # %% ../nbs/11_masks.ipynb #11-014
 class ChannelScores(ChannelData):
@@ -118,7 +117,7 @@ class ChannelScores(ChannelData):
     def __repr__(self):
         s = self.flat().double().sort(descending=True).values
         share = float(s[:max(1, round(.05*len(s)))].sum()/s.sum()) if s.sum() else 0.
-        return f"ChannelScores: {self.map.total:,} channels of {len(self.map)} modules; the top 5 % hold {share:.0%} of the sum" + (f"; {self.meta['ability']}, {self.meta['tokens']:,} answer tokens" if 'tokens' in self.meta else '')
+        return f"ChannelScores: {self.map.total:,} channels of {len(self.map)} modules; the top 5 % hold {share:.0%} of the sum" + (f"; {self.meta['ability']}, {self.meta['tokens']:,} answer tokens" if {'ability', 'tokens'} <= self.meta.keys() else '')
 
 # %% ../nbs/11_masks.ipynb #11-019
 class ItemScores:
@@ -267,14 +266,16 @@ def save(
     return Path(path)
 
 # %% ../nbs/11_masks.ipynb #11-051
-_LIMIT = 64 << 20 # bytes of metadata that a file may carry
+_USED = dict(ability=str, ability_hash=str, target_hash=str, donor_hash=str, target_print=str, donor_print=str, tokens=int) # what is read of the metadata
 
-def _impossible(data, dtype):
-    "What is wrong with tensors that should be 0 or 1 (uint8), or non-negative numbers; None when nothing is."
+def _impossible(data, dtype, meta):
+    "What is wrong with tensors that should be 0 or 1 (uint8), or non-negative numbers, or with the metadata; None when nothing is."
     for k, v in data.items():
         if v.dtype != dtype: return f'{k} is {v.dtype}, expected {dtype}'
         if dtype is torch.uint8 and v.numel() and v.max() > 1: return f'{k} holds values other than 0 and 1'
         if dtype is not torch.uint8 and not (torch.isfinite(v).all() and (v >= 0).all()): return f'{k} holds negative values, NaN or infinity'
+    if not isinstance(meta, dict): return 'its metadata is not an object'
+    return next((f'its metadata says that {k} is {meta[k]!r:.80}' for k, t in _USED.items() if k in meta and type(meta[k]) is not t), None)
 
 # %% ../nbs/11_masks.ipynb #11-052
 @patch(cls_method=True)
@@ -284,19 +285,15 @@ def load(
 ): # raises ActError for a file that is truncated, malformed, of another kind, or holds impossible values
     "Read what `save` wrote."
     path = Path(path)
-    def bad(why): return ActError(f"{path} is not a usable {cls.noun} file ({why}): make it again")
     if not path.is_file(): raise ActError(f"there is no {cls.noun} file {path}: check the path")
     try:
-        with safe_open(path, 'pt') as f:
-            head = f.metadata() or {}
-            if head.get('format') != cls.format: raise bad(f"its format is {head.get('format')!r}, expected {cls.format!r}")
-            if sum(map(len, head.values())) > _LIMIT: raise bad('its metadata is too large')
-            map_, meta, data = ChannelMap.from_dict(json.loads(head['map'])), json.loads(head['meta']), {k: f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
-        if isinstance(e, ActError): raise
-        raise bad(str(e)[:200]) from e
-    if why := _impossible(data, torch.uint8 if cls.dtype is torch.bool else cls.dtype): raise bad(why)
-    return cls(data, map_, meta)
+        tensors, head = _header(path, _TYPES)
+        if head.get('format') != cls.format: raise ValueError(f"its format is {head.get('format')!r:.80}, expected {cls.format!r}")
+        map_, meta = parse_json(head.get('map', '')), parse_json(head.get('meta', ''), nan=True)
+        data = {k: _values(t, t.start, t.end).reshape(t.shape) for k, t in tensors.items()}
+        if why := _impossible(data, torch.uint8 if cls.dtype is torch.bool else cls.dtype, meta): raise ValueError(why)
+        return cls(data, ChannelMap.from_dict(map_), meta)
+    except (OSError, ValueError) as e: raise ActError(f"{path} is not a usable {cls.noun} file ({str(e)[:300]}): make it again") from e
 
 # %% ../nbs/11_masks.ipynb #11-055
 @command

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from fastcore.script import store_true
 from .checkpoints import Checkpoint, _label, _tensors, check_pair, fingerprint, preflight, resolve, weight_hash, write_like
-from .core import ActError, atomic_folder, check_absent, command, provenance, write_json
+from .core import ActError, atomic_folder, check_absent, command, provenance, sha256, write_json
 from .masks import ChannelMask
 
 # %% ../nbs/12_transfer.ipynb #12-010
@@ -128,6 +128,17 @@ def _changes(ours, theirs, jobs, rule):
     if tied in moves and 'lm_head.weight' in ours.tensors and ours._is_copy('lm_head.weight'): out['lm_head.weight'] = lambda rows, a, b: changed(tied, ours.read(tied, a, b), a, b)
     return out
 
+def _key(ours, theirs, jobs, rule):
+    "A hash of everything that decides the output."
+    files = [(str(c.folder/f), s.st_size, s.st_mtime_ns) for c in (ours, *theirs) for f in c.files for s in [(c.folder/f).stat()]]
+    return sha256(json.dumps([files, [(m.hash, l) for _, m, l in jobs], rule]))
+
+# %% ../nbs/12_transfer.ipynb #12-101
+def _record(target, jobs, rule, hashes):
+    "What a file says of a transfer."
+    moved = [dict(donor=str(d), lam=l, mask=m.hash, channels=m.count, total=m.total, **{k: m.meta[k] for k in ('ability', 'p', 'rank', 'made') if k in m.meta}) for d, m, l in jobs]
+    return dict(format='act-transfer-1', target=str(target), rule=rule, moved=moved, hashes={str(k): v for k, v in hashes.items()})
+
 # %% ../nbs/12_transfer.ipynb #12-029
 def transfer_checkpoint(
     target,             # folder, hub id, lab/NAME or smollm2/NAME
@@ -145,12 +156,17 @@ def transfer_checkpoint(
         hashes = _check_masks(target, jobs)
     ours, theirs = Checkpoint(resolve(target)), [Checkpoint(resolve(d)) for d, _, _ in jobs]
     change = _changes(ours, theirs, jobs, rule)
-    record = dict(format='act-transfer-1', target=str(target), rule=rule, moved=[dict(donor=str(d), lam=l, mask=m.hash, channels=m.count, total=m.total, **{k: m.meta[k] for k in ('ability', 'p', 'rank', 'made') if k in m.meta}) for d, m, l in jobs],
-                  hashes={str(k): v for k, v in hashes.items()}, provenance=provenance())
-    with atomic_folder(out, ours.nbytes) as tmp:
+    record = dict(_record(target, jobs, rule, hashes), provenance=provenance())
+    with atomic_folder(out, ours.nbytes, _key(ours, theirs, jobs, rule)) as tmp:
         write_like(ours, tmp, change, finite=check)
         write_json(record, tmp/'act_transfer.json')
     return out
+
+# %% ../nbs/12_transfer.ipynb #12-102
+def _lams(lam):
+    "Numbers from what the command line says."
+    try: return [float(l) for l in lam.split(',')]
+    except ValueError as e: raise ActError(f"lam is {lam!r}: give a number, or numbers separated by commas") from e
 
 # %% ../nbs/12_transfer.ipynb #12-035
 @command
@@ -165,7 +181,5 @@ def act_transfer(
 ):
     "Move masked channels: act_transfer --target lab/maths-en --donor lab/base --mask m.safetensors --lam 1 --out recovered"
     if not all((target, donor, mask, out)): raise ActError("act_transfer needs --target, --donor, --mask and --out: see act_transfer --help")
-    try: lams = [float(l) for l in lam.split(',')]
-    except ValueError as e: raise ActError(f"lam is {lam!r}: give a number, or numbers separated by commas") from e
-    folder = transfer_checkpoint(target, donor.split(','), mask.split(','), lams, out, not no_check, rule)
+    folder = transfer_checkpoint(target, donor.split(','), mask.split(','), _lams(lam), out, not no_check, rule)
     for m in json.loads((folder/'act_transfer.json').read_text(encoding='utf-8'))['moved']: print(f"{m['channels']:,} of {m['total']:,} channels from {m['donor']}, lam {m['lam']:g} -> {out}")
