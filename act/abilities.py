@@ -11,7 +11,7 @@ import html, json, os, random
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from .core import ActError, atomic_file, quiet, sha256
+from .core import ActError, atomic_file, parse_json, quiet, sha256
 
 # %% ../nbs/02_abilities.ipynb #02-006
 @dataclass(frozen=True)
@@ -78,17 +78,17 @@ def read_jsonl(
 ) -> Ability: # named after the file
     "An ability from a jsonl file; ActError names file and line when one cannot be read."
     path, items = Path(path), []
-    try: lines = path.read_text(encoding='utf-8').splitlines()
+    try: lines = path.read_text(encoding='utf-8').split('\n')
     except (OSError, UnicodeDecodeError) as e: raise ActError(f"{path} cannot be read as UTF-8 text ({e}): check the path and the encoding") from e
     for n, line in enumerate(lines, 1):
         if not line.strip(): continue
         def bad(why): return ActError(f'{path}, line {n}: {why}: each line must be {{"prompt": "...", "answer": "..."}}')
-        try: d = json.loads(line)
-        except json.JSONDecodeError as e: raise bad(f'not JSON ({e.msg})') from e
+        try: d = parse_json(line)
+        except ValueError as e: raise bad(f"not JSON ({getattr(e, 'msg', e)})") from e
         if not isinstance(d, dict) or not all(isinstance(d.get(k), str) for k in ('prompt', 'answer')): raise bad('no text under "prompt" and "answer"')
         if not d['answer'].strip(): raise bad('the answer is empty')
-        choices = d.get('choices') or ()
-        if not isinstance(choices, (list, tuple)) or choices and d['answer'] not in choices: raise bad('"choices" is not a list that holds the answer')
+        choices = d.get('choices') or []
+        if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices) or choices and d['answer'] not in choices: raise bad('"choices" is not a list of texts that holds the answer')
         items.append(Item(d['prompt'], d['answer'], f'{path.name}:{n}', tuple(choices)))
     if not items: raise ActError(f"{path} holds no items: each line must be {{\"prompt\": \"...\", \"answer\": \"...\"}}")
     return Ability(path.stem, items, path.name)
@@ -261,7 +261,7 @@ def batches(
     padding_side: str = 'right',  # 'right' or 'left'
 ):
     "Yield dicts of input_ids, attention_mask, position_ids, positions (bool), all (batch, width), and index (item numbers), longest first."
-    order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i].input_ids), i))
+    order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i].input_ids), encoded[i].input_ids, i)) # whatever the order of the file
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     while order:
         width = len(encoded[order[0]].input_ids)

@@ -185,7 +185,7 @@ def write_json(
     return Path(path)
 
 # %% ../nbs/09_core.ipynb #09-302
-JSON_LIMIT = 32 << 20 # bytes of one text
+JSON_LIMIT = 16 << 20 # bytes of one text
 
 def parse_json(
     source,            # a Path, or text as str or UTF-8 bytes
@@ -198,7 +198,7 @@ def parse_json(
     text = source if isinstance(source, str) else source.decode()
     try: d = json.loads(text, object_pairs_hook=_once, **({} if nan else dict(parse_constant=_finite, parse_float=_finite)))
     except RecursionError as e: raise ValueError('it nests too deeply') from e
-    if not _shallow(d, 100): raise ValueError('it nests too deeply')
+    if _depth(d) > 100: raise ValueError('it nests too deeply')
     if '\\u' in text: json.dumps(d, ensure_ascii=False).encode() # half of a surrogate pair is no character
     return d
 
@@ -213,9 +213,10 @@ def _finite(s):
     if not abs(x) < float('inf'): raise ValueError(f'{s:.20} is not a finite number')
     return x
 
-def _shallow(d, n):
-    inner = d.values() if isinstance(d, dict) else d if isinstance(d, list) else ()
-    return n > 0 and all(_shallow(x, n - 1) for x in inner if isinstance(x, (dict, list)))
+def _depth(d):
+    level, n = [[d]], 0
+    while level: level, n = [x for o in level for x in (o.values() if isinstance(o, dict) else o) if isinstance(x, (dict, list))], n + 1
+    return n
 
 # %% ../nbs/09_core.ipynb #09-024
 def read_json(

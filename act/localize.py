@@ -6,27 +6,29 @@
 __all__ = ['localize', 'localize_items', 'act_localize']
 
 # %% ../nbs/10_localize.ipynb #10-003
-import time, torch
+import contextlib, gc, json, math, shutil, tempfile, time, torch
 from functools import partial
+from pathlib import Path
 from fastcore.script import store_true
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from .abilities import batches, encode, load_ability
 from .channels import enumerate_channels
-from .checkpoints import _label, fingerprint, load_model, preflight, weight_hash
-from .core import ActError, bar, command, provenance
+from .checkpoints import DTYPES, Checkpoint, _label, check_finite, check_pair, fingerprint, load_model, load_tokenizer, resolve
+from .core import ActError, atomic_file, bar, command, from_first, gathered, origin, processes, sha256, work_folder
 from .masks import ChannelScores, ItemScores
 
 # %% ../nbs/10_localize.ipynb #10-014
-def _answers(out, where):
-    "Rows of a module's output at the answer positions, as float32: (tokens, channels) or (tokens, heads, channels)."
-    if out.ndim == 4 and out.shape[1] != where.shape[1]: out = out.transpose(1, 2)
-    return out[where.to(out.device)].float()
+def _answers(out, at):
+    "Rows of a module's output at the answer positions `at` (item, column, width of the batch): (tokens, channels) or (tokens, heads, channels)."
+    if out.ndim == 4 and out.shape[1] != at[2]: out = out.transpose(1, 2)
+    return out[at[0].to(out.device), at[1].to(out.device)]
 
-def _keep(store, path, where, module, args, out): store[path] = _answers(out, where)
+def _keep(store, path, at, module, args, out): store[path] = _answers(out, at)
 
-def _subtract(store, add, path, where, order, module, args, out):
-    theirs = store.pop(path).to(out.device)
-    diff = (_answers(out, where) - (theirs if order is None else theirs[order])).abs()
+def _subtract(store, add, path, at, order, module, args, out):
+    theirs = store.pop(path).to(out.device).float()
+    diff = (_answers(out, at).float() - (theirs if order is None else theirs[order])).abs_()
     add(path, diff.mean(1) if diff.ndim == 3 else diff)
 
 def _pass(model, batch, cm, hook, whole):
@@ -39,29 +41,99 @@ def _pass(model, batch, cm, hook, whole):
         for h in hooks: h.remove()
 
 # %% ../nbs/10_localize.ipynb #10-016
-def _checked(batch, vocab, heads):
-    if int(batch['input_ids'].max()) >= vocab: raise ActError(f"token id {int(batch['input_ids'].max())} is outside the model's vocabulary of {vocab}: pass the model's own tokenizer")
-    if batch['input_ids'].shape[1] not in heads: return batch
-    return {k: torch.nn.functional.pad(v, (0, 1)) if torch.is_tensor(v) else v for k, v in batch.items()}
+def _checked(batch, config):
+    "A batch that the model can read, with `at`: (item, column) of every answer token, and the width."
+    heads = {config.num_attention_heads, getattr(config, 'num_key_value_heads', None)}
+    if int(batch['input_ids'].max()) >= config.vocab_size: raise ActError(f"token id {int(batch['input_ids'].max())} is outside the model's vocabulary of {config.vocab_size}: pass the model's own tokenizer")
+    if batch['input_ids'].shape[1] in heads: batch = {k: torch.nn.functional.pad(v, (0, 1)) if torch.is_tensor(v) else v for k, v in batch.items()}
+    return {**batch, 'at': (*batch['positions'].nonzero(as_tuple=True), batch['input_ids'].shape[1])}
 
 # %% ../nbs/10_localize.ipynb #10-018
-def _compare(target, donor, encoded, tokenizer, cm, batch_tokens, progress, add, shuffle=None):
+def _compare(target, donor, work, cm, add, shuffle=None, shown=None):
     "Run both models on every batch; `add(path, differences (tokens, channels), row of each token, item of each row)`."
-    config, g = target.config, torch.Generator().manual_seed(shuffle or 0)
-    heads, whole = {config.num_attention_heads, getattr(config, 'num_key_value_heads', None)}, 'lm_head' in cm
-    with bar(progress=progress, total=len(encoded), desc='localising', unit='item') as shown:
-        for batch in batches(encoded, tokenizer, batch_tokens):
-            batch, store = _checked(batch, config.vocab_size, heads), {}
-            where = batch['positions']
-            order = None if shuffle is None else torch.randperm(int(where.sum()), generator=g).to(target.device)
-            put = partial(add, rows=where.nonzero()[:, 0], index=torch.tensor(batch['index']))
-            _pass(target, batch, cm, lambda p: partial(_keep, store, p, where), whole)
-            _pass(donor, batch, cm, lambda p: partial(_subtract, store, put, p, where, order), whole)
-            shown.update(len(batch['index']))
+    g, whole = torch.Generator().manual_seed(shuffle or 0), 'lm_head' in cm
+    for batch in work:
+        batch, store = _checked(batch, target.config), {}
+        at = batch['at']
+        order = None if shuffle is None else torch.randperm(len(at[0]), generator=g).to(target.device)
+        _pass(target, batch, cm, lambda p: partial(_keep, store, p, at), whole)
+        _pass(donor, batch, cm, lambda p: partial(_subtract, store, partial(add, rows=at[0], index=torch.tensor(batch['index'])), p, at, order), whole)
+        if shown: shown(batch)
 
-def _finite(sums):
+def _finite(sums, models=()):
     for path, s in sums.items():
-        if not torch.isfinite(s).all(): raise ActError(f"the activations of {path} hold NaN or infinity: check the weights, or use float32 or bfloat16 instead of float16")
+        if torch.isfinite(s).all(): continue
+        for m in models: check_finite(m)
+        raise ActError(f"the activations of {path} hold NaN or infinity: check the weights, or use float32 or bfloat16 instead of float16")
+
+# %% ../nbs/10_localize.ipynb #10-102
+def _compare_in_turn(load, work, cm, add, folder, room, shown=None):
+    "As `_compare`, with one model in memory: `load(0)` gives the target, `load(1)` the donor; at most `room` bytes wait in `folder`, or one batch."
+    whole = 'lm_head' in cm
+    while work:
+        model, size, waiting = load(0), 0, []
+        while work and (not waiting or size*(1 + 1/len(waiting)) <= room):
+            batch, store, file = _checked(work.pop(0), model.config), {}, Path(folder)/f'{len(waiting)}.safetensors'
+            _pass(model, batch, cm, lambda p: partial(_keep, store, p, batch['at']), whole)
+            save_file({k: v.cpu().contiguous() for k, v in store.items()}, file)
+            waiting.append((batch, file)); size += file.stat().st_size
+        model = _free(model)
+        model = load(1)
+        for batch, file in waiting:
+            store, put = load_file(file), partial(add, rows=batch['at'][0], index=torch.tensor(batch['index']))
+            _pass(model, batch, cm, lambda p: partial(_subtract, store, put, p, batch['at'], None), whole)
+            file.unlink()
+            if shown: shown(batch)
+        model = _free(model)
+
+def _free(model):
+    del model
+    gc.collect()
+    if torch.cuda.is_available(): torch.cuda.empty_cache()
+
+# %% ../nbs/10_localize.ipynb #10-104
+def _type_of(model, dtype):
+    "The type that a model's weights have, or will have in memory."
+    if isinstance(model, PreTrainedModel): return model.dtype
+    if dtype not in (None, 'auto'): return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
+    ck = Checkpoint(resolve(model))
+    stored = ck.config.get('dtype') or ck.config.get('torch_dtype')
+    return getattr(torch, stored) if stored else DTYPES[next(iter(ck.tensors.values())).dtype]
+
+def _free_memory(device):
+    device = torch.device(device or 'cpu')
+    if device.type == 'cuda': return torch.cuda.mem_get_info(device)[0]
+    import psutil
+    return psutil.virtual_memory().available
+
+def _both_fit(models, dtype, device, work, cm):
+    size = lambda m: sum(math.prod(t.shape) for t in Checkpoint(resolve(m)).tensors.values())*_type_of(m, dtype).itemsize
+    kept = max((int(b['positions'].sum()) for b in work), default=0)*cm.total*_type_of(models[0], dtype).itemsize
+    return 1.1*sum(map(size, models)) + 2*kept < .9*_free_memory(device)
+
+# %% ../nbs/10_localize.ipynb #10-106
+class _Sums:
+    "Sums of |difference|, and of how many batches; kept in a folder, when there is one, for a run of the same `key`."
+    def __init__(self, cm, folder, key, every):
+        self.cm, self.key, self.every, self.last = cm, key, every, time.monotonic()
+        self.file = Path(folder)/'sums-{}-of-{}.safetensors'.format(*processes()) if folder else None
+        self.sums, self.batches = {m.path: torch.zeros(m.width, dtype=torch.float64) for m in cm}, 0
+        if self.file and self.file.exists():
+            old = load_file(self.file)
+            if bytes(old['key'].tolist()).decode() == key: self.batches, self.sums = int(old['batches']), {m.path: old[m.path].clone() for m in cm}
+
+    def add(self, path, diff, rows, index): self.sums[path] += diff.sum(0).cpu()
+    def done(self):
+        "A batch is complete."
+        self.batches += 1
+        if not self.file or time.monotonic() - self.last < self.every: return
+        with atomic_file(self.file) as tmp: save_file({**self.sums, 'batches': torch.tensor(self.batches), 'key': torch.tensor(list(self.key.encode()), dtype=torch.uint8)}, tmp)
+        self.last = time.monotonic()
+
+    def total(self):
+        "The sums of all processes."
+        flat = sum(gathered(torch.cat(list(self.sums.values()))))
+        return dict(zip(self.cm.paths, flat.split([m.width for m in self.cm])))
 
 # %% ../nbs/10_localize.ipynb #10-019
 @torch.no_grad()
@@ -78,28 +150,40 @@ def localize(
     dtype='auto',                # weight type of models loaded here
     device=None,                 # of models loaded here
     device_map=None,             # of models loaded here, for those larger than one device
-    check: bool = True,          # `preflight` first, and record weight hashes
+    check: bool = True,          # `check_pair` first
     progress: bool = True,       # show a bar
+    hold: str = 'auto',          # 'both' models in memory; 'one' at a time, the target's answer activations wait on disk; 'auto': both when they fit
+    disk: int = None,            # bytes that may wait on disk at once; half of what is free by default
+    state=None,                  # folder in which sums are kept, to go on after a kill; also where activations wait
+    save_seconds: float = 30.,   # how often
 ) -> ChannelScores: # one float32 score a channel; raises ActError for pairs that do not fit, empty abilities, NaN
     "Stage 1 of ACT: the mean absolute activation difference delta_i of every channel on an ability's answer tokens."
-    start, names = time.time(), (_label(target), _label(donor))
-    if check: preflight(target, donor)
-    hashes = {f'{role}_{k}': f(m) for role, m in (('target', target), ('donor', donor)) for k, f in (('hash', weight_hash), ('print', fingerprint))} if check else {}
-    load = lambda m: (m, tokenizer) if isinstance(m, PreTrainedModel) else load_model(m, dtype, device, device_map)
-    (target, tok), (donor, _) = load(target), load(donor)
-    tokenizer = tokenizer or tok
-    if tokenizer is None: raise ActError("localize got models in memory without a tokenizer: pass tokenizer=")
+    models, ours = (target, donor), [isinstance(m, PreTrainedModel) for m in (target, donor)]
+    if hold not in ('auto', 'both', 'one'): raise ActError(f"hold is {hold!r}: choose 'both', 'one' or 'auto'")
+    if hold == 'one' and any(ours): raise ActError("hold='one' takes models by name or folder: those in memory are there already")
+    rank, world = processes()
+    if check: check_pair(target, donor)
+    load = lambda i: models[i] if ours[i] else load_model(models[i], dtype, device, device_map)[0]
+    if tokenizer is None:
+        if all(ours): raise ActError("localize got models in memory without a tokenizer: pass tokenizer=")
+        tokenizer = load_tokenizer(models[ours[0]])
     if not hasattr(ability, 'items'): ability = load_ability(ability, 'localize')
     encoded = encode(ability, tokenizer, positions, chat, max_length, eos)
-    cm, sums, tokens = enumerate_channels(target, tied), {}, sum(len(e.positions) for e in encoded)
-    def add(path, diff, rows, index):
-        total = diff.sum(0, dtype=torch.float32 if diff.device.type == 'mps' else torch.float64)
-        sums[path] = sums[path] + total if path in sums else total
-    _compare(target, donor, encoded, tokenizer, cm, batch_tokens, progress, add)
-    _finite(sums)
-    meta = dict(target=names[0], donor=names[1], **hashes, ability=ability.name, ability_hash=ability.hash, source=ability.source, items=len(encoded), tokens=tokens, positions=positions,
-                dtype=str(target.dtype).removeprefix('torch.'), batch_tokens=batch_tokens, max_length=max_length, chat=chat, eos=eos, seconds=round(time.time() - start, 2), provenance=provenance())
-    return ChannelScores({p: (s/tokens).float().cpu() for p, s in sums.items()}, cm, meta)
+    cm, tokens = enumerate_channels(target, tied), sum(len(e.positions) for e in encoded)
+    meta = dict(target=_label(target), donor=_label(donor), target_print=fingerprint(target), donor_print=fingerprint(donor), ability=ability.name, ability_hash=ability.hash, source=ability.source, items=len(encoded), tokens=tokens,
+                positions=positions, dtype=str(_type_of(target, dtype)).removeprefix('torch.'), batch_tokens=batch_tokens, max_length=max_length, chat=chat, eos=eos, provenance=origin())
+    work = list(batches(encoded, tokenizer, batch_tokens))[rank::world]
+    if hold == 'auto': hold = 'both' if any(ours) or device_map or all(gathered(_both_fit(models, dtype, device, work, cm))) else 'one'
+    sums = _Sums(cm, state, sha256(json.dumps(meta)), save_seconds)
+    with bar(progress=progress and not rank, total=sum(len(b['index']) for b in work), desc='localising, ' + dict(both='both models in memory', one='one model at a time')[hold], unit='item') as shown:
+        shown.update(sum(len(b['index']) for b in work[:sums.batches]))
+        def done(batch): sums.done(); shown.update(len(batch['index']))
+        if hold == 'both': _compare(load(0), load(1), work[sums.batches:], cm, sums.add, shown=done)
+        else:
+            with tempfile.TemporaryDirectory(dir=state) as tmp: _compare_in_turn(load, work[sums.batches:], cm, sums.add, tmp, disk or shutil.disk_usage(tmp).free//2//world, done)
+    total = sums.total()
+    _finite(total, models)
+    return ChannelScores({p: (s/tokens).float() for p, s in total.items()}, cm, meta)
 
 # %% ../nbs/10_localize.ipynb #10-031
 @torch.no_grad()
@@ -119,7 +203,7 @@ def localize_items(
     def add(path, diff, rows, index):
         if path not in sums: sums[path] = torch.zeros(len(encoded), diff.shape[1])
         sums[path].index_add_(0, index[rows], diff.cpu())
-    _compare(target, donor, encoded, tokenizer, cm, batch_tokens, progress, add, shuffle)
+    with bar(progress=progress, total=len(encoded), desc='localising', unit='item') as shown: _compare(target, donor, batches(encoded, tokenizer, batch_tokens), cm, add, shuffle, lambda b: shown.update(len(b['index'])))
     _finite(sums)
     meta = dict(target=_label(target), donor=_label(donor), ability=ability.name, ability_hash=ability.hash, source=ability.source, positions=positions, max_length=max_length, shuffle=shuffle)
     return ItemScores(torch.cat([sums[p] for p in cm.paths], 1), torch.tensor([len(e.positions) for e in encoded]), cm, meta)
@@ -140,10 +224,17 @@ def act_localize(
     device: str = None,    # cpu, cuda, ...
     device_map: str = None, # auto spreads each model over all devices
     chat: store_true = False, # through the chat template
+    hold: str = 'auto',    # both models in memory, one at a time, or auto: both when they fit
+    disk_gb: float = None, # GB that may wait on disk when one model is in memory at a time
+    save_seconds: float = 30., # how often sums are kept, to go on after a kill
 ):
     "Score every channel: act_localize --target lab/maths-en --donor lab/base --ability lab/science-zh --out scores.safetensors"
     if not all((target, donor, ability, out)): raise ActError("act_localize needs --target, --donor, --ability and --out: see act_localize --help")
-    scores = localize(target, donor, load_ability(ability, split, n), None, positions, batch_tokens, max_length, chat, dtype=dtype, device=device, device_map=device_map)
-    scores.save(out)
+    ability, options = load_ability(ability, split, n), dict(positions=positions, batch_tokens=batch_tokens, max_length=max_length, chat=chat, dtype=dtype, device=device, device_map=device_map)
+    with contextlib.ExitStack() as stack:
+        work = from_first(lambda: stack.enter_context(work_folder(out, sha256(json.dumps([target, donor, ability.hash, options])))))
+        scores = localize(target, donor, ability, hold=hold, disk=disk_gb and int(disk_gb*1e9), state=work, save_seconds=save_seconds, **options)
+        if processes()[0]: return
+        scores.save(out)
     print(scores)
     print(scores.top(10).to_string(index=False))

@@ -11,9 +11,8 @@ import html, json, math
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
-from safetensors.torch import save_file
 from .channels import KINDS, ChannelMap, enumerate_channels
-from .checkpoints import _TYPES, _header, _label, _tensors, _values
+from .checkpoints import _TYPES, _header, _label, _tensors, _values, write_tensors
 from .core import ActError, atomic_file, command, parse_json, sha256
 
 # %% ../nbs/11_masks.ipynb #11-006
@@ -259,10 +258,10 @@ def save(
     self: ChannelData,
     path, # file to write
 ) -> Path:
-    "Write one safetensors file, atomically: one tensor a module path, the map and the metadata in its header."
+    "Write one safetensors file, atomically: one tensor a module path, the map and the metadata in its header; the same contents give the same bytes."
     meta = dict(format=self.format, map=json.dumps(self.map.to_dict()), meta=json.dumps(self.meta, ensure_ascii=False))
-    out = {p: v.to(torch.uint8) if self.dtype is torch.bool else v.contiguous() for p, v in self.data.items()}
-    with atomic_file(path) as tmp: save_file(out, tmp, metadata=meta)
+    dtype = 'U8' if self.dtype is torch.bool else 'F32'
+    with atomic_file(path) as tmp: write_tensors(tmp, {p: (dtype, v.shape) for p, v in self.data.items()}, meta, self.data.values())
     return Path(path)
 
 # %% ../nbs/11_masks.ipynb #11-051

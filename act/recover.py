@@ -17,7 +17,7 @@ from typing import Callable
 import numpy as np, pandas as pd, matplotlib.pyplot as plt, seaborn as sns
 from fastcore.basics import patch
 from .abilities import load_ability
-from .checkpoints import load_model, preflight
+from .checkpoints import load_model, preflight, weight_hash
 from .core import PACKAGE, ActError, atomic_folder, bar, check_absent, command, provenance, read_json, write_json
 from .evaluate import evaluate, holm, mcnemar as paired_test
 from .finetune import finetune
@@ -448,8 +448,7 @@ def recover(
     bench = bench or Bench(case, device, progress)
     grid, best = choose(bench, rows, methods, seeds[0])
     rows = measure(bench, best, seeds, rows, methods)
-    a = bench.scores(seeds[0]).meta
-    rec = Recovery(case, rows, grid, best, _meta(bench, seeds, start, target_hash=a['target_hash'], donor_hash=a['donor_hash']))
+    rec = Recovery(case, rows, grid, best, _meta(bench, seeds, start, target_hash=weight_hash(bench.target), donor_hash=weight_hash(bench.donor)))
     if out:
         with atomic_folder(out) as tmp: _write_all(rec, bench, tmp)
     return rec

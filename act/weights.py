@@ -34,16 +34,16 @@ def own_items(
     "What each channel's output would change by if only its own parameters became the donor's."
     encoded, cm, norms = encode(ability, tokenizer, max_length=max_length), enumerate_channels(target), {}
     own = {m.path: torch.zeros(len(encoded), m.width) for m in cm}
-    def note(path, where, rows, module, args, out):
-        diff = (_answers(donor.get_submodule(path)(*args), where) - _answers(out, where)).abs()
+    def note(path, at, rows, module, args, out):
+        diff = (_answers(donor.get_submodule(path)(*args), at).float() - _answers(out, at).float()).abs()
         own[path].index_add_(0, rows, (diff.mean(1) if diff.ndim == 3 else diff).cpu())
         if isinstance(module, torch.nn.Linear):
-            size = (args[0][where.to(args[0].device)].float().square().sum(-1) + (module.bias is not None)).sqrt()
+            size = (_answers(args[0], at).float().square().sum(-1) + (module.bias is not None)).sqrt()
             norms.setdefault(path, torch.zeros(len(encoded))).index_add_(0, rows, size.cpu())
     for batch in bar(list(batches(encoded, tokenizer, batch_tokens)), progress, desc='own change', unit='batch'):
-        batch = _checked(batch, target.config.vocab_size, {target.config.num_attention_heads, getattr(target.config, 'num_key_value_heads', None)})
-        rows = torch.tensor(batch['index'])[batch['positions'].nonzero()[:, 0]]
-        _pass(target, batch, cm, lambda p: partial(note, p, batch['positions'], rows), 'lm_head' in cm)
+        batch = _checked(batch, target.config)
+        rows = torch.tensor(batch['index'])[batch['at'][0]]
+        _pass(target, batch, cm, lambda p: partial(note, p, batch['at'], rows), 'lm_head' in cm)
     _finite(own)
     tokens, change = torch.tensor([len(e.positions) for e in encoded]), change or weight_scores(target, donor)
     bound = {p: norms[p][:, None]*change[p] if p in norms else v for p, v in own.items()}

@@ -66,7 +66,7 @@ def test_a_truncated_file_is_named(checkpoint):
     folder = checkpoint('m')
     raw = (folder/'model.safetensors').read_bytes()
     (folder/'model.safetensors').write_bytes(raw[:-100])
-    with pytest.raises(ActError, match='model.safetensors is truncated'): Checkpoint(folder)
+    with pytest.raises(ActError, match='model.safetensors .*truncated'): Checkpoint(folder)
     (folder/'model.safetensors').write_bytes(raw[:4])
     with pytest.raises(ActError, match='model.safetensors'): Checkpoint(folder)
 

@@ -1,5 +1,5 @@
 "Localise: equal to brute force on every architecture, whatever the batches; bad models are named."
-import pytest, torch
+import json, os, subprocess, sys, pytest, torch
 from act.abilities import Ability, Item, encode
 from act.channels import enumerate_channels
 from act.core import ActError
@@ -88,7 +88,7 @@ def test_folders_in_bf16_and_what_is_recorded(checkpoint, tokenizer, tmp_path):
     wide = localize(a, b, ABILITY, dtype='float32', progress=False)
     assert s.meta['dtype'] == 'bfloat16' and torch.allclose(s.flat(), wide.flat(), rtol=.2, atol=.05)
     assert s.flat().dtype == torch.float32 and s.meta['tokens'] == sum(len(e.positions) for e in encode(ABILITY, tokenizer))
-    assert s.meta['target_hash'] != s.meta['donor_hash'] and s.meta['ability_hash'] == ABILITY.hash and 'torch' in s.meta['provenance']['versions']
+    assert s.meta['target_print'] != s.meta['donor_print'] and s.meta['ability_hash'] == ABILITY.hash and 'torch' in s.meta['provenance']['versions']
     assert ChannelScores.load(s.save(tmp_path/'s.safetensors')).meta == s.meta
 
 def test_infinite_activations_are_named(pair, tokenizer):
@@ -119,3 +119,67 @@ def test_a_device_map(checkpoint):
     plain = localize(a, b, ABILITY, progress=False)
     mapped = localize(a, b, ABILITY, device_map={'': 'cpu'}, progress=False)
     assert torch.equal(plain.flat(), mapped.flat())
+
+@pytest.mark.parametrize('disk', [1, 10**9])
+def test_one_model_at_a_time_gives_the_same_bits(family, checkpoint, tmp_path, disk, monkeypatch):
+    from act import localize as module
+    loads, real = [], module.load_model
+    monkeypatch.setattr(module, 'load_model', lambda m, *a: loads.append(m) or real(m, *a))
+    a, b = checkpoint('a', tiny_model(family, dtype=torch.bfloat16)), checkpoint('b', tiny_model(family, 1, dtype=torch.bfloat16))
+    side, turn = (localize(a, b, ABILITY, progress=False, batch_tokens=12, hold=h, disk=disk, state=tmp_path) for h in ('both', 'one'))
+    assert torch.equal(side.flat(), turn.flat()) and side.meta == turn.meta and sorted(p.name for p in tmp_path.iterdir()) == ['a', 'b']
+    assert loads[:2] == [a, b] and (loads[2:] == [a, b] if disk > 1 else len(loads) > 4)
+
+def test_two_models_that_do_not_fit_are_taken_in_turn(checkpoint, monkeypatch, capfd):
+    from act import localize as module
+    a, b = checkpoint('a'), checkpoint('b', tiny_model(seed=1))
+    for free, word in ((10**9, 'both models in memory'), (10**4, 'one model at a time')):
+        monkeypatch.setattr(module, '_free_memory', lambda device: free)
+        localize(a, b, ABILITY)
+        assert word in capfd.readouterr().err
+    with pytest.raises(ActError, match="choose 'both', 'one' or 'auto'"): localize(a, b, ABILITY, hold='three')
+    with pytest.raises(ActError, match='in memory are there already'): localize(tiny_model(), b, ABILITY, hold='one')
+
+def test_the_order_of_the_items_does_not_matter(pair, tokenizer):
+    items = list(ABILITY)
+    x, y = (localize(*pair, Ability('a', o), tokenizer, batch_tokens=40, progress=False) for o in (items, items[::-1]))
+    assert torch.equal(x.flat(), y.flat())
+
+@pytest.mark.parametrize('hold', ['both', 'one'])
+def test_what_was_killed_goes_on_and_ends_with_the_same_bytes(checkpoint, tmp_path, hold):
+    a, b, data = checkpoint('a'), checkpoint('b', tiny_model(seed=1)), tmp_path/'x.jsonl'
+    data.write_text('\n'.join(json.dumps(dict(prompt=f'{i} and {i} is' + ' so'*(i % 7), answer=f' {2*i}')) for i in range(40)))
+    code = f"""
+import os, signal, sys
+from act import localize as m
+from act.abilities import load_ability
+kill, real, seen = int(sys.argv[1]), m._Sums.done, []
+def done(self):
+    real(self); seen.append(self.batches)
+    if len(seen) == kill: os.kill(os.getpid(), signal.SIGKILL)
+m._Sums.done = done
+sys.argv = 'act_localize --target {a} --donor {b} --ability {data} --batch_tokens 64 --save_seconds 0 --hold {hold} --out {tmp_path}/'.split()
+sys.argv[-1] += ('again' if kill else 'once') + '.safetensors'
+m.act_localize()
+print('batches', seen)
+"""
+    run = lambda kill: subprocess.run([sys.executable, '-c', code, str(kill)], capture_output=True, text=True, env={**os.environ, 'TQDM_DISABLE': '1'})
+    whole = run(0)
+    n = int(whole.stdout.split(', ')[-1].rstrip(']\n'))
+    assert n > 6
+    for kill in (2, 3):
+        assert run(kill).returncode == -9 and not (tmp_path/'again.safetensors').exists() and (tmp_path/'.again.safetensors.partial').is_dir()
+    last = run(1000)
+    assert 'batches [6, ' in last.stdout and (tmp_path/'again.safetensors').read_bytes() == (tmp_path/'once.safetensors').read_bytes()
+    assert not list(tmp_path.glob('.*'))
+
+def test_two_processes_give_what_one_gives(tmp_path):
+    out = {n: tmp_path/f'{n}.safetensors' for n in (1, 2)}
+    for n, file in out.items():
+        code = f"import sys; sys.argv = 'act_localize --target lab/maths-en --donor lab/base --ability lab/science-zh --n 60 --batch_tokens 512 --out {file}'.split(); from act.localize import act_localize; sys.exit(act_localize())"
+        (tmp_path/f'job{n}.py').write_text(code)
+        launch = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29541'] if n == 2 else []
+        done = subprocess.run([sys.executable, *launch, str(tmp_path/f'job{n}.py')], capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0 and done.stdout.count('ChannelScores') == 1, done.stderr[-2000:]
+    one, two = (ChannelScores.load(f).flat() for f in out.values())
+    assert torch.allclose(one, two, rtol=1e-6, atol=0) and out[1].read_bytes() == out[2].read_bytes()

@@ -147,3 +147,8 @@ def test_a_kind_taken_whole():
     assert whole['model.embed_tokens'].all() and (mask - whole).count == 0
     assert {p for p in mask.data if not torch.equal(mask[p], whole[p])} <= {'model.embed_tokens'}
     with pytest.raises(ActError, match='router'): with_kind(mask, 'router')
+
+def test_the_same_contents_are_the_same_bytes(tmp_path):
+    m = mask([True, False]*3)
+    m.meta.update(ability='a', p=.1, items=3)
+    assert len({m.save(tmp_path/f'{i}').read_bytes() for i in range(20)}) == 1
