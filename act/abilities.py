@@ -259,13 +259,15 @@ def batches(
     encoded: list, tokenizer,     # from `encode`
     batch_tokens: int = 4096,     # most tokens in a batch, padding included
     padding_side: str = 'right',  # 'right' or 'left'
+    alike: float = 7/8,           # an item shorter than this share of the longest starts a batch of its own: little is padding
 ):
     "Yield dicts of input_ids, attention_mask, position_ids, positions (bool), all (batch, width), and index (item numbers), longest first."
     order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i].input_ids), encoded[i].input_ids, i)) # whatever the order of the file
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     while order:
         width = len(encoded[order[0]].input_ids)
-        take, order = order[:max(1, batch_tokens//width)], order[max(1, batch_tokens//width):]
+        n = max(1, sum(len(encoded[i].input_ids) >= alike*width for i in order[:max(1, batch_tokens//width)]))
+        take, order = order[:n], order[n:]
         ids, mask, where = torch.full((len(take), width), pad), torch.zeros(len(take), width, dtype=torch.long), torch.zeros(len(take), width, dtype=torch.bool)
         for row, i in enumerate(take):
             e, n = encoded[i], len(encoded[i].input_ids)

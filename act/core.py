@@ -61,7 +61,7 @@ def _locked(path, until):
         time.sleep(.01)
 
 # %% ../nbs/09_core.ipynb #09-104
-def _disk_failed(e): return isinstance(e, OSError) and e.errno and not isinstance(e, (FileNotFoundError, ConnectionError, TimeoutError)) or 'IoError' in str(e) or 'PytorchStreamWriter' in str(e)
+def _disk_failed(e): return isinstance(e, OSError) and e.errno and not isinstance(e, (FileNotFoundError, ConnectionError, TimeoutError)) or any(o in str(e) for o in ('IoError', 'I/O error', 'PytorchStreamWriter'))
 
 @contextlib.contextmanager
 def _writing(path):
@@ -254,10 +254,12 @@ def git_revision() -> str:
     except (OSError, subprocess.TimeoutExpired): return _version('act-transfer')
 
 # %% ../nbs/09_core.ipynb #09-030
+@functools.cache
 def _version(name):
     try: return metadata.version(name)
     except metadata.PackageNotFoundError: return 'not installed'
 
+@functools.cache
 def _cpu():
     try: return next(l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name'))
     except (OSError, StopIteration): return platform.processor() or platform.machine()

@@ -8,6 +8,7 @@ __all__ = ['localize', 'localize_items', 'act_localize']
 # %% ../nbs/10_localize.ipynb #10-003
 import contextlib, gc, json, math, shutil, tempfile, time, torch
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from fastcore.script import store_true
 from safetensors.torch import load_file, save_file
@@ -20,20 +21,20 @@ from .masks import ChannelScores, ItemScores
 
 # %% ../nbs/10_localize.ipynb #10-014
 def _answers(out, at):
-    "Rows of a module's output at the answer positions `at` (item, column, width of the batch): (tokens, channels) or (tokens, heads, channels)."
-    if out.ndim == 4 and out.shape[1] != at[2]: out = out.transpose(1, 2)
-    return out[at[0].to(out.device), at[1].to(out.device)]
+    "Rows of a module's output at the answer positions `at` (row of each in the flattened batch, width of the batch): (tokens, channels) or (tokens, heads, channels)."
+    if out.ndim == 4 and out.shape[1] != at[1]: out = out.transpose(1, 2)
+    return out.flatten(0, 1).index_select(0, at[0].to(out.device))
 
 def _keep(store, path, at, module, args, out): store[path] = _answers(out, at)
 
 def _subtract(store, add, path, at, order, module, args, out):
-    theirs = store.pop(path).to(out.device).float()
+    theirs = store.pop(path).to(out.device)
     diff = (_answers(out, at).float() - (theirs if order is None else theirs[order])).abs_()
     add(path, diff.mean(1) if diff.ndim == 3 else diff)
 
 def _pass(model, batch, cm, hook, whole):
     "One forward pass with `hook(path)` on every module of the map; the head is left out unless `whole`."
-    hooks = [model.get_submodule(p).register_forward_hook(hook(p)) for p in cm.paths]
+    hooks = [attrgetter(p)(model).register_forward_hook(hook(p)) for p in cm.paths]
     try:
         inputs = {k: batch[k].to(model.device) for k in ('input_ids', 'attention_mask', 'position_ids')}
         (model if whole else model.base_model)(**inputs, use_cache=False)
@@ -42,11 +43,11 @@ def _pass(model, batch, cm, hook, whole):
 
 # %% ../nbs/10_localize.ipynb #10-016
 def _checked(batch, config):
-    "A batch that the model can read, with `at`: (item, column) of every answer token, and the width."
+    "A batch that the model can read, with `at`: the row of every answer token in the flattened batch, and the width."
     heads = {config.num_attention_heads, getattr(config, 'num_key_value_heads', None)}
     if int(batch['input_ids'].max()) >= config.vocab_size: raise ActError(f"token id {int(batch['input_ids'].max())} is outside the model's vocabulary of {config.vocab_size}: pass the model's own tokenizer")
     if batch['input_ids'].shape[1] in heads: batch = {k: torch.nn.functional.pad(v, (0, 1)) if torch.is_tensor(v) else v for k, v in batch.items()}
-    return {**batch, 'at': (*batch['positions'].nonzero(as_tuple=True), batch['input_ids'].shape[1])}
+    return {**batch, 'at': (batch['positions'].flatten().nonzero()[:, 0], batch['input_ids'].shape[1])}
 
 # %% ../nbs/10_localize.ipynb #10-018
 def _compare(target, donor, work, cm, add, shuffle=None, shown=None):
@@ -57,7 +58,7 @@ def _compare(target, donor, work, cm, add, shuffle=None, shown=None):
         at = batch['at']
         order = None if shuffle is None else torch.randperm(len(at[0]), generator=g).to(target.device)
         _pass(target, batch, cm, lambda p: partial(_keep, store, p, at), whole)
-        _pass(donor, batch, cm, lambda p: partial(_subtract, store, partial(add, rows=at[0], index=torch.tensor(batch['index'])), p, at, order), whole)
+        _pass(donor, batch, cm, lambda p: partial(_subtract, store, partial(add, rows=at[0]//at[1], index=torch.tensor(batch['index'])), p, at, order), whole)
         if shown: shown(batch)
 
 def _finite(sums, models=()):
@@ -80,7 +81,7 @@ def _compare_in_turn(load, work, cm, add, folder, room, shown=None):
         model = _free(model)
         model = load(1)
         for batch, file in waiting:
-            store, put = load_file(file), partial(add, rows=batch['at'][0], index=torch.tensor(batch['index']))
+            store, put = load_file(file), partial(add, rows=batch['at'][0]//batch['at'][1], index=torch.tensor(batch['index']))
             _pass(model, batch, cm, lambda p: partial(_subtract, store, put, p, batch['at'], None), whole)
             file.unlink()
             if shown: shown(batch)

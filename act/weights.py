@@ -42,7 +42,7 @@ def own_items(
             norms.setdefault(path, torch.zeros(len(encoded))).index_add_(0, rows, size.cpu())
     for batch in bar(list(batches(encoded, tokenizer, batch_tokens)), progress, desc='own change', unit='batch'):
         batch = _checked(batch, target.config)
-        rows = torch.tensor(batch['index'])[batch['at'][0]]
+        rows = torch.tensor(batch['index'])[batch['at'][0]//batch['at'][1]]
         _pass(target, batch, cm, lambda p: partial(note, p, batch['at'], rows), 'lm_head' in cm)
     _finite(own)
     tokens, change = torch.tensor([len(e.positions) for e in encoded]), change or weight_scores(target, donor)

@@ -1,4 +1,4 @@
-"""Streamed transfer beside `cp -r` and mergekit's task arithmetic, on made-up checkpoints of a real shape, in turn and several times.
+"""Streamed transfer and delta files beside `cp -r` and mergekit's task arithmetic, on made-up checkpoints of a real shape, in turn and several times.
 
     python benchmarks/transfer.py --folder /somewhere/with/12/GB --out transfer.json [--layers 28] [--rounds 5]
 
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen2Config
 from act.channels import enumerate_channels
-from act.checkpoints import fingerprint
+from act.checkpoints import Checkpoint, fingerprint
 from act.core import provenance, write_json
 from act.lab import lab_path
 from act.masks import ChannelMask, random_mask
@@ -47,6 +47,8 @@ def timed(command):
     if row.pop('status'): sys.exit(done.stderr[-2000:])
     return row
 
+def summary(v): return dict(median=round(statistics.median(v), 3), least=round(min(v), 3), most=round(max(v), 3))
+
 def main(folder, out, layers, rounds):
     folder = Path(folder)
     a, b, mask, recipe = (folder/n for n in ('target', 'donor', 'mask.safetensors', 'mergekit.yaml'))
@@ -57,8 +59,10 @@ def main(folder, out, layers, rounds):
     m.meta.update(target_print=fingerprint(a), donor_print=fingerprint(b))
     m.save(mask)
     recipe.write_text(f'merge_method: task_arithmetic\nbase_model: {a}\nmodels:\n  - model: {b}\n    parameters: {{weight: 0.5}}\ndtype: bfloat16\n')
-    result = folder/'result'
-    tools = {'cp -r': ['cp', '-r', a, result], 'act_transfer': [BIN/'act_transfer', '--target', a, '--donor', b, '--mask', mask, '--lam', '0.5', '--out', result],
+    result, delta = folder/'result', folder/'delta.safetensors'
+    pair = ['--target', a, '--donor', b, '--mask', mask, '--lam', '0.5', '--out']
+    tools = {'cp -r': ['cp', '-r', a, result], 'act_transfer': [BIN/'act_transfer', *pair, result],
+             'act_delta': [BIN/'act_delta', *pair, delta], 'act_apply': [BIN/'act_apply', '--target', a, '--delta', delta, '--out', result],
              'mergekit-yaml': [BIN/'mergekit-yaml', recipe, result], 'import torch': [sys.executable, '-c', 'import torch'], 'act_transfer --help': [BIN/'act_transfer', '--help']}
     rows = []
     for r in range(rounds):
@@ -69,12 +73,15 @@ def main(folder, out, layers, rounds):
             print(rows[-1], flush=True)
     shutil.rmtree(result, ignore_errors=True)
     at = lambda name: [r['seconds'] for r in rows if r['tool'] == name]
-    ratios = dict(to_mergekit=[x/y for x, y in zip(at('act_transfer'), at('mergekit-yaml'))], to_cp=[x/(1.5*y + z) for x, y, z in zip(at('act_transfer'), at('cp -r'), at('act_transfer --help'))])
-    summary = {k: dict(median=round(statistics.median(v), 3), least=round(min(v), 3), most=round(max(v), 3)) for k, v in ratios.items()}
+    ratios = dict(to_mergekit=[x/y for x, y in zip(at('act_transfer'), at('mergekit-yaml'))], to_cp=[(x - z)/y for x, y, z in zip(at('act_transfer'), at('cp -r'), at('act_transfer --help'))], to_limit=[x/(1.5*y + z) for x, y, z in zip(at('act_transfer'), at('cp -r'), at('act_transfer --help'))])
+    table = {k: summary(v) for k, v in ratios.items()}
     peak = lambda name: max(r['peak_mb'] for r in rows if r['tool'] == name)
-    summary['peak_mb_above_torch'] = peak('act_transfer') - peak('import torch')
-    write_json(provenance(format='act-bench-transfer-1', bytes=sum(f.stat().st_size for f in a.iterdir()), layers=layers, channels=m.count, total=m.total, summary=summary, rows=rows), out)
-    print(json.dumps(summary, indent=1))
+    table['peak_mb_above_torch'] = {t: peak(t) - peak('import torch') for t in ('act_transfer', 'act_delta', 'act_apply', 'mergekit-yaml')}
+    whole = sum(f.stat().st_size for f in a.glob('*.safetensors'))
+    table['delta_share'] = round(delta.stat().st_size/whole, 4)
+    table['largest_tensor_mb'] = round(max(t.end - t.start for t in Checkpoint(a).tensors.values())/1e6, 1)
+    write_json(provenance(format='act-bench-transfer-1', bytes=whole, layers=layers, channels=m.count, total=m.total, summary=table, rows=rows), out)
+    print(json.dumps(table, indent=1))
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -34,7 +34,7 @@ def test_the_end_of_text_is_added_when_asked(tokenizer):
 @pytest.mark.parametrize('side', ['left', 'right'])
 def test_padding_by_hand(tokenizer, side):
     enc = encode([Item('abcd', 'ef'), Item('x', 'y')], tokenizer)
-    b, = batches(enc, tokenizer, padding_side=side)
+    b, = batches(enc, tokenizer, padding_side=side, alike=0)
     pad = [tokenizer.pad_token_id]*4
     assert b['index'] == [0, 1]
     assert b['input_ids'][1].tolist() == (pad + enc[1].input_ids if side == 'left' else enc[1].input_ids + pad)
@@ -45,7 +45,7 @@ def test_padding_by_hand(tokenizer, side):
 @pytest.mark.parametrize('side', ['left', 'right'])
 def test_padding_does_not_change_what_the_model_computes(tokenizer, side):
     model, enc = tiny_model(), encode(ITEMS, tokenizer)
-    for b in batches(enc, tokenizer, padding_side=side):
+    for b in batches(enc, tokenizer, padding_side=side, alike=0):
         logits = model(input_ids=b['input_ids'], attention_mask=b['attention_mask'], position_ids=b['position_ids']).logits[b['positions']]
         alone = torch.cat([model(torch.tensor([enc[i].input_ids])).logits[0, enc[i].positions] for i in b['index']])
         assert torch.allclose(logits, alone, atol=1e-5)
@@ -55,6 +55,11 @@ def test_batches_hold_every_item_once_within_budget(tokenizer):
     bs = list(batches(encode(items, tokenizer), tokenizer, batch_tokens=60))
     assert sorted(i for b in bs for i in b['index']) == list(range(6))
     assert all(b['input_ids'].numel() <= 60 for b in bs)
+
+def test_little_of_a_batch_is_padding(tokenizer):
+    enc = encode([Item('a'*n, 'b') for n in range(1, 120)], tokenizer)
+    share = lambda **kw: [1 - b['attention_mask'].float().mean().item() for b in batches(enc, tokenizer, **kw)]
+    assert max(share()) <= 1/8 < max(share(alike=0))
 
 def test_cutting_keeps_what_fits_and_an_empty_ability_is_named(tokenizer):
     short, long = Item('a', 'b'), Item('a'*50, 'b')
