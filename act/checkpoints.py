@@ -8,7 +8,7 @@ __all__ = ['TensorInfo', 'DTYPES', 'BLOCK', 'THREADS', 'read_header', 'Checkpoin
            'save_model', 'copy_extras', 'write_like', 'write_tensors']
 
 # %% ../nbs/01_checkpoints.ipynb #01-003
-import hashlib, json, math, os, queue, re, shutil, struct
+import contextlib, hashlib, json, math, os, queue, re, shutil, struct
 from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -393,15 +393,20 @@ def _write(source, file, out, change, finite):
     here = sorted((t for t in source.tensors.values() if t.file.name == file), key=lambda t: t.start)
     with open(source.folder/file, 'rb') as f: _put(out, f.read(here[0].start if here else -1))
     blocks = [(t, a, min(a + step, n), (t.end - t.start)*step//n) for t in here for n in [t.shape[0] if t.shape else 1] if n for step in [max(1, BLOCK*n//max(1, t.end - t.start))] for a in range(0, n, step)]
-    free, threads = queue.SimpleQueue(), torch.get_num_threads()
+    free = queue.SimpleQueue()
     for _ in range(2*THREADS + 1): free.put(torch.empty(max((b[3] for b in blocks), default=0), dtype=torch.uint8)) # used again and again: new memory costs more than reading
     def ready(t, a, b, _):
         buf = free.get()
         return buf, _changed(source, t, a, b, buf, change.get(t.name), finite)
-    try:
-        torch.set_num_threads(1) # in each of ours
-        with ThreadPoolExecutor(THREADS) as pool:
-            for buf, data in _ahead(pool, ready, blocks): _put(out, data); free.put(buf)
+    with _one_thread(), ThreadPoolExecutor(THREADS) as pool:
+        for buf, data in _ahead(pool, ready, blocks): _put(out, data); free.put(buf)
+
+@contextlib.contextmanager
+def _one_thread():
+    "Each operation on one thread: on blocks of a megabyte more of them cost more than they give."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
     finally: torch.set_num_threads(threads)
 
 def _ahead(pool, f, items):

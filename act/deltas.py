@@ -6,13 +6,13 @@
 __all__ = ['make_delta', 'Delta', 'apply_delta', 'act_delta', 'act_apply', 'act_undo']
 
 # %% ../nbs/15_deltas.ipynb #15-003
-import copy, hashlib, json, os, shutil, torch
+import copy, hashlib, html, json, os, shutil, torch
 from functools import partial
 from pathlib import Path
 from fastcore.basics import patch
 from fastcore.script import store_true
 from .channels import ChannelMap
-from .checkpoints import BLOCK, DTYPES, _TYPES, Checkpoint, _finite, _header, _label, _rows, check_pair, resolve, write_like, write_tensors
+from .checkpoints import BLOCK, DTYPES, _TYPES, Checkpoint, _finite, _header, _label, _one_thread, _rows, check_pair, resolve, write_like, write_tensors
 from .core import ActError, _alone, _flush, _writing, atomic_file, atomic_folder, check_absent, command, origin, parse_json, provenance, sha256, write_json
 from .masks import ChannelMask
 from .transfer import _changes, _check_masks, _jobs, _lams, _record, mask_slices
@@ -58,7 +58,7 @@ def make_delta(
         return _NAMES[_INTS[DTYPES[t.dtype]]], tuple(int(chosen.sum()) if i == axis else s for i, s in enumerate(t.shape))
     tensors = dict(mask=('U8', (mask.total,)), **{f'bits.{n}': stored(n, *s) for n, s in slices.items()}, digests=('U8', (len(slices), 2, 32)))
     head = dict(format='act-delta-1', map=json.dumps(mask.map.to_dict()), meta=json.dumps(meta, ensure_ascii=False))
-    with atomic_file(out) as tmp: write_tensors(tmp, tensors, head, _stream(ours, _changes(ours, theirs, jobs, rule), mask))
+    with atomic_file(out) as tmp, _one_thread(): write_tensors(tmp, tensors, head, _stream(ours, _changes(ours, theirs, jobs, rule), mask))
     return Path(out)
 
 # %% ../nbs/15_deltas.ipynb #15-015
@@ -98,7 +98,7 @@ class Delta:
         return _rows(self.tensors[name], start, stop)
 
     def __repr__(self): return f"Delta: {self.mask.count:,} of {self.mask.total:,} channels of {self.meta['target']}, {self.path.stat().st_size/1e6:,.2f} MB; " + ', '.join(f"lam {m['lam']:g} from {m['donor']}" for m in self.meta['moved'])
-    def _repr_html_(self): return f'<p>{self!r}</p>' + self.mask._repr_html_()
+    def _repr_html_(self): return f'<p>{html.escape(repr(self))}</p>' + self.mask._repr_html_()
 
 # %% ../nbs/15_deltas.ipynb #15-019
 @patch(cls_method=True)
@@ -132,7 +132,7 @@ def _odd(map_, meta, mask, digests, bits):
         t, k = bits[n], int(chosen.sum())
         if t.dtype not in _NAMES.values() or len(t.shape) <= axis or t.shape[axis] != k: return f'the bits of {n} are {t.dtype} of shape {t.shape}, its mask chooses {k}'
     moved = meta.get('moved') if isinstance(meta, dict) else None
-    if not (isinstance(moved, list) and isinstance(meta.get('target'), str) and all(isinstance(m, dict) and isinstance(m.get('donor'), str) and type(m.get('lam')) in (int, float) for m in moved)): return 'it does not name its target, donors and lam'
+    if not (isinstance(moved, list) and isinstance(meta.get('target'), str) and all(isinstance(m, dict) and isinstance(m.get('donor'), str) and type(m.get('lam')) in (int, float) and abs(m['lam']) < 1e9 for m in moved)): return 'it does not name its target, donors and lam'
 
 # %% ../nbs/15_deltas.ipynb #15-023
 def _verify(delta, undo, tensors, read, where):
@@ -141,6 +141,7 @@ def _verify(delta, undo, tensors, read, where):
     for name, (axis, chosen) in mask_slices(delta.mask).items():
         dtype, shape = tensors[name]
         if _NAMES.get(_INTS.get(dtype)) != delta.tensors[name].dtype: raise ActError(f"{name} of {where} is stored as {str(dtype).removeprefix('torch.')}, the delta holds {delta.tensors[name].dtype[1:]} bits for each number: use the model in the type of {delta.meta['target']}")
+        if tuple(int(chosen.sum()) if i == axis else s for i, s in enumerate(shape)) != delta.tensors[name].shape: raise ActError(f"{name} of {where} has shape {tuple(shape)}, the delta holds bits of shape {delta.tensors[name].shape}: it was made for another model")
         now, then = hashlib.sha256(), hashlib.sha256()
         for a, b, idx, x, y in _parts(shape, axis, chosen, dtype.itemsize):
             old = read(name, axis, a, b, idx).contiguous()
@@ -169,6 +170,7 @@ def _flips(ck, delta):
 
 # %% ../nbs/15_deltas.ipynb #15-026
 @torch.no_grad()
+@_one_thread()
 def apply_delta(
     target,                # a folder, hub id, lab/NAME, smollm2/NAME, or a model in memory (which stays as it is)
     delta,                 # a Delta or its file
