@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from .abilities import batches, encode, load_ability
 from .channels import enumerate_channels
 from .checkpoints import DTYPES, Checkpoint, _label, check_finite, check_pair, fingerprint, load_model, load_tokenizer, resolve
-from .core import ActError, atomic_file, bar, command, from_first, gathered, origin, processes, sha256, work_folder
+from .core import ActError, _writing, atomic_file, bar, command, from_first, gathered, origin, processes, sha256, work_folder
 from .masks import ChannelScores, ItemScores
 
 # %% ../nbs/10_localize.ipynb #10-014
@@ -181,7 +181,7 @@ def localize(
         def done(batch): sums.done(); shown.update(len(batch['index']))
         if hold == 'both': _compare(load(0), load(1), work[sums.batches:], cm, sums.add, shown=done)
         else:
-            with tempfile.TemporaryDirectory(dir=state) as tmp: _compare_in_turn(load, work[sums.batches:], cm, sums.add, tmp, disk or shutil.disk_usage(tmp).free//2//world, done)
+            with tempfile.TemporaryDirectory(dir=state) as tmp, _writing(tmp): _compare_in_turn(load, work[sums.batches:], cm, sums.add, tmp, disk or shutil.disk_usage(tmp).free//2//world, done)
     total = sums.total()
     _finite(total, models)
     return ChannelScores({p: (s/tokens).float() for p, s in total.items()}, cm, meta)
