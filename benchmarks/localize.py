@@ -62,7 +62,7 @@ def main(out, pairs, rounds, dtype, device, batch_tokens, one):
         loaded = load(one[0], dtype, device, batch_tokens)
         print(json.dumps(added(runs(*loaded, batch_tokens)[one[1]], device)))
         return
-    rows, facts = [], {}
+    rows, facts, budgets = [], {}, {}
     for pair in pairs:
         models, tok, items, work = load(pair, dtype, device, batch_tokens)
         tokens = sum(int(b['attention_mask'].sum()) for b in work)
@@ -77,9 +77,10 @@ def main(out, pairs, rounds, dtype, device, batch_tokens, one):
                 rows.append(dict(pair=pair, round=r, run=name, seconds=round(time.perf_counter() - start, 3)))
                 print(rows[-1], flush=True)
         facts[pair]['peak_mb'] = {name: round(peak(pair, name, options)) for name in jobs}
+        budgets[pair] = {n: round(peak(pair, 'localize', [*options[:-1], str(n)])) for n in (512, 1024, 2048, 4096)}
     at = lambda pair, name: [r['seconds'] for r in rows if (r['pair'], r['run']) == (pair, name)]
     ratios = {pair: {f'to {n}': summary([x/y for x, y in zip(at(pair, 'localize'), at(pair, n))]) for n in ('plain', 'without head')} for pair in pairs}
-    write_json(provenance(format='act-bench-localize-1', dtype=dtype, device=device, threads=torch.get_num_threads(), batch_tokens=batch_tokens, facts=facts, ratios=ratios, rows=rows), out)
+    write_json(provenance(format='act-bench-localize-1', dtype=dtype, device=device, threads=torch.get_num_threads(), batch_tokens=batch_tokens, facts=facts, budgets=budgets, ratios=ratios, rows=rows), out)
     print(json.dumps(dict(facts=facts, ratios=ratios), indent=1))
 
 if __name__ == '__main__':
