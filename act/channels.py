@@ -124,7 +124,9 @@ def _described(m, tied):
     names = [(f'{m.path}.{n}', a) for n, a in axes]
     if tied == 'lm_head' and kind == 'lm_head': names[0] = 'model.embed_tokens.weight', 0
     params = tuple(n for n in names if n in m.params)
-    return ModuleChannels(m.path, kind, layer, m.width, params) if params and type(m.width) is int and 0 < m.width < 1 << 31 else None
+    return ModuleChannels(m.path, kind, layer, m.width, params) if params and kind != _OTHER.get(tied) and type(m.width) is int and 0 < m.width < 1 << 31 else None
+
+_OTHER = dict(embedding='lm_head', lm_head='embedding') # the module that has no channels of its own under a policy
 
 _TIED = {'embedding': 'tied, counted once as embedding columns', 'lm_head': 'tied, counted once as lm_head rows', None: 'not tied'}
 

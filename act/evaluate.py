@@ -17,7 +17,7 @@ from fastcore.script import store_true
 from scipy import stats
 from .abilities import LANGUAGE_NAMES, Ability, load_ability
 from .checkpoints import _label, load_model, weight_hash
-from .core import PACKAGE, ActError, command, provenance, quiet, read_json, write_json
+from .core import PACKAGE, ActError, command, gathered, processes, provenance, quiet, read_json, write_json
 
 # %% ../nbs/14_evaluate.ipynb #14-009
 TASKS = PACKAGE/'tasks'
@@ -25,19 +25,21 @@ TASKS = PACKAGE/'tasks'
 # %% ../nbs/14_evaluate.ipynb #14-011
 @contextmanager
 def _silent():
-    "lm-eval and datasets say nothing inside the block; the bar over documents, which nothing can switch off, is left out."
+    "lm-eval and datasets say nothing inside the block; the bar over documents, which nothing can switch off, is left out, and several processes share the batches."
     from lm_eval.api import task
-    log, shown = logging.getLogger('lm_eval'), task.tqdm
+    from lm_eval.models import huggingface as hf
+    log, shown, batches = logging.getLogger('lm_eval'), task.tqdm, hf.Collator
     level = log.level
     log.setLevel(logging.ERROR)
     task.tqdm = lambda items, **_: items
+    if processes()[1] > 1: hf.Collator = _shared(batches)
     try:
         with warnings.catch_warnings(), quiet():
             warnings.simplefilter('ignore')
             yield
     finally:
         log.setLevel(level)
-        task.tqdm = shown
+        task.tqdm, hf.Collator = shown, batches
 
 # %% ../nbs/14_evaluate.ipynb #14-012
 def task_items(
@@ -158,6 +160,23 @@ def bootstrap_ci(
     ci = stats.bootstrap((x,), np.mean, n_resamples=n, confidence_level=level, method='percentile', rng=np.random.default_rng(seed), batch=200).confidence_interval
     return float(ci.low), float(ci.high)
 
+# %% ../nbs/14_evaluate.ipynb #14-202
+def _shared(collator):
+    "lm-eval's batching, of which every process runs a part and gets all results."
+    class Shared(collator):
+        def get_batched(self, *args, **kwargs):
+            (rank, n), self._mine, start = processes(), [], 0
+            for k, batch in enumerate(super().get_batched(*args, **kwargs)):
+                if k % n == rank:
+                    self._mine += range(start, start + len(batch))
+                    yield batch
+                start += len(batch)
+        def get_original(self, results):
+            order = self._reorder_indices if self._group_by == 'contexts' else [self._reorder_indices[i] for i in self._mine]
+            found = dict(o for part in gathered(list(zip(order, results))) for o in part)
+            return [found[i] for i in range(self._size)]
+    return Shared
+
 # %% ../nbs/14_evaluate.ipynb #14-032
 class EvalResult:
     "Results item by item: `.items` has a row an item; `.table()` sums up; `.save()` writes them with their provenance."
@@ -214,7 +233,7 @@ def evaluate(
     end = lambda a: (tokenizer.eos_token or '') if (a.eos if eos is None else eos) and kinds[a.name] != 'generate' else ''
     with _silent():
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
-        if not progress:
+        if not progress or processes()[0]:
             for f in ('loglikelihood', 'generate_until'): setattr(lm, f, _without_bar(getattr(lm, f)))
         write = min(512 if generate is True else int(generate), lm.max_length//2) # the other half is for the prompt
         tasks = {a.name: _cached_task(_Key(a.name, a), kinds[a.name], end(a), write) for a in abilities}
@@ -283,14 +302,17 @@ def act_evaluate(
     max_length: int = None, # tokens of prompt and answer
     dtype: str = 'auto',   # float32, bfloat16 or float16; as stored by default
     device: str = None,    # cpu, cuda, ...
+    device_map: str = None, # auto spreads the model over all devices
     generate: int = 0,     # let the model write so many tokens at most, instead of scoring the answer
     chat: store_true = False,     # prompts through the chat template
 ):
     "Score a model: act_evaluate --model lab/base --ability lab/science-zh,mine.jsonl --out base.json"
     if not model or not ability: raise ActError("act_evaluate needs --model and --ability: see act_evaluate --help")
     abilities = [load_ability(a, split, n) for a in ability.split(',')]
-    net, tok = load_model(model, dtype=dtype, device=device)
+    first = not processes()[0]
+    net, tok = load_model(model, dtype, device, device_map)
     result = evaluate(net, abilities, tok, batch_size, generate, max_length=max_length, chat=chat)
+    if not first: return
     result.meta.update(model=model, weights=weight_hash(model))
     if out: result.save(out)
     print(result)

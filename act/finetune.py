@@ -6,14 +6,20 @@
 __all__ = ['FinetuneReport', 'finetune', 'act_finetune']
 
 # %% ../nbs/13_finetune.ipynb #13-003
-import copy, tempfile, time, torch
+import contextlib, copy, json, os, shutil, tempfile, time, torch, transformers
 from dataclasses import dataclass, field
+from pathlib import Path
+from accelerate import init_empty_weights
 from fastcore.script import store_true
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from .abilities import Ability, encode, load_ability
-from .checkpoints import _label, load_model, save_model
-from .core import ActError, atomic_folder, bar, check_absent, command, provenance, quiet
+from .checkpoints import _label, load_model, load_tokenizer, resolve, save_model, weight_hash
+from .core import ActError, _check_room, _flush, _writing, atomic_folder, bar, check_absent, command, from_first, gathered, processes, provenance, quiet, sha256, work_folder
 from .masks import ChannelMask
 from .transfer import mask_slices
 
@@ -32,47 +38,169 @@ def _collate(rows, pad):
     return dict(input_ids=fill('input_ids', pad), labels=fill('labels', -100), attention_mask=torch.tensor([[1]*len(r['input_ids']) + [0]*(width - len(r['input_ids'])) for r in rows]))
 
 # %% ../nbs/13_finetune.ipynb #13-012
+def _freeze(model, mask):
+    slices = mask_slices(mask)
+    for name, p in model.named_parameters(): p.requires_grad_(name in slices)
+
 def _restrict(model, mask):
     "Hooks that zero the gradient outside the mask; returns them for removal."
-    slices, hooks = mask_slices(mask), []
-    for name, p in model.named_parameters():
-        p.requires_grad_(name in slices)
-        if name not in slices: continue
-        axis, chosen = slices[name]
-        keep = chosen.to(p.device, p.dtype).view([-1 if i == axis else 1 for i in range(p.ndim)])
-        hooks.append(p.register_hook(lambda g, keep=keep: g*keep))
+    named, hooks = _named(model), []
+    for name, (axis, chosen) in mask_slices(mask).items():
+        p = named[name]
+        keep = _beside(chosen.to(p.device, p.dtype).view([-1 if i == axis else 1 for i in range(p.ndim)]), p)
+        def zero(p, keep=keep): p.grad.mul_(keep)
+        hooks.append(p.register_post_accumulate_grad_hook(zero))
     return hooks
+
+# %% ../nbs/13_finetune.ipynb #13-202
+def _named(model):
+    "Parameters by name, with every process holding no more than its part."
+    for m in model.modules():
+        if isinstance(m, FSDPModule): m.reshard() # some are whole after a forward pass
+    return {k.replace('_checkpoint_wrapped_module.', ''): p for k, p in model.named_parameters()}
+
+def _local(t):
+    "What lies here of a tensor."
+    t = t.detach()
+    return t.to_local() if isinstance(t, DTensor) else t
+
+def _beside(t, p, placements=None):
+    "A tensor that works with `p`: whole in every process, or as spread as `placements` says."
+    if not isinstance(p, DTensor) or not t.ndim: return t
+    shape = dict(shape=p.shape, stride=p.stride()) if placements else {}
+    return DTensor.from_local(t, p.device_mesh, placements or [Replicate()]*p.device_mesh.ndim, run_check=False, **shape)
 
 # %% ../nbs/13_finetune.ipynb #13-014
 class _Watch(TrainerCallback):
-    "Losses, a bar, early stopping with the best weights kept in memory."
-    def __init__(self, patience, progress, total): self.patience, self.losses, self.eval, self.best, self.bar = patience, [], [], None, bar(progress=progress, total=total, desc='fine-tuning', unit='step')
-    def on_log(self, args, state, control, logs=None, **_):
-        if 'loss' in logs: self.losses.append(logs['loss'])
+    "A bar, gradients inside the mask, early stopping with the best weights kept in memory."
+    def __init__(self, patience, mask, progress, total): self.patience, self.mask, self.hooks, self.best, self.bar = patience, mask, [], {}, bar(progress=progress, total=total, desc='fine-tuning', unit='step')
+    def on_train_begin(self, args, state, control, model=None, **_):
+        self.bar.update(state.global_step)
+        if self.mask is not None: self.hooks = _restrict(model, self.mask)
     def on_step_end(self, args, state, control, **_): self.bar.update(1)
-    def on_train_end(self, args, state, control, **_): self.bar.close()
-    def on_evaluate(self, args, state, control, metrics=None, model=None, **_):
-        self.eval.append((state.global_step, metrics['eval_loss']))
-        if self.best is None or metrics['eval_loss'] < self.best[1]:
-            self.best = (state.global_step, metrics['eval_loss'], {k: p.detach().clone() for k, p in model.named_parameters() if p.requires_grad})
-        elif self.patience is not None and sum(s > self.best[0] for s, _ in self.eval) >= self.patience: control.should_training_stop = True
-    @torch.no_grad()
+    def on_train_end(self, args, state, control, **_):
+        self.bar.close()
+        for h in self.hooks: h.remove()
+    def on_evaluate(self, args, state, control, model=None, **_):
+        best = _best(state)
+        if best == state.global_step: self.best = {k: _local(p).clone() for k, p in _named(model).items() if p.requires_grad}
+        elif self.patience is not None and sum(s > best for s, _ in _looks(state)) >= self.patience: control.should_training_stop = True
     def restore(self, model):
-        "Put the best weights back, if there was validation; returns their step."
-        if self.best is None: return len(self.losses)
-        named = dict(model.named_parameters())
-        for k, p in self.best[2].items(): named[k].copy_(p)
-        return self.best[0]
+        "Put the best weights back, if there was validation."
+        named = _named(model)
+        for k, t in self.best.items(): _local(named[k]).copy_(t)
+
+def _looks(state): return [(o['step'], o['eval_loss']) for o in state.log_history if 'eval_loss' in o]
+def _best(state): return min(_looks(state), key=lambda o: o[1], default=(state.global_step, None))[0]
+
+# %% ../nbs/13_finetune.ipynb #13-204
+class _Trainer(Trainer):
+    "Hugging Face's Trainer with a state of safetensors and JSON files, whole or not at all."
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        if _fsdp() and not self.is_fsdp_enabled and processes()[1] > 1: # accelerate leaves it off on CPUs, which torch can do
+            from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+            s, self.is_fsdp_enabled = self.accelerator.state, True
+            s.fsdp_plugin, s.distributed_type = FullyShardedDataParallelPlugin(), DistributedType.FSDP
+
+    def _share(self, folder): return Path(folder)/f'share-{processes()[0] if self.is_fsdp_enabled else 0}.safetensors'
+    def _random(self, folder): return Path(folder)/f'random-{processes()[0]}.safetensors'
+
+    def _save_checkpoint(self, model, trial):
+        if self.control.should_training_stop: return # the next thing is the end
+        rank, folder = processes()[0], Path(self.args.output_dir)
+        new, done = folder/'act-state-new', folder/f'act-state-{self.key}-{self.state.global_step}'
+        with _writing(folder):
+            from_first(lambda: (shutil.rmtree(new, ignore_errors=True), new.mkdir()) and None)
+            if not rank or self.is_fsdp_enabled: save_file(self._tensors(), self._share(new))
+            save_file(dict(cpu=torch.get_rng_state(), **dict(cuda=torch.cuda.get_rng_state()) if self.args.device.type == 'cuda' else {}), self._random(new))
+            if not rank:
+                self.state.save_to_json(new/'trainer_state.json')
+                (new/'scheduler.json').write_text(json.dumps(self.lr_scheduler.state_dict()))
+            gathered()
+            from_first(lambda: _settle(new, done))
+
+    def _tensors(self):
+        learning = {k: p for k, p in _named(self.model).items() if p.requires_grad}
+        moments = {f'{k} {name}': v for name, p in learning.items() for k, v in self.optimizer.state[p].items()}
+        return {k: _local(t).contiguous() for k, t in {**{f'weight {k}': p for k, p in learning.items()}, **moments, **{f'best {k}': t for k, t in self.watch.best.items()}}.items()}
+
+    def _load_from_checkpoint(self, folder, model=None):
+        named = _named(self.model)
+        with safe_open(self._share(folder), 'pt') as f:
+            for kind, name in (k.split(' ') for k in f.keys()):
+                if kind == 'weight': _local(named[name]).copy_(f.get_tensor(f'weight {name}'))
+                if kind == 'best': self.watch.best[name] = f.get_tensor(f'best {name}')
+
+    def _load_optimizer_and_scheduler(self, folder):
+        names, kept = {p: k for k, p in _named(self.model).items()}, {}
+        with safe_open(self._share(folder), 'pt') as f:
+            for kind, name in (k.split(' ') for k in f.keys()):
+                if kind not in ('weight', 'best'): kept.setdefault(name, {})[kind] = f.get_tensor(f'{kind} {name}')
+        state = {i: {k: _beside(t, p, getattr(p, 'placements', None)) for k, t in kept.get(names[p], {}).items()} for i, p in enumerate(p for g in self.optimizer.param_groups for p in g['params'])}
+        self.optimizer.load_state_dict(dict(state=state, param_groups=self.optimizer.state_dict()['param_groups']))
+        self.lr_scheduler.load_state_dict(json.loads((Path(folder)/'scheduler.json').read_text()))
+        for g, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr()): g['lr'] = lr
+
+    def _load_rng_state(self, folder):
+        with safe_open(self._random(folder), 'pt') as f:
+            torch.set_rng_state(f.get_tensor('cpu'))
+            if 'cuda' in f.keys(): torch.cuda.set_rng_state(f.get_tensor('cuda'))
+
+# %% ../nbs/13_finetune.ipynb #13-205
+def _settle(new, done):
+    "Give a state its name when all of it is on the disk; older ones go."
+    for f in (*new.iterdir(), new): _flush(f)
+    new.rename(done)
+    _flush(done.parent)
+    for f in done.parent.glob('act-state-*'):
+        if f != done: shutil.rmtree(f)
+
+def _newest(folder, key, need):
+    "The state to go on from, if there is one; ActError unless `need` bytes fit beside it."
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    found = sorted(Path(folder).glob(f'act-state-{key}-*'), key=lambda f: int(f.name.split('-')[-1]))
+    _check_room(folder, need, sum(f.stat().st_size for f in Path(folder).rglob('*') if f.is_file()))
+    return str(found[-1]) if found else None
+
+# %% ../nbs/13_finetune.ipynb #13-207
+def _fsdp():
+    "Has accelerate been asked to spread the model?"
+    if os.environ.get('ACCELERATE_USE_FSDP') != 'true': return False
+    if os.environ.get('FSDP_VERSION') != '2': raise ActError("version 1 of FSDP is asked for, which transformers gave up: add --fsdp_version 2 to accelerate launch --use_fsdp")
+    return True
+
+def _load(model, device):
+    "As `load_model`; of a model that will be spread only the first process reads the weights, and accelerate deals them out."
+    if not _fsdp(): return load_model(model, device=device)
+    if not processes()[0] or os.environ.get('FSDP_CPU_RAM_EFFICIENT_LOADING') != 'true': return load_model(model)
+    with init_empty_weights(): net = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(resolve(model)))
+    net.tie_weights()
+    for p in net.parameters(): torch.utils.swap_tensors(p, torch.nn.Parameter(torch.empty(p.shape))) # memory that is never touched takes none
+    return net, load_tokenizer(model)
+
+def _hollow(model):
+    "A copy without weights."
+    return copy.deepcopy(model, {id(p): torch.nn.Parameter(torch.empty_like(p, device='meta'), p.requires_grad) for p in model.parameters()})
+
+def _whole(model, hollow):
+    "The parameters of a spread model put together in `hollow` by the first process; None for the others."
+    named, first = dict(hollow.named_parameters()), not processes()[0]
+    for name, p in _named(model).items():
+        full = p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
+        if first: torch.utils.swap_tensors(named[name], torch.nn.Parameter(full.cpu(), named[name].requires_grad))
+    return hollow if first else None
 
 # %% ../nbs/13_finetune.ipynb #13-015
-def _trainer(model, data, val, watch, pad, folder, steps, lr, batch_size, accumulate, warmup, weight_decay, seed, bf16, eval_steps):
-    "Hugging Face's Trainer, which leaves nothing on the screen and nothing on the disk."
+def _trainer(model, data, val, watch, pad, folder, key, steps, lr, batch_size, accumulate, warmup, weight_decay, seed, bf16, eval_steps, save_steps):
+    "A Trainer that leaves nothing on the screen, and nothing on the disk but its state, under the name `key`, if there is one."
     args = TrainingArguments(
         folder, max_steps=steps, learning_rate=lr, per_device_train_batch_size=batch_size, per_device_eval_batch_size=batch_size, gradient_accumulation_steps=accumulate,
-        warmup_steps=round(warmup*steps), weight_decay=weight_decay, seed=seed, data_seed=seed, bf16=bf16, use_cpu=model.device.type == 'cpu', report_to='none', save_strategy='no',
-        logging_steps=1, disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False, include_num_input_tokens_seen='all',
-        eval_strategy='steps' if val else 'no', eval_steps=min(eval_steps, steps) if val else None)
-    trainer = Trainer(model, args, train_dataset=data, eval_dataset=val, data_collator=lambda rows: _collate(rows, pad), callbacks=[watch])
+        warmup_steps=round(warmup*steps), weight_decay=weight_decay, seed=seed, data_seed=seed, bf16=bf16, use_cpu=not torch.accelerator.is_available() if _fsdp() else model.device.type == 'cpu',
+        report_to='none', save_strategy='steps' if key else 'no', save_steps=save_steps or 1, logging_steps=1, disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False,
+        include_num_input_tokens_seen='all', eval_strategy='steps' if val else 'no', eval_steps=min(eval_steps, steps) if val else None)
+    trainer = _Trainer(model, args, train_dataset=data, eval_dataset=val, data_collator=lambda rows: _collate(rows, pad), callbacks=[watch])
+    trainer.watch, trainer.key = watch, key
     for c in (PrinterCallback, ProgressCallback): trainer.remove_callback(c)
     return trainer
 
@@ -92,7 +220,7 @@ def _save_adapter(model, folder):
 @dataclass
 class FinetuneReport:
     "What a fine-tuning did: the model, losses step by step (nats per answer token), cost."
-    model: object           # the fine-tuned model
+    model: object           # the fine-tuned model; of a spread one the first process has it, the others None
     losses: list            # training loss of every step
     eval_losses: list       # (step, validation loss), when there was validation
     best_step: int          # the step whose weights were kept
@@ -137,6 +265,8 @@ def finetune(
     bf16: bool = False,        # mixed precision, for GPUs and recent CPUs
     prompts: bool = False,     # learn the prompts' tokens too: continued pre-training on the items
     upcast: bool = True,       # train half-precision weights in float32 and round at the end
+    state: str = None,         # folder to keep the state of training in; a run killed there goes on
+    save_steps: int = 50,      # steps between two states; 0 keeps none
     inplace: bool = False,     # change the model that was passed
     progress: bool = True,     # show a bar
 ) -> FinetuneReport: # raises ActError for impossible settings
@@ -148,24 +278,33 @@ def finetune(
     if mask is not None and (lora or weight_decay): raise ActError("a mask goes with neither LoRA nor weight decay, which would change channels outside it: leave them off")
     if adapter and not lora: raise ActError("adapter= names where to save a LoRA adapter: pass lora= too")
     data, val = (_examples(a, tokenizer, chat, max_length, prompts) if a else None for a in (abilities, held))
-    dtype, out = model.dtype, model if inplace else copy.deepcopy(model)
-    if upcast: out = out.float()
-    if lora: out = _with_adapter(out, lora, seed)
-    trainable, hooks = [p.requires_grad for p in out.parameters()], _restrict(out, mask) if mask is not None else []
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    watch = _Watch(patience, progress, steps)
-    with tempfile.TemporaryDirectory() as tmp, quiet():
-        trainer = _trainer(out, data, val, watch, pad, tmp, steps, lr, batch_size, accumulate, warmup, weight_decay, seed, bf16, eval_steps)
-        trainer.train()
-    for h in hooks: h.remove()
-    best = watch.restore(out)
-    if adapter and trainer.is_world_process_zero(): _save_adapter(out, adapter)
-    if lora: out = out.merge_and_unload()
-    else:
-        for p, t in zip(out.parameters(), trainable): p.requires_grad_(t)
+    rank, world = processes()
     meta = dict(abilities={a.name: dict(hash=a.hash, items=len(a), source=a.source) for a in abilities}, steps=steps, lr=lr, batch_size=batch_size, seed=seed, warmup=warmup, weight_decay=weight_decay,
                 mask=mask.hash if mask is not None else None, lora=lora, max_length=max_length, chat=chat, prompts=prompts, model=_label(model))
-    return FinetuneReport(out.to(dtype).eval(), watch.losses, watch.eval, best, int(trainer.state.num_input_tokens_seen), time.time() - start, meta)
+    dtype, out, key = model.dtype, model if inplace else copy.deepcopy(model), None
+    if state and 0 < save_steps < steps:
+        key = from_first(lambda: sha256(json.dumps([meta, data, val, accumulate, eval_steps, patience, bf16, upcast, str(dtype), world, _fsdp(), torch.__version__, transformers.__version__], default=str), weight_hash(model))[:16])
+    if upcast: out = out.float()
+    if lora: out = _with_adapter(out, lora, seed)
+    trainable = [p.requires_grad for p in out.parameters()]
+    if mask is not None: _freeze(out, mask)
+    hollow, learning = _hollow(out) if _fsdp() else None, sum(p.numel()*p.element_size() for p in out.parameters() if p.requires_grad)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    watch = _Watch(patience, mask, progress and not rank, steps)
+    with contextlib.nullcontext(str(state)) if key else tempfile.TemporaryDirectory() as folder, quiet():
+        last = from_first(lambda: _newest(folder, key, 2*(3 + bool(val))*learning)) if key else None
+        trainer = _trainer(out, data, val, watch, pad, folder, key, steps, lr, batch_size, accumulate, warmup, weight_decay, seed, bf16, eval_steps, save_steps)
+        trainer.train(last)
+    watch.restore(trainer.model)
+    if trainer.is_fsdp_enabled: out = _whole(trainer.model, hollow)
+    if adapter and not rank: _save_adapter(out, adapter)
+    if out is not None:
+        if lora: out = out.merge_and_unload()
+        else:
+            for p, t in zip(out.parameters(), trainable): p.requires_grad_(t)
+        out = out.to(dtype).eval()
+    log = trainer.state
+    return FinetuneReport(out, [o['loss'] for o in log.log_history if 'loss' in o], _looks(log), _best(log), int(log.num_input_tokens_seen), time.time() - start, meta)
 
 # %% ../nbs/13_finetune.ipynb #13-034
 @command
@@ -183,20 +322,25 @@ def act_finetune(
     seed: int = 0,           # of the order of items
     max_length: int = None,  # cut longer items
     weight_decay: float = 0., # of AdamW
+    save_steps: int = 50,    # steps between two states from which a killed run goes on; 0 keeps none
     lora_r: int = 0,         # rank of a LoRA adapter on all linear layers, merged at the end; 0 trains the weights
     device: str = None,      # cpu, cuda, ...
     chat: store_true = False, # through the chat template
     bf16: store_true = False, # mixed precision
 ):
     "Fine-tune on answers: act_finetune --model recovered --ability lab/science-zh,mine.jsonl --steps 30 --out tuned"
+    options = sha256(json.dumps([locals(), processes()[1], _fsdp()], default=str))
     if not all((model, ability, out)): raise ActError("act_finetune needs --model, --ability and --out: see act_finetune --help")
-    check_absent(out)
     load = lambda names, where: [load_ability(a, where, n) for a in names.split(',')]
-    data, held = load(ability, split), load(validation, 'validation') if validation else None
-    chosen = ChannelMask.load(mask) if mask else None
-    net, tok = load_model(model, device=device)
-    report = finetune(net, data, tok, steps, lr, batch_size, chosen, held, seed=seed, max_length=max_length, weight_decay=weight_decay,
-                      lora=dict(r=lora_r, lora_alpha=2*lora_r, target_modules='all-linear') if lora_r else None, chat=chat, bf16=bf16, inplace=True)
-    if torch.distributed.is_initialized() and torch.distributed.get_rank(): return
-    save_model(report.model, tok, out, {'act_finetune.json': report.record(model)})
+    with contextlib.ExitStack() as held:
+        def begin(): return held.enter_context(work_folder(out, options)), check_absent(out)
+        work, _ = from_first(begin)
+        data, val = load(ability, split), load(validation, 'validation') if validation else None
+        chosen = ChannelMask.load(mask) if mask else None
+        net, tok = _load(model, device)
+        _check_room(out, sum(p.numel()*p.element_size() for p in net.parameters()))
+        report = finetune(net, data, tok, steps, lr, batch_size, chosen, val, seed=seed, max_length=max_length, weight_decay=weight_decay, state=work/'state', save_steps=save_steps,
+                          lora=dict(r=lora_r, lora_alpha=2*lora_r, target_modules='all-linear') if lora_r else None, chat=chat, bf16=bf16, inplace=True)
+        if processes()[0]: return
+        save_model(report.model, tok, out, {'act_finetune.json': report.record(model)})
     print(f'{report} -> {out}')
