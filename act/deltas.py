@@ -46,10 +46,10 @@ def make_delta(
     rule: str = 'sum',     # where several donors claim a channel: sum (the paper's), mean or sign
 ) -> Path:
     "Stage 2 of ACT as a file: the bits that the transfer changes in the target, and nothing else."
-    jobs, hashes = _jobs(donors, masks, lam, rule), {}
+    jobs = _jobs(donors, masks, lam, rule)
     if check:
         for d, _, _ in jobs: check_pair(target, d)
-        hashes = _check_masks(target, jobs)
+    hashes = _check_masks(target, jobs, check)
     ours, theirs, mask = Checkpoint(resolve(target)), [Checkpoint(resolve(d)) for d, _, _ in jobs], jobs[0][1]
     for _, m, _ in jobs[1:]: mask = mask | m
     slices, meta = mask_slices(mask), dict(_record(target, jobs, rule, hashes), **origin())

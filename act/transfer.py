@@ -73,14 +73,14 @@ def _jobs(donors, masks, lam, rule):
         jobs[same] = (d, jobs[same][1] | m, l)
     return jobs
 
-def _check_masks(target, jobs):
-    "Each mask fits the target's channels and was made for these weights; returns the hashes that were computed."
-    hashes, shapes = {}, {n: s for n, (s, _) in _tensors(target).items()}
+def _check_masks(target, jobs, weights=True):
+    "Each mask fits the channels of its models and, if `weights`, was made for just these; returns the hashes that were computed."
+    hashes = {}
     for donor, mask, _ in jobs:
-        mask.map.check(shapes, _label(target))
         for role, m in (('target', target), ('donor', donor)):
+            mask.map.check({n: s for n, (s, _) in _tensors(m).items()}, _label(m))
             kind, name = next(((k, f) for k, f in (('print', fingerprint), ('hash', weight_hash)) if mask.meta.get(f'{role}_{k}')), (None, None))
-            if kind is None: continue
+            if kind is None or not weights: continue
             want, key = mask.meta[f'{role}_{kind}'], (kind, id(m) if isinstance(m, torch.nn.Module) else str(m))
             if key not in hashes: hashes[key] = name(m)
             if hashes[key] != want: raise ActError(f"the mask was made for another {role} than {_label(m)}: its weights have {name.__name__} {hashes[key][:12]}, the mask expects {want[:12]}; localise again, or pass check=False (--no_check) if you are sure")
@@ -99,7 +99,7 @@ def transfer(
     jobs = _jobs(donors, masks, lam, rule)
     if check:
         for d, _, _ in jobs: preflight(target, d)
-        _check_masks(target, jobs)
+    _check_masks(target, jobs, check)
     out, slices = copy.deepcopy(target), [mask_slices(m) for _, m, _ in jobs]
     ours, theirs = dict(out.named_parameters()), [dict(d.named_parameters()) for d, _, _ in jobs]
     for name in {n for s in slices for n in s}:
@@ -150,10 +150,9 @@ def transfer_checkpoint(
 ) -> Path:
     "Stage 2 of ACT, streamed: from checkpoint folders to a new checkpoint folder, in memory of a few blocks of rows."
     jobs, out = _jobs(donors, masks, lam, rule), check_absent(out)
-    hashes = {}
     if check:
         for d, _, _ in jobs: check_pair(target, d)
-        hashes = _check_masks(target, jobs)
+    hashes = _check_masks(target, jobs, check)
     ours, theirs = Checkpoint(resolve(target)), [Checkpoint(resolve(d)) for d, _, _ in jobs]
     change = _changes(ours, theirs, jobs, rule)
     record = dict(_record(target, jobs, rule, hashes), provenance=provenance())

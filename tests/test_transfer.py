@@ -195,3 +195,11 @@ def test_what_comes_along(pair, checkpoint, tmp_path):
     note = json.loads((out/'act_transfer.json').read_text())
     assert note['moved'][0]['mask'] == m.hash and note['moved'][0]['lam'] == .5 and note['provenance']['git']
     assert {'config.json', 'tokenizer.json', 'tokenizer_config.json'} <= {p.name for p in out.iterdir()}
+
+def test_without_checks_a_mask_must_still_fit(pair, checkpoint, tmp_path):
+    a, b = checkpoint('a', pair[0]), checkpoint('b', pair[1])
+    for m in (full(tiny_model('qwen3')), full(tiny_model('qwen2_untied'))):
+        with pytest.raises(ActError, match='made for another model'): transfer(*pair, m, check=False)
+        with pytest.raises(ActError, match='made for another model'): transfer_checkpoint(a, b, m, 1., tmp_path/'out', check=False)
+    with pytest.raises(ActError, match='made for another model'): transfer(pair[0], tiny_model('qwen3'), full(pair[0]), check=False)
+    assert not (tmp_path/'out').exists()
