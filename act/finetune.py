@@ -10,6 +10,7 @@ import contextlib, copy, json, os, shutil, tempfile, time, torch, transformers
 from dataclasses import dataclass, field
 from pathlib import Path
 from accelerate import init_empty_weights
+from fastcore.basics import patch
 from fastcore.script import store_true
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -93,6 +94,18 @@ class _Watch(TrainerCallback):
 def _looks(state): return [(o['step'], o['eval_loss']) for o in state.log_history if 'eval_loss' in o]
 def _best(state): return min(_looks(state), key=lambda o: o[1], default=(state.global_step, None))[0]
 
+# %% ../nbs/13_finetune.ipynb #13-017
+def _with_adapter(model, lora, seed):
+    from peft import LoraConfig, get_peft_model
+    torch.manual_seed(seed)
+    with quiet(): return get_peft_model(model, LoraConfig(**{**dict(task_type='CAUSAL_LM'), **lora}))
+
+def _save_adapter(model, folder):
+    half = {k: v.detach().to(torch.bfloat16).contiguous() for k, v in model.state_dict().items() if 'lora_' in k}
+    with atomic_folder(folder, sum(v.numel()*2 for v in half.values())) as tmp:
+        model.save_pretrained(tmp, state_dict=half)
+        (tmp/'README.md').unlink(missing_ok=True)
+
 # %% ../nbs/13_finetune.ipynb #13-204
 class _Trainer(Trainer):
     "Hugging Face's Trainer with a state of safetensors and JSON files, whole or not at all."
@@ -106,48 +119,17 @@ class _Trainer(Trainer):
     def _share(self, folder): return Path(folder)/f'share-{processes()[0] if self.is_fsdp_enabled else 0}.safetensors'
     def _random(self, folder): return Path(folder)/f'random-{processes()[0]}.safetensors'
 
-    def _save_checkpoint(self, model, trial):
-        if self.control.should_training_stop: return # the next thing is the end
-        rank, folder = processes()[0], Path(self.args.output_dir)
-        new, done = folder/'act-state-new', folder/f'act-state-{self.key}-{self.state.global_step}'
-        with _writing(folder):
-            from_first(lambda: (shutil.rmtree(new, ignore_errors=True), new.mkdir()) and None)
-            if not rank or self.is_fsdp_enabled: save_file(self._tensors(), self._share(new))
-            save_file(dict(cpu=torch.get_rng_state(), **dict(cuda=torch.cuda.get_rng_state()) if self.args.device.type == 'cuda' else {}), self._random(new))
-            if not rank:
-                self.state.save_to_json(new/'trainer_state.json')
-                (new/'scheduler.json').write_text(json.dumps(self.lr_scheduler.state_dict()))
-            gathered()
-            from_first(lambda: _settle(new, done))
-
     def _tensors(self):
         learning = {k: p for k, p in _named(self.model).items() if p.requires_grad}
         moments = {f'{k} {name}': v for name, p in learning.items() for k, v in self.optimizer.state[p].items()}
-        return {k: _local(t).contiguous() for k, t in {**{f'weight {k}': p for k, p in learning.items()}, **moments, **{f'best {k}': t for k, t in self.watch.best.items()}}.items()}
-
-    def _load_from_checkpoint(self, folder, model=None):
-        named = _named(self.model)
-        with safe_open(self._share(folder), 'pt') as f:
-            for kind, name in (k.split(' ') for k in f.keys()):
-                if kind == 'weight': _local(named[name]).copy_(f.get_tensor(f'weight {name}'))
-                if kind == 'best': self.watch.best[name] = f.get_tensor(f'best {name}')
-
-    def _load_optimizer_and_scheduler(self, folder):
-        names, kept = {p: k for k, p in _named(self.model).items()}, {}
-        with safe_open(self._share(folder), 'pt') as f:
-            for kind, name in (k.split(' ') for k in f.keys()):
-                if kind not in ('weight', 'best'): kept.setdefault(name, {})[kind] = f.get_tensor(f'{kind} {name}')
-        state = {i: {k: _beside(t, p, getattr(p, 'placements', None)) for k, t in kept.get(names[p], {}).items()} for i, p in enumerate(p for g in self.optimizer.param_groups for p in g['params'])}
-        self.optimizer.load_state_dict(dict(state=state, param_groups=self.optimizer.state_dict()['param_groups']))
-        self.lr_scheduler.load_state_dict(json.loads((Path(folder)/'scheduler.json').read_text()))
-        for g, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr()): g['lr'] = lr
-
-    def _load_rng_state(self, folder):
-        with safe_open(self._random(folder), 'pt') as f:
-            torch.set_rng_state(f.get_tensor('cpu'))
-            if 'cuda' in f.keys(): torch.cuda.set_rng_state(f.get_tensor('cuda'))
+        weights, best = {f'weight {k}': p for k, p in learning.items()}, {f'best {k}': t for k, t in self.watch.best.items()}
+        return {k: _local(t).contiguous() for k, t in {**weights, **moments, **best}.items()}
 
 # %% ../nbs/13_finetune.ipynb #13-205
+def _fresh(folder):
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+
 def _settle(new, done):
     "Give a state its name when all of it is on the disk; older ones go."
     for f in (*new.iterdir(), new): _flush(f)
@@ -162,6 +144,49 @@ def _newest(folder, key, need):
     found = sorted(Path(folder).glob(f'act-state-{key}-*'), key=lambda f: int(f.name.split('-')[-1]))
     _check_room(folder, need, sum(f.stat().st_size for f in Path(folder).rglob('*') if f.is_file()))
     return str(found[-1]) if found else None
+
+# %% ../nbs/13_finetune.ipynb #13-212
+@patch
+def _save_checkpoint(self: _Trainer, model, trial):
+    if self.control.should_training_stop: return # the next thing is the end
+    rank, folder = processes()[0], Path(self.args.output_dir)
+    new, done = folder/'act-state-new', folder/f'act-state-{self.key}-{self.state.global_step}'
+    with _writing(folder):
+        from_first(lambda: _fresh(new))
+        if not rank or self.is_fsdp_enabled: save_file(self._tensors(), self._share(new))
+        save_file(dict(cpu=torch.get_rng_state(), **dict(cuda=torch.cuda.get_rng_state()) if self.args.device.type == 'cuda' else {}), self._random(new))
+        if not rank:
+            self.state.save_to_json(new/'trainer_state.json')
+            (new/'scheduler.json').write_text(json.dumps(self.lr_scheduler.state_dict()))
+        gathered()
+        from_first(lambda: _settle(new, done))
+
+# %% ../nbs/13_finetune.ipynb #13-214
+@patch
+def _load_from_checkpoint(self: _Trainer, folder, model=None):
+    named = _named(self.model)
+    with safe_open(self._share(folder), 'pt') as f:
+        for kind, name in (k.split(' ') for k in f.keys()):
+            if kind == 'weight': _local(named[name]).copy_(f.get_tensor(f'weight {name}'))
+            if kind == 'best': self.watch.best[name] = f.get_tensor(f'best {name}')
+
+@patch
+def _load_optimizer_and_scheduler(self: _Trainer, folder):
+    names, kept = {p: k for k, p in _named(self.model).items()}, {}
+    with safe_open(self._share(folder), 'pt') as f:
+        for kind, name in (k.split(' ') for k in f.keys()):
+            if kind not in ('weight', 'best'): kept.setdefault(name, {})[kind] = f.get_tensor(f'{kind} {name}')
+    order = [p for g in self.optimizer.param_groups for p in g['params']]
+    state = {i: {k: _beside(t, p, getattr(p, 'placements', None)) for k, t in kept[names[p]].items()} for i, p in enumerate(order) if names[p] in kept}
+    self.optimizer.load_state_dict(dict(state=state, param_groups=self.optimizer.state_dict()['param_groups']))
+    self.lr_scheduler.load_state_dict(json.loads((Path(folder)/'scheduler.json').read_text()))
+    for g, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr()): g['lr'] = lr
+
+@patch
+def _load_rng_state(self: _Trainer, folder):
+    with safe_open(self._random(folder), 'pt') as f:
+        torch.set_rng_state(f.get_tensor('cpu'))
+        if 'cuda' in f.keys(): torch.cuda.set_rng_state(f.get_tensor('cuda'))
 
 # %% ../nbs/13_finetune.ipynb #13-207
 def _fsdp():
@@ -203,18 +228,6 @@ def _trainer(model, data, val, watch, pad, folder, key, steps, lr, batch_size, a
     trainer.watch, trainer.key = watch, key
     for c in (PrinterCallback, ProgressCallback): trainer.remove_callback(c)
     return trainer
-
-# %% ../nbs/13_finetune.ipynb #13-017
-def _with_adapter(model, lora, seed):
-    from peft import LoraConfig, get_peft_model
-    torch.manual_seed(seed)
-    with quiet(): return get_peft_model(model, LoraConfig(**{**dict(task_type='CAUSAL_LM'), **lora}))
-
-def _save_adapter(model, folder):
-    half = {k: v.detach().to(torch.bfloat16).contiguous() for k, v in model.state_dict().items() if 'lora_' in k}
-    with atomic_folder(folder, sum(v.numel()*2 for v in half.values())) as tmp:
-        model.save_pretrained(tmp, state_dict=half)
-        (tmp/'README.md').unlink(missing_ok=True)
 
 # %% ../nbs/13_finetune.ipynb #13-019
 @dataclass

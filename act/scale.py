@@ -262,9 +262,10 @@ def _forget(*paths):
     for p in paths:
         with open(p, 'rb') as f: os.fsync(f.fileno()); os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
-def _rate(n, f, *cold):
-    "`n` things by the seconds of f()."
+def _rate(n, f, *cold, fresh=None):
+    "`n` things by the seconds of f(), with the files `cold` read from disk and the folder `fresh` gone."
     _forget(*cold)
+    if fresh: shutil.rmtree(fresh, ignore_errors=True)
     start = time.perf_counter()
     f()
     return n/(time.perf_counter() - start)
@@ -285,10 +286,9 @@ def _disk_rates(folder, size, runs):
             for a in range(0, shape[0], step): ck.read('x', a, a + step)
         out = dict(copy=[], read=[], rows=[])
         for _ in range(runs):
-            out['copy'].append(_rate(t.end, copied, file))
+            out['copy'].append(_rate(t.end, copied, file, fresh=d/'copy'))
             out['read'].append(_rate(t.end, read, file))
             out['rows'].append(_rate(len(index), lambda: ck.rows('x', index), file))
-            shutil.rmtree(d/'copy')
     return {k: _spread(v) for k, v in out.items()}
 
 # %% ../nbs/36_scale.ipynb #36-039
@@ -349,11 +349,17 @@ def _timed(module, name, *args):
     if done.returncode: raise ActError(f"{name}, which was to be timed, failed: {done.stderr.strip().splitlines()[-1][:300]}")
     return dict(seconds=time.perf_counter() - start, **json.loads(done.stdout.splitlines()[-1]))
 
+def _timed_cold(folders, out, *call):
+    "The same, with the weights of these folders read from disk and the folder `out` gone, before and after."
+    _forget(*(f for m in folders for f in Path(m).glob('*.safetensors')))
+    try: return _timed(*call)
+    finally: shutil.rmtree(out, ignore_errors=True)
+
 # %% ../nbs/36_scale.ipynb #36-042
 def _start_rates(folder, runs):
     with tempfile.TemporaryDirectory(dir=folder, prefix='act-scale-') as d:
         mask = even_mask(enumerate_channels('lab/base'), .05).save(Path(d)/'m.safetensors')
-        rows = [_timed('transfer', 'transfer_checkpoint', resolve('lab/base'), resolve('lab/base'), mask, .5, Path(d)/f'out{i}') for i in range(runs)]
+        rows = [_timed_cold((), Path(d)/'out', 'transfer', 'transfer_checkpoint', resolve('lab/base'), resolve('lab/base'), mask, .5, Path(d)/'out') for _ in range(runs)]
     return dict(start=_spread([r['seconds'] for r in rows]), overhead=_spread([r['peak'] for r in rows]))
 
 # %% ../nbs/36_scale.ipynb #36-043
@@ -399,17 +405,13 @@ def trial(
         pair, out = [sparse_checkpoint(source, Path(d)/f'{i}', seed=i) for i in range(2)], Path(d)/'out'
         mask = random_mask(even_mask(enumerate_channels(pair[0]), .05)).save(Path(d)/'mask.safetensors')
         plan, label = plan_transfer(*pair, mask, .5), source if isinstance(source, str) else 'own'
-        cold = lambda: _forget(*(f for m in pair for f in m.glob('*.safetensors')))
         for _ in range(runs):
-            cold()
-            got = _timed('transfer', 'transfer_checkpoint', *pair, mask, .5, out)
-            shutil.rmtree(out)
+            got = _timed_cold(pair, out, 'transfer', 'transfer_checkpoint', *pair, mask, .5, out)
             rows.append(_row(label, 'transfer', plan.seconds(constants), got, plan.peak + constants['overhead']['median'], got['seconds']))
         if not items: return rows
         plan = plan_localize(pair[0], **_ability(load_tokenizer(pair[0]), items)[1])
         for hold, peak in (('both', plan.side_by_side), ('one', plan.one_at_a_time))*runs:
-            cold()
-            got = _timed('scale', '_localize', *pair, items, hold)
+            got = _timed_cold(pair, out, 'scale', '_localize', *pair, items, hold)
             rows.append(_row(label, f'localise, {hold}', plan.seconds(constants, hold=hold), got, peak, got['inside']))
     return rows
 

@@ -1,5 +1,6 @@
 "Localise: equal to brute force on every architecture, whatever the batches; bad models are named."
 import json, os, subprocess, sys, pytest, torch
+from act import core
 from act.abilities import Ability, Item, encode
 from act.channels import enumerate_channels
 from act.core import ActError
@@ -173,13 +174,15 @@ print('batches', seen)
     assert 'batches [6, ' in last.stdout and (tmp_path/'again.safetensors').read_bytes() == (tmp_path/'once.safetensors').read_bytes()
     assert not list(tmp_path.glob('.*'))
 
-def test_two_processes_give_what_one_gives(tmp_path):
+def test_two_processes_give_what_one_gives(launch, tmp_path):
     out = {n: tmp_path/f'{n}.safetensors' for n in (1, 2)}
     for n, file in out.items():
-        code = f"import sys; sys.argv = 'act_localize --target lab/maths-en --donor lab/base --ability lab/science-zh --n 60 --batch_tokens 512 --out {file}'.split(); from act.localize import act_localize; sys.exit(act_localize())"
-        (tmp_path/f'job{n}.py').write_text(code)
-        launch = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29541'] if n == 2 else []
-        done = subprocess.run([sys.executable, *launch, str(tmp_path/f'job{n}.py')], capture_output=True, text=True, timeout=240)
+        done = launch('act_localize', *f'--target lab/maths-en --donor lab/base --ability lab/science-zh --n 60 --batch_tokens 512 --out {file}'.split(), n=n)
         assert done.returncode == 0 and done.stdout.count('ChannelScores') == 1, done.stderr[-2000:]
     one, two = (ChannelScores.load(f).flat() for f in out.values())
     assert torch.allclose(one, two, rtol=1e-6, atol=0) and out[1].read_bytes() == out[2].read_bytes()
+
+def test_two_processes_refuse_together(launch, tmp_path):
+    with core._alone(tmp_path/'s'):
+        done = launch('act_localize', *f'--target lab/maths-en --donor lab/base --ability lab/science-zh --n 10 --out {tmp_path}/s'.split())
+    assert done.returncode and done.stderr.count('another run is writing') == 1 and not (tmp_path/'s').exists()
