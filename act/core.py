@@ -150,7 +150,7 @@ def work_folder(
             yield work
             if not inner: shutil.rmtree(work)
         except BaseException as e:
-            if not inner and (isinstance(e, Exception) or not key): shutil.rmtree(work, ignore_errors=True)
+            if not inner and (not key or isinstance(e, ActError) or _disk_failed(e)): shutil.rmtree(work, ignore_errors=True)
             raise
 
 # %% ../nbs/09_core.ipynb #09-020

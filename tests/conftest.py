@@ -2,6 +2,8 @@
 import os
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+import subprocess, sys
+from pathlib import Path
 import pytest, torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -52,3 +54,30 @@ def checkpoint(tmp_path, tokenizer):
         tokenizer.save_pretrained(tmp_path/name)
         return tmp_path/name
     return _save
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "A function that mounts a disk of a size ('4m'), read-only if asked; where mounting is not allowed the test is skipped and says so."
+    made = []
+    def _mount(size, readonly=False):
+        at = tmp_path/f'disk{len(made)}'
+        at.mkdir()
+        try: why = subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={size}' + ',ro'*readonly, 'tmpfs', at], capture_output=True, text=True).stderr.strip()
+        except OSError as e: why = str(e)
+        if not os.path.ismount(at): pytest.skip(f'a small disk cannot be mounted here: {why}')
+        made.append(at)
+        return at
+    yield _mount
+    for at in made: subprocess.run(['umount', '-l', at], check=True)
+
+@pytest.fixture
+def launch(tmp_path):
+    "A function that runs a command, or code given as text, as several processes: `launch('act_finetune', '--model', ...)`; with fsdp the model is spread."
+    def _launch(what, *args, n=2, fsdp=False, timeout=240):
+        bin, job = Path(sys.executable).parent, tmp_path/'job.py'
+        if '\n' in what: job.write_text(what)
+        else: job = bin/what
+        how = [bin/'torchrun', '--standalone', f'--nproc_per_node={n}'] if not fsdp else [
+            bin/'accelerate', 'launch', '--use_fsdp', '--fsdp_version=2', f'--num_processes={n}', '--num_machines=1', '--mixed_precision=no', '--dynamo_backend=no', '--main_process_port=0']
+        return subprocess.run([str(o) for o in (*how, job, *args)], capture_output=True, text=True, timeout=timeout, env=dict(os.environ, OMP_NUM_THREADS='1'))
+    return _launch

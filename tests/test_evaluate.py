@@ -3,7 +3,7 @@ import math, pytest, numpy as np, torch
 from act.abilities import Ability, Item
 from act.checkpoints import load_model
 from act.core import ActError
-from act.evaluate import EvalResult, bootstrap_ci, compare_answers, evaluate, holm, mcnemar, paired_bootstrap, TASKS
+from act.evaluate import EvalResult, act_evaluate, bootstrap_ci, compare_answers, evaluate, holm, mcnemar, paired_bootstrap, TASKS
 from conftest import tiny_model
 
 ABILITY = Ability('toy-en', [Item('two plus two is', ' four'), Item('cuatro y', ' cuatro son'), Item('x', 'y')])
@@ -83,6 +83,17 @@ def test_the_task_files_work_in_plain_lm_eval():
     model, tok = load_model('lab/maths-en', dtype='float32')
     out = lm_eval.simple_evaluate(HFLM(pretrained=model, tokenizer=tok, batch_size=64), tasks=['act_lab_science_el'], task_manager=TaskManager(include_path=str(TASKS), include_defaults=False), bootstrap_iters=0)
     assert out['results']['act_lab_science_el']['acc,none'] == evaluate(model, lab_ability('science-el'), tok, progress=False).items.correct.mean()
+
+def test_several_processes_return_what_one_does(tmp_path, launch):
+    "Three processes: more than the second ability has items; scored, picked and written."
+    Ability('pick', [Item('one and one', ' 2', choices=(' 2', ' 11', ' two of them'))]).save(tmp_path/'pick.jsonl')
+    model, names = 'lab/maths-en', f"lab/science-zh,{tmp_path/'pick.jsonl'}"
+    kw = dict(batch_size=16, dtype='bfloat16')
+    done = launch('act_evaluate', '--model', model, '--ability', names, '--batch_size', 16, '--dtype', 'bfloat16', '--out', tmp_path/'three.json', n=3)
+    assert done.returncode == 0 and done.stdout.count('science-zh') == 1, done.stderr[-2000:]
+    act_evaluate(model=model, ability=names, out=tmp_path/'one.json', device_map='auto', **kw)
+    one, three = (EvalResult.load(tmp_path/f'{n}.json') for n in ('one', 'three'))
+    assert one.items.equals(three.items) and one.meta['weights'] == three.meta['weights']
 
 def test_bootstrap_interval_of_a_known_case():
     x = np.r_[np.ones(50), np.zeros(50)]
