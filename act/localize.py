@@ -93,6 +93,8 @@ def _free(model):
     if torch.cuda.is_available(): torch.cuda.empty_cache()
 
 # %% ../nbs/10_localize.ipynb #10-104
+_HOLD = dict(both='both models in memory', one='one model at a time')
+
 def _type_of(model, dtype):
     "The type that a model's weights have, or will have in memory."
     if isinstance(model, PreTrainedModel): return model.dtype
@@ -176,7 +178,7 @@ def localize(
     work = list(batches(encoded, tokenizer, batch_tokens))[rank::world]
     if hold == 'auto': hold = 'both' if any(ours) or device_map or all(gathered(_both_fit(models, dtype, device, work, cm))) else 'one'
     sums = _Sums(cm, state, sha256(json.dumps(meta)), save_seconds)
-    with bar(progress=progress and not rank, total=sum(len(b['index']) for b in work), desc='localising, ' + dict(both='both models in memory', one='one model at a time')[hold], unit='item') as shown:
+    with bar(progress=progress and not rank, total=sum(len(b['index']) for b in work), desc=f'localising, {_HOLD[hold]}', unit='item') as shown:
         shown.update(sum(len(b['index']) for b in work[:sums.batches]))
         def done(batch): sums.done(); shown.update(len(batch['index']))
         if hold == 'both': _compare(load(0), load(1), work[sums.batches:], cm, sums.add, shown=done)
@@ -184,7 +186,9 @@ def localize(
             with tempfile.TemporaryDirectory(dir=state) as tmp, _writing(tmp): _compare_in_turn(load, work[sums.batches:], cm, sums.add, tmp, disk or shutil.disk_usage(tmp).free//2//world, done)
     total = sums.total()
     _finite(total, models)
-    return ChannelScores({p: (s/tokens).float() for p, s in total.items()}, cm, meta)
+    scores = ChannelScores({p: (s/tokens).float() for p, s in total.items()}, cm, meta)
+    scores.hold = hold # not part of the file, which is the same either way
+    return scores
 
 # %% ../nbs/10_localize.ipynb #10-031
 @torch.no_grad()
@@ -237,5 +241,5 @@ def act_localize(
         scores = localize(target, donor, ability, hold=hold, disk=disk_gb and int(disk_gb*1e9), state=work, save_seconds=save_seconds, **options)
         if processes()[0]: return
         scores.save(out)
-    print(scores)
+    print(f'{scores}; {_HOLD[scores.hold]}')
     print(scores.top(10).to_string(index=False))
