@@ -12,8 +12,10 @@ import contextlib, hashlib, json, math, os, queue, re, shutil, struct
 from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
-import torch
+import numpy as np, torch
 from fastcore.basics import patch
 from .channels import enumerate_channels
 from .core import JSON_LIMIT, ActError, _flush, atomic_folder, parse_json, quiet, write_json
@@ -114,13 +116,14 @@ def _no_file(folder, name):
 # %% ../nbs/01_checkpoints.ipynb #01-017
 def _fill(file, buf, *runs):
     "Fill a uint8 tensor with bytes of a file: `runs` of (where to start in the file, first and last place in the tensor)."
-    view = memoryview(buf.numpy())
-    with open(file, 'rb', buffering=0) as f:
+    view, f = memoryview(buf.numpy()), os.open(file, os.O_RDONLY)
+    try:
         for start, a, b in runs:
             while a < b:
-                n = os.preadv(f.fileno(), [view[a:b]], start)
+                n = os.preadv(f, [view[a:b]], start)
                 if not n: raise ActError(f"{file.name} ended while it was being read: is another program writing it? Copy it again")
                 a, start = a + n, start + n
+    finally: os.close(f)
 
 # %% ../nbs/01_checkpoints.ipynb #01-018
 @patch
@@ -153,11 +156,11 @@ def rows(
     idx,       # row numbers
 ) -> torch.Tensor: # (len(idx), ...)
     "Some rows of a tensor; only their bytes are read, neighbouring rows in one go."
-    idx, t = torch.as_tensor(idx, dtype=torch.long), self.tensors[name]
-    if not len(idx): return torch.empty(0, *t.shape[1:], dtype=DTYPES[t.dtype])
-    if idx.min() < 0 or idx.max() >= t.shape[0]: raise ActError(f"rows {int(idx.min())} to {int(idx.max())} asked of tensor {name}, which has {t.shape[0]}: the mask was made for another model")
-    w, out = (t.end - t.start)//t.shape[0], torch.empty(len(idx), *t.shape[1:], dtype=DTYPES[t.dtype])
-    cuts = [0, *((idx.diff() != 1).nonzero()[:, 0] + 1).tolist(), len(idx)]
+    idx, t = np.asarray(idx, dtype=np.int64), self.tensors[name]
+    out = torch.empty(len(idx), *t.shape[1:], dtype=DTYPES[t.dtype])
+    if not len(idx): return out
+    if idx.min() < 0 or idx.max() >= t.shape[0]: raise ActError(f"rows {idx.min()} to {idx.max()} asked of tensor {name}, which has {t.shape[0]}: the mask was made for another model")
+    w, cuts = (t.end - t.start)//t.shape[0], [0, *(np.flatnonzero(np.diff(idx) != 1) + 1).tolist(), len(idx)]
     _fill(t.file, out.view(-1).view(torch.uint8), *((t.start + i*w, a*w, b*w) for i, a, b in zip(idx[cuts[:-1]].tolist(), cuts, cuts[1:])))
     return out
 
@@ -178,6 +181,15 @@ def resolve(
     from huggingface_hub import snapshot_download
     try: return Path(snapshot_download(str(model), allow_patterns=['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja']))
     except Exception as e: raise ActError(f"{model} is not a folder here and could not be fetched from the hub ({type(e).__name__}): check the name, or pass the path of a local copy") from e
+
+# %% ../nbs/01_checkpoints.ipynb #01-110
+def _opened(model):
+    "The Checkpoint of a model by name or folder; its headers are read again only when its files have changed."
+    folder = resolve(model)
+    return _open(folder, tuple((f.name, s.st_size, s.st_mtime_ns, s.st_ino) for f in sorted(folder.iterdir()) if f.suffix in ('.json', '.safetensors') for s in [f.stat()]))
+
+@lru_cache(maxsize=8)
+def _open(folder, stamp): return Checkpoint(folder)
 
 # %% ../nbs/01_checkpoints.ipynb #01-025
 def load_model(
@@ -219,15 +231,18 @@ def _is_tied(model):
 
 # %% ../nbs/01_checkpoints.ipynb #01-030
 def _tensors(m):
-    "name -> (shape, function that reads it, or its numbers start ... stop-1 as they lie), of a folder or a model; a tied copy is left out."
+    "name -> (shape, function that reads it, or numbers of it at (start, stop), ... one after the other), of a folder or a model; a tied copy is left out."
     if isinstance(m, torch.nn.Module):
-        part = lambda p: lambda start=0, stop=None: p if stop is None else p.reshape(-1)[start:stop]
+        part = lambda p: lambda *spans: torch.cat([p.reshape(-1)[a:b] for a, b in spans]) if spans else p
         return {k: (tuple(p.shape), part(p)) for k, p in m.state_dict().items() if not (k == 'lm_head.weight' and _is_tied(m))}
-    ck = Checkpoint(resolve(m))
-    def part(t):
-        size = DTYPES[t.dtype].itemsize
-        return lambda start=0, stop=None: ck.read(t.name) if stop is None else _values(t, t.start + start*size, t.start + stop*size)
-    return {k: (t.shape, part(t)) for k, t in ck.tensors.items() if not ck._is_copy(k)}
+    ck = _opened(m)
+    return {k: (t.shape, lambda *spans, t=t: _spans(t, spans) if spans else _rows(t)) for k, t in ck.tensors.items() if not ck._is_copy(k)}
+
+def _spans(t, spans):
+    size, ends = DTYPES[t.dtype].itemsize, list(accumulate((b - a for a, b in spans), initial=0))
+    buf = torch.empty(ends[-1]*size, dtype=torch.uint8)
+    _fill(t.file, buf, *((t.start + a*size, x*size, y*size) for (a, _), x, y in zip(spans, ends, ends[1:])))
+    return buf.view(DTYPES[t.dtype])
 
 # %% ../nbs/01_checkpoints.ipynb #01-031
 def weight_hash(
@@ -240,9 +255,9 @@ def weight_hash(
 _SPOTS, _STRETCH = 16, 64
 
 def _sampled(n, read):
-    "Values of a tensor of `n` numbers at a few places; `read(start, stop)` gets them."
+    "Values of a tensor of `n` numbers at a few places; `read(*spans)` gets them."
     starts = sorted({int(i*max(0, n - _STRETCH)//(_SPOTS - 1)) for i in range(_SPOTS)})
-    return torch.cat([read(s, min(n, s + _STRETCH)).detach().cpu().float() for s in starts])
+    return read(*((s, min(n, s + _STRETCH)) for s in starts)).detach().cpu().float()
 
 # %% ../nbs/01_checkpoints.ipynb #01-035
 def fingerprint(
@@ -374,7 +389,7 @@ def write_like(
     source: Checkpoint, # its file names, index, headers and tensor order are kept
     tmp,                # folder to write to, from `atomic_folder`; files that it holds already are kept
     change: dict = {},  # name of a tensor -> function of (its rows start ... stop-1, start, stop) to their new values, of the same shape and type; it may change the rows in place
-    finite: bool = True, # refuse NaN and infinity, in the source and in what is written
+    finite: bool = True, # refuse to write NaN and infinity
 ):
     "Write a checkpoint with the layout of `source`, in memory of a few blocks of rows."
     for file in source.files:
@@ -427,10 +442,11 @@ def _put(out, data):
 def _changed(source, t, a, b, buf, change, finite):
     "Bytes of the rows a ... b-1 of a tensor, changed."
     rows, where = source.read(t.name, a, b, buf), f"tensor {t.name} of {source.folder.name}"
-    if finite and not _finite(rows): raise ActError(f"{where} holds NaN or infinity: the checkpoint is damaged, get it again")
     new = change(rows, a, b).contiguous() if change else rows
     if new.shape != rows.shape or new.dtype != rows.dtype: raise ActError(f"{where} would change from {tuple(rows.shape)} {rows.dtype} to {tuple(new.shape)} {new.dtype}: return rows of the same shape and type")
-    if finite and change and not _finite(new): raise ActError(f"{where} would hold NaN or infinity after the change: the donor's weights do, or lam is too large for {t.dtype}")
+    if finite and not _finite(new):
+        if _finite(source.read(t.name, a, b)): raise ActError(f"{where} would hold NaN or infinity after the change: the donor's weights do, or lam is too large for {t.dtype}")
+        raise ActError(f"{where} holds NaN or infinity: the checkpoint is damaged, get it again")
     return new.view(-1).view(torch.uint8).numpy()
 
 # %% ../nbs/01_checkpoints.ipynb #01-103

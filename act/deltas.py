@@ -12,7 +12,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from fastcore.script import store_true
 from .channels import ChannelMap
-from .checkpoints import BLOCK, DTYPES, _TYPES, Checkpoint, _finite, _header, _label, _one_thread, _rows, check_pair, resolve, write_like, write_tensors
+from .checkpoints import BLOCK, DTYPES, _TYPES, Checkpoint, _finite, _header, _label, _one_thread, _opened, _rows, check_pair, resolve, write_like, write_tensors
 from .core import ActError, _alone, _flush, _writing, atomic_file, atomic_folder, check_absent, command, origin, parse_json, provenance, sha256, write_json
 from .masks import ChannelMask
 from .transfer import _changes, _check_masks, _jobs, _lams, _record, mask_slices
@@ -50,7 +50,7 @@ def make_delta(
     if check:
         for d, _, _ in jobs: check_pair(target, d)
     hashes = _check_masks(target, jobs, check)
-    ours, theirs, mask = Checkpoint(resolve(target)), [Checkpoint(resolve(d)) for d, _, _ in jobs], jobs[0][1]
+    ours, theirs, mask = _opened(target), [_opened(d) for d, _, _ in jobs], jobs[0][1]
     for _, m, _ in jobs[1:]: mask = mask | m
     slices, meta = mask_slices(mask), dict(_record(target, jobs, rule, hashes), **origin())
     def stored(name, axis, chosen):
@@ -183,7 +183,7 @@ def apply_delta(
     if isinstance(target, torch.nn.Module): return _apply_in_memory(target, delta, undo)
     if bool(out) == bool(inplace): raise ActError("say where the result goes: either a new folder (out) or inplace=True")
     if inplace: return _apply_in_place(Path(target), delta, undo)
-    out, ck = check_absent(out), Checkpoint(resolve(target))
+    out, ck = check_absent(out), _opened(target)
     _verify(delta, undo, *_in_folder(ck), _label(target))
     with atomic_folder(out, ck.nbytes, sha256(delta.hash, str(undo), str(ck.folder))) as tmp:
         write_like(ck, tmp, _flips(ck, delta))

@@ -10,7 +10,7 @@ import copy, json, math, torch
 from functools import partial
 from pathlib import Path
 from fastcore.script import store_true
-from .checkpoints import Checkpoint, _label, _tensors, check_pair, fingerprint, preflight, resolve, weight_hash, write_like
+from .checkpoints import _label, _opened, _tensors, check_pair, fingerprint, preflight, weight_hash, write_like
 from .core import ActError, atomic_folder, check_absent, command, provenance, sha256, write_json
 from .masks import ChannelMask
 
@@ -34,12 +34,15 @@ def blend(
     moves = [m for m in moves if m[3] != 0 and m[2].any()]
     if not moves: return theta
     out, axis = theta if inplace else theta.clone(), moves[0][1]
-    claims = sum(chosen.int() for _, _, chosen, _ in moves)
     wide = torch.promote_types(theta.dtype, torch.float32)
+    def move(idx, theirs, lam):
+        ours = theta.index_select(axis, idx).to(wide)
+        out.index_copy_(axis, idx, theirs if lam == 1 else (ours + lam*(theirs.to(wide) - ours)).to(theta.dtype))
+    if len(moves) == 1: move(moves[0][2].nonzero()[:, 0], moves[0][0], moves[0][3]); return out
+    claims = sum(chosen.int() for _, _, chosen, _ in moves)
     for donor, _, chosen, lam in moves:
         alone, idx = claims[chosen] == 1, chosen.nonzero()[:, 0]
-        ours, theirs = theta.index_select(axis, idx[alone]), donor.index_select(axis, alone.nonzero()[:, 0])
-        out.index_copy_(axis, idx[alone], theirs if lam == 1 else (ours.to(wide) + lam*(theirs.to(wide) - ours.to(wide))).to(theta.dtype))
+        move(idx[alone], donor.index_select(axis, alone.nonzero()[:, 0]), lam)
     shared = (claims > 1).nonzero()[:, 0]
     if len(shared):
         ours, deltas = theta.index_select(axis, shared).to(wide), []
@@ -153,7 +156,7 @@ def transfer_checkpoint(
     if check:
         for d, _, _ in jobs: check_pair(target, d)
     hashes = _check_masks(target, jobs, check)
-    ours, theirs = Checkpoint(resolve(target)), [Checkpoint(resolve(d)) for d, _, _ in jobs]
+    ours, theirs = _opened(target), [_opened(d) for d, _, _ in jobs]
     change = _changes(ours, theirs, jobs, rule)
     record = dict(_record(target, jobs, rule, hashes), provenance=provenance())
     with atomic_folder(out, ours.nbytes, _key(ours, theirs, jobs, rule)) as tmp:
