@@ -8,7 +8,7 @@ __all__ = ['PACKAGE', 'JSON_LIMIT', 'ActError', 'atomic_file', 'check_absent', '
            'gathered', 'from_first', 'command']
 
 # %% ../nbs/09_core.ipynb #09-003
-import contextlib, errno, fcntl, functools, hashlib, json, os, platform, shutil, subprocess, sys, tempfile, time, warnings
+import contextlib, errno, fcntl, functools, gc, hashlib, json, os, platform, shutil, subprocess, sys, tempfile, time, warnings
 from importlib import metadata
 from pathlib import Path
 from fastcore.script import anno_parser
@@ -349,6 +349,7 @@ def command(f):
     def _command(*args, **kwargs):
         if args or kwargs: return f(*args, **kwargs)
         options = vars(anno_parser(f).parse_args())
+        gc.freeze() # what was imported stays: the collector need not look at it again and again
         try: f(**{k: v for k, v in options.items() if k not in ('pdb', 'xtra')})
         except ActError as e:
             print(f'error: {e}', file=sys.stderr)
