@@ -229,9 +229,9 @@ class LocalizePlan(_Sheet):
         yield 'memory, one at a time', f'{_size(self.one_at_a_time)}, with {_size(self.spill)} on disk'
 
     def seconds(self, constants: dict, device: str = 'cpu', dtype: str = 'bfloat16', hold: str = 'both', which: str = 'median') -> float:
-        "Reading two models and localising, with these constants; with `hold='one'`, what waits on the disk too."
+        "Start, reading two models, and localising, with these constants; with `hold='one'`, what waits on the disk too."
         waits = self.spill*(1/constants['copy'][which] + 1/constants['read'][which]) if hold == 'one' else 0
-        return self.flops/constants['localize'][device][dtype][which] + 2*self.weights/constants['read'][which] + waits
+        return constants['start_localize']['median'] + self.flops/constants['localize'][device][dtype][which] + 2*self.weights/constants['read'][which] + waits
 
 # %% ../nbs/36_scale.ipynb #36-034
 def plan_localize(
@@ -250,7 +250,7 @@ def plan_localize(
     wide = getattr(config, 'head_dim', None) or config.hidden_size//config.num_attention_heads
     attention = 4*config.num_hidden_layers*config.num_attention_heads*wide*length*tokens
     rows = batch*answer_tokens//tokens
-    working = 8*cm.total + 12*rows*max(m.width for m in cm) + batch*size*(2*config.hidden_size + max(3*config.intermediate_size, config.vocab_size*whole))
+    working = 8*cm.total + (8 + size)*rows*max(m.width for m in cm) + batch*size*(2*config.hidden_size + max(3*config.intermediate_size, config.vocab_size*whole))
     return LocalizePlan(n, cm.total, tokens, answer_tokens, 2*(2*(n - embedding)*tokens + attention), n*size, rows*cm.total*size, working, answer_tokens*cm.total*size)
 
 # %% ../nbs/36_scale.ipynb #36-037
@@ -311,6 +311,11 @@ def _ability(tokenizer, items):
     one, = encode(ability[:1], tokenizer)
     return ability, dict(tokens=items*len(one.input_ids), answer_tokens=items*len(one.positions), length=len(one.input_ids))
 
+def _localize(target, donor, items, hold):
+    from act.checkpoints import load_tokenizer
+    from act.localize import localize
+    localize(target, donor, _ability(load_tokenizer(target), items)[0], hold=hold, progress=False)
+
 def _localize_rates(device, runs, items=3):
     "Operations of the plan a second, by type of the weights."
     from transformers import AutoModelForCausalLM
@@ -327,13 +332,13 @@ def _localize_rates(device, runs, items=3):
     return out
 
 # %% ../nbs/36_scale.ipynb #36-041
-_CHILD = """import json, sys, time
+_CHILD = """import json, sys
 from act.scale import _peak_memory
 from act.{} import {} as job
 args = [json.loads(a) for a in sys.argv[1:]]
-before, start = _peak_memory(), time.perf_counter()
+before = _peak_memory()
 job(*args)
-print(json.dumps(dict(inside=time.perf_counter() - start, peak=_peak_memory() - before)))"""
+print(json.dumps(dict(peak=_peak_memory() - before)))"""
 
 def _peak_memory():
     "Most bytes that this process has held."
@@ -343,7 +348,7 @@ def _peak_memory():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
 
 def _timed(module, name, *args):
-    "dict(seconds, inside, peak) of a function of `act` in a new interpreter: with and without its start, and bytes of memory above it."
+    "dict(seconds, peak) of a function of `act` in a new interpreter: with its start, and bytes of memory above it."
     start = time.perf_counter()
     done = subprocess.run([sys.executable, '-c', _CHILD.format(module, name), *(json.dumps(a, default=str) for a in args)], capture_output=True, text=True)
     if done.returncode: raise ActError(f"{name}, which was to be timed, failed: {done.stderr.strip().splitlines()[-1][:300]}")
@@ -357,10 +362,12 @@ def _timed_cold(folders, out, *call):
 
 # %% ../nbs/36_scale.ipynb #36-042
 def _start_rates(folder, runs):
+    base, out = resolve('lab/base'), {}
     with tempfile.TemporaryDirectory(dir=folder, prefix='act-scale-') as d:
         mask = even_mask(enumerate_channels('lab/base'), .05).save(Path(d)/'m.safetensors')
-        rows = [_timed_cold((), Path(d)/'out', 'transfer', 'transfer_checkpoint', resolve('lab/base'), resolve('lab/base'), mask, .5, Path(d)/'out') for _ in range(runs)]
-    return dict(start=_spread([r['seconds'] for r in rows]), overhead=_spread([r['peak'] for r in rows]))
+        timed = lambda *call: [_timed_cold((), Path(d)/'out', *call) for _ in range(runs)]
+        moved, read = timed('transfer', 'transfer_checkpoint', base, base, mask, .5, Path(d)/'out'), timed('scale', '_localize', base, base, 1, 'both')
+    return dict(start=_spread([r['seconds'] for r in moved]), start_localize=_spread([r['seconds'] for r in read]), overhead=_spread([r['peak'] for r in moved]))
 
 # %% ../nbs/36_scale.ipynb #36-043
 def measure_constants(
@@ -371,7 +378,7 @@ def measure_constants(
     "What this machine does in a second: within a minute, in a folder that is removed again."
     devices = ['cpu', *(['cuda'] if torch.cuda.is_available() else ['mps'] if torch.backends.mps.is_available() else [])]
     memory = os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')
-    return dict(format='act-scale-1', size=int(size), memory=memory, load=os.getloadavg()[0], cold=hasattr(os, 'posix_fadvise'), **_disk_rates(folder, size, runs), **_start_rates(folder, runs),
+    return dict(format='act-scale-1', size=int(size), memory=memory, cold=hasattr(os, 'posix_fadvise'), **_disk_rates(folder, size, runs), **_start_rates(folder, runs),
                 matmul={d: _matmul_rates(d, runs) for d in devices}, localize={d: _localize_rates(d, runs, 3 if d == 'cpu' else 100) for d in devices}, **provenance(threads=torch.get_num_threads()))
 
 # %% ../nbs/36_scale.ipynb #36-046
@@ -382,12 +389,7 @@ def load_constants(
     return read_json(path or PACKAGE/'results'/'scale.json', 'act-scale-1', 'file of constants', 'act_plan --measure FOLDER --constants FILE')
 
 # %% ../nbs/36_scale.ipynb #36-049
-def _localize(target, donor, items, hold):
-    from act.checkpoints import load_tokenizer
-    from act.localize import localize
-    localize(target, donor, _ability(load_tokenizer(target), items)[0], hold=hold, progress=False)
-
-def _row(source, what, seconds, got, peak, took): return dict(model=str(source), what=what, predicted_s=seconds, measured_s=took, ratio=seconds/took, predicted_peak=int(peak), measured_peak=got['peak'])
+def _row(source, what, seconds, got, peak): return dict(model=str(source), what=what, predicted_s=seconds, measured_s=got['seconds'], ratio=seconds/got['seconds'], predicted_peak=int(peak), measured_peak=got['peak'])
 
 # %% ../nbs/36_scale.ipynb #36-072
 def trial(
@@ -407,12 +409,12 @@ def trial(
         plan, label = plan_transfer(*pair, mask, .5), source if isinstance(source, str) else 'own'
         for _ in range(runs):
             got = _timed_cold(pair, out, 'transfer', 'transfer_checkpoint', *pair, mask, .5, out)
-            rows.append(_row(label, 'transfer', plan.seconds(constants), got, plan.peak + constants['overhead']['median'], got['seconds']))
+            rows.append(_row(label, 'transfer', plan.seconds(constants), got, plan.peak + constants['overhead']['median']))
         if not items: return rows
         plan = plan_localize(pair[0], **_ability(load_tokenizer(pair[0]), items)[1])
         for hold, peak in (('both', plan.side_by_side), ('one', plan.one_at_a_time))*runs:
             got = _timed_cold(pair, out, 'scale', '_localize', *pair, items, hold)
-            rows.append(_row(label, f'localise, {hold}', plan.seconds(constants, hold=hold), got, peak, got['inside']))
+            rows.append(_row(label, f'localise, {hold}', plan.seconds(constants, hold=hold), got, peak))
     return rows
 
 # %% ../nbs/36_scale.ipynb #36-054
