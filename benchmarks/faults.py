@@ -4,7 +4,7 @@
 
 Stages that the file holds from other runs stay in it.
 
-Each kill has a folder of its own, and falls at a moment that is uniform in the run time of an undisturbed run. After it the output must be absent, or
+Each kill has a folder of its own, and falls at a moment that is uniform in the run time of an undisturbed run, less what `--help` takes (at most half of it). After it the output must be absent, or
 complete and equal to the undisturbed one, with nothing beside it but hidden files of its name; after a second, undisturbed run of the same command it
 must be complete and equal, and alone. Compared are the bytes of all safetensors files.
 """
@@ -65,7 +65,7 @@ def kill(command, folder, want, after):
     except subprocess.TimeoutExpired: p.kill()
     p.communicate()
     names, kept, done = os.listdir(folder), Path(folder)/'.out.partial', out.exists()
-    found.update(moment='after' if done else 'within' if kept.exists() else 'before', kept=any(f.is_file() and f.name != 'key' for f in kept.rglob('*')))
+    found.update(moment='after' if done else 'within' if names else 'before', kept=any(f.is_file() and f.name != 'key' for f in kept.rglob('*')))
     if any(n != 'out' and not n.startswith('.out.') for n in names): found['wrong'].append(f'stray names {names}')
     if done and content(out) != want: found['wrong'].append('output there, but not whole')
     begin = time.time()
@@ -84,13 +84,15 @@ def main(out, stages, kills, seed, jobs):
             (make, command), rng = STAGES[name], random.Random(f'{name} {seed}')
             if make and not (Path(here)/'delta').exists(): make(Path(here))
             runs = list(pool.map(lambda _: whole(command, place()), range(jobs)))
-            seconds, want = max(s for s, _ in runs), runs[0][1]
+            seconds, want, begin = max(s for s, _ in runs), runs[0][1], time.time()
+            finish(f'{command.split()[0]} --help')
+            begin = min(time.time() - begin, seconds/2)
             if any(c != want for _, c in runs): sys.exit(f'{name}: two undisturbed runs differ')
             rows = []
-            for row in pool.map(lambda t: kill(command, place(), want, t), [rng.uniform(0, seconds) for _ in range(kills)]):
+            for row in pool.map(lambda t: kill(command, place(), want, t), [rng.uniform(begin, seconds) for _ in range(kills)]):
                 rows.append(row)
                 print(name, len(rows), row, flush=True)
-            result[name] = provenance(command=command, seed=seed, seconds=round(seconds, 2), kills=kills, **{m: sum(r['moment'] == m for r in rows) for m in ('before', 'within', 'after')},
+            result[name] = provenance(command=command, seed=seed, start=round(begin, 2), seconds=round(seconds, 2), kills=kills, **{m: sum(r['moment'] == m for r in rows) for m in ('before', 'within', 'after')},
                                 kept=sum(r['kept'] for r in rows), wrong=sum(bool(r['wrong']) for r in rows), rows=rows)
             write_json(dict(format='act-faults-1', stages=result), out)
             print({k: v for k, v in result[name].items() if k != 'rows'}, flush=True)
