@@ -1,9 +1,10 @@
 """Localisation beside two plain forward passes of the same batches, in turn and several times.
 
-    python benchmarks/localize.py --out localize.json [--pairs lab smollm2 qwen2.5-0.5b] [--rounds 5] [--device cpu]
+    python benchmarks/localize.py --out localize.json [--pairs lab smollm2] [--rounds 5] [--device cpu] [--what time memory]
 
 `plain` calls the two models on every batch; `without head` leaves out the last matrix product, as localisation does when the
-head is tied or not scored. Peak memory is what a run adds to a process of its own that holds both models.
+head is tied or not scored. Peak memory is what a run adds to a process of its own that holds both models and has used them once, on four times as many items. What is
+not measured anew stays in the file.
 """
 import argparse, json, re, subprocess, sys, time
 from pathlib import Path
@@ -24,11 +25,11 @@ def plain(models, work, whole):
             for m in models: (m if whole else m.base_model)(**{k: batch[k].to(m.device) for k in ('input_ids', 'attention_mask', 'position_ids')}, use_cache=False)
     if models[0].device.type == 'cuda': torch.cuda.synchronize()
 
-def load(pair, dtype, device, batch_tokens):
+def load(pair, dtype, device, batch_tokens, times=1):
     "(models, tokenizer, ability, its batches)"
     target, donor, name, n = PAIRS[pair]
     (a, tok), (b, _) = (load_model(m, dtype, device) for m in (target, donor))
-    items = load_ability(name, 'localize', n)
+    items = load_ability(name, 'localize', times*n)
     return (a, b), tok, items, list(batches(encode(items, tok), tok, batch_tokens))
 
 def runs(models, tok, items, work, batch_tokens):
@@ -56,13 +57,9 @@ def added(f, device):
     f()
     return status('VmHWM') - before
 
-def main(out, pairs, rounds, dtype, device, batch_tokens, one):
-    options = ['--dtype', dtype, '--device', device, '--batch_tokens', str(batch_tokens)]
-    if one:
-        loaded = load(one[0], dtype, device, batch_tokens)
-        print(json.dumps(added(runs(*loaded, batch_tokens)[one[1]], device)))
-        return
-    rows, facts, budgets = [], {}, {}
+def timed(pairs, rounds, dtype, device, batch_tokens):
+    "Facts, ratios and single times of every pair."
+    rows, facts = [], {}
     for pair in pairs:
         models, tok, items, work = load(pair, dtype, device, batch_tokens)
         tokens = sum(int(b['attention_mask'].sum()) for b in work)
@@ -76,16 +73,28 @@ def main(out, pairs, rounds, dtype, device, batch_tokens, one):
                 f()
                 rows.append(dict(pair=pair, round=r, run=name, seconds=round(time.perf_counter() - start, 3)))
                 print(rows[-1], flush=True)
-        facts[pair]['peak_mb'] = {name: round(peak(pair, name, options)) for name in jobs}
-        budgets[pair] = {n: round(peak(pair, 'localize', [*options[:-1], str(n)])) for n in (512, 1024, 2048, 4096)}
     at = lambda pair, name: [r['seconds'] for r in rows if (r['pair'], r['run']) == (pair, name)]
     ratios = {pair: {f'to {n}': summary([x/y for x, y in zip(at(pair, 'localize'), at(pair, n))]) for n in ('plain', 'without head')} for pair in pairs}
-    write_json(provenance(format='act-bench-localize-1', dtype=dtype, device=device, threads=torch.get_num_threads(), batch_tokens=batch_tokens, facts=facts, budgets=budgets, ratios=ratios, rows=rows), out)
-    print(json.dumps(dict(facts=facts, ratios=ratios), indent=1))
+    return dict(facts=facts, ratios=ratios, rows=rows)
+
+def main(out, pairs, rounds, dtype, device, batch_tokens, what, one):
+    if one:
+        models, *rest = load(one[0], dtype, device, batch_tokens, 4)
+        plain(models, list(batches(encode(rest[1][:1], rest[0]), rest[0])), True) # weights are in memory when they have been used
+        print(json.dumps(added(runs(models, *rest, batch_tokens)[one[1]], device)))
+        return
+    found = json.loads(Path(out).read_text()) if Path(out).exists() else {}
+    if 'time' in what: found.update(provenance(format='act-bench-localize-1', dtype=dtype, device=device, threads=torch.get_num_threads(), batch_tokens=batch_tokens, **timed(pairs, rounds, dtype, device, batch_tokens)))
+    if 'memory' in what:
+        mb = lambda pair, name, budget: round(peak(pair, name, ['--dtype', dtype, '--device', device, '--batch_tokens', str(budget)]))
+        found['memory'] = provenance(**{pair: {**{name: mb(pair, name, batch_tokens) for name in ('plain', 'without head')}, 'localize': {n: mb(pair, 'localize', n) for n in (512, 1024, 2048, 4096)}} for pair in pairs})
+    write_json(found, out)
+    print(json.dumps({k: found[k] for k in ('facts', 'ratios', 'memory')}, indent=1))
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--out'); p.add_argument('--pairs', nargs='+', default=list(PAIRS)); p.add_argument('--rounds', type=int, default=5)
     p.add_argument('--dtype', default='bfloat16'); p.add_argument('--device', default='cpu'); p.add_argument('--batch_tokens', type=int, default=4096)
+    p.add_argument('--what', nargs='+', default=['time', 'memory'], choices=['time', 'memory'])
     p.add_argument('--one', nargs=2, metavar=('PAIR', 'RUN'), help='one run, for its peak memory')
     main(**vars(p.parse_args()))
