@@ -1,7 +1,7 @@
 "Localise: equal to brute force on every architecture, whatever the batches; bad models are named."
 import json, os, subprocess, sys, pytest, torch
 from act import core
-from act.abilities import Ability, Item, encode
+from act.abilities import Ability, Item, encode, load_ability
 from act.channels import enumerate_channels
 from act.core import ActError
 from act.localize import localize
@@ -174,14 +174,15 @@ print('batches', seen)
     assert not list(tmp_path.glob('.*'))
 
 def test_two_processes_give_what_one_gives(launch, tmp_path):
+    load_ability('lab/science-zh', 'localize', 60).save(tmp_path/'x.jsonl')
     out = {n: tmp_path/f'{n}.safetensors' for n in (1, 2)}
     for n, file in out.items():
-        done = launch('act_localize', *f'--target lab/maths-en --donor lab/base --ability lab/science-zh --n 60 --batch_tokens 512 --out {file}'.split(), n=n)
+        done = launch('act_localize', *f'--target lab/maths-en --donor lab/base --ability {tmp_path}/x.jsonl --batch_tokens 512 --out {file}'.split(), n=n)
         assert done.returncode == 0 and done.stdout.count('ChannelScores') == 1, done.stderr[-2000:]
     one, two = (ChannelScores.load(f).flat() for f in out.values())
     assert torch.allclose(one, two, rtol=1e-6, atol=0) and out[1].read_bytes() == out[2].read_bytes()
 
 def test_two_processes_refuse_together(launch, tmp_path):
     with core._alone(tmp_path/'s'):
-        done = launch('act_localize', *f'--target lab/maths-en --donor lab/base --ability lab/science-zh --n 10 --out {tmp_path}/s'.split())
+        done = launch('act_localize', *f'--target lab/maths-en --donor lab/base --ability lab/science-zh --out {tmp_path}/s'.split())
     assert done.returncode and done.stderr.count('another run is writing') == 1 and not (tmp_path/'s').exists()
