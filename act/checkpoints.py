@@ -357,7 +357,7 @@ def preflight(
     cm = enumerate_channels(target)
     if finite:
         for m in (target, donor): check_finite(m)
-    nbytes = Checkpoint(resolve(target)).nbytes if not isinstance(target, torch.nn.Module) else sum(p.numel()*p.element_size() for p in target.parameters())
+    nbytes = _opened(target).nbytes if not isinstance(target, torch.nn.Module) else sum(p.numel()*p.element_size() for p in target.parameters())
     return PairReport(_label(target), _label(donor), model_type, sum(map(math.prod, shapes.values())), cm.total, cm.tied, nbytes)
 
 # %% ../nbs/01_checkpoints.ipynb #01-049

@@ -25,6 +25,10 @@ def _pick(x, axis, idx):
     "The bits of some rows or columns."
     return x.index_select(axis, idx).view(_INTS[x.dtype])
 
+def _stored(shape, axis, chosen):
+    "Shape of the chosen rows or columns of a parameter."
+    return tuple(int(chosen.sum()) if i == axis else s for i, s in enumerate(shape))
+
 # %% ../nbs/15_deltas.ipynb #15-011
 def _parts(shape, axis, chosen, itemsize):
     "For every block of a parameter that has any: (first row, row to stop before, chosen entries within it, where they begin and end in the delta)."
@@ -53,10 +57,8 @@ def make_delta(
     ours, theirs, mask = _opened(target), [_opened(d) for d, _, _ in jobs], jobs[0][1]
     for _, m, _ in jobs[1:]: mask = mask | m
     slices, meta = mask_slices(mask), dict(_record(target, jobs, rule, hashes), **origin())
-    def stored(name, axis, chosen):
-        t = ours.tensors[name]
-        return _NAMES[_INTS[DTYPES[t.dtype]]], tuple(int(chosen.sum()) if i == axis else s for i, s in enumerate(t.shape))
-    tensors = dict(mask=('U8', (mask.total,)), **{f'bits.{n}': stored(n, *s) for n, s in slices.items()}, digests=('U8', (len(slices), 2, 32)))
+    bits = {f'bits.{n}': (_NAMES[_INTS[DTYPES[t.dtype]]], _stored(t.shape, *s)) for n, s in slices.items() for t in [ours.tensors[n]]}
+    tensors = dict(mask=('U8', (mask.total,)), **bits, digests=('U8', (len(slices), 2, 32)))
     head = dict(format='act-delta-1', map=json.dumps(mask.map.to_dict()), meta=json.dumps(meta, ensure_ascii=False))
     with atomic_file(out) as tmp, _one_thread(): write_tensors(tmp, tensors, head, _stream(ours, _changes(ours, theirs, jobs, rule), mask))
     return Path(out)
@@ -141,7 +143,7 @@ def _verify(delta, undo, tensors, read, where):
     for name, (axis, chosen) in mask_slices(delta.mask).items():
         dtype, shape = tensors[name]
         if _NAMES.get(_INTS.get(dtype)) != delta.tensors[name].dtype: raise ActError(f"{name} of {where} is stored as {str(dtype).removeprefix('torch.')}, the delta holds {delta.tensors[name].dtype[1:]} bits for each number: use the model in the type of {delta.meta['target']}")
-        if tuple(int(chosen.sum()) if i == axis else s for i, s in enumerate(shape)) != delta.tensors[name].shape: raise ActError(f"{name} of {where} has shape {tuple(shape)}, the delta holds bits of shape {delta.tensors[name].shape}: it was made for another model")
+        if _stored(shape, axis, chosen) != delta.tensors[name].shape: raise ActError(f"{name} of {where} has shape {tuple(shape)}, the delta holds bits of shape {delta.tensors[name].shape}: it was made for another model")
         now, then = hashlib.sha256(), hashlib.sha256()
         for a, b, idx, x, y in _parts(shape, axis, chosen, dtype.itemsize):
             old = read(name, axis, a, b, idx).contiguous()
@@ -208,8 +210,9 @@ def _apply_in_memory(model, delta, undo):
 def _apply_in_place(folder, delta, undo):
     if not folder.is_dir(): raise ActError(f"{folder} is not a folder: only a folder of your own is changed in place; give a new one with out (--out)")
     folder = Path(os.path.abspath(folder))
-    key, new = sha256(delta.hash, str(undo)), folder.with_name(f'.{folder.name}.new')
+    key, new, done = sha256(delta.hash, str(undo)), folder.with_name(f'.{folder.name}.new'), folder.with_name(f'.{folder.name}.done')
     with _writing(folder), _alone(folder):
+        shutil.rmtree(done, ignore_errors=True) # of a run that was killed at its very end
         if not new.exists():
             ck = Checkpoint(folder)
             _verify(delta, undo, *_in_folder(ck), folder.name)
@@ -219,13 +222,15 @@ def _apply_in_place(folder, delta, undo):
                 (tmp/'key').write_text(key)
         if (new/'key').read_text() != key: raise ActError(f"an exchange of the files of {folder} by another delta was stopped half-way: finish that one first, by the same call again")
         _exchange(new, folder)
+        os.rename(new, done) # as a whole: what is left of it has nothing more to say
+        shutil.rmtree(done)
     return folder
 
 # %% ../nbs/15_deltas.ipynb #15-029
 _INDEX = 'model.safetensors.index.json'
 
 def _exchange(new, folder):
-    "Put the weight files of `new` in place of those of `folder`, which does not load in between; then `new` is gone."
+    "Put the weight files of `new` in place of those of `folder`, which does not load in between."
     aside = folder/f'{_INDEX}.aside'
     if (folder/_INDEX).exists(): os.rename(folder/_INDEX, aside); _flush(folder)
     for f in new.glob('*.safetensors'): os.replace(f, folder/f.name)
@@ -234,7 +239,6 @@ def _exchange(new, folder):
     if (new/'act_transfer.json').exists(): os.replace(new/'act_transfer.json', folder/'act_transfer.json')
     else: (folder/'act_transfer.json').unlink(missing_ok=True)
     _flush(folder)
-    shutil.rmtree(new)
 
 # %% ../nbs/15_deltas.ipynb #15-041
 @command

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from .abilities import batches, encode, load_ability
 from .channels import enumerate_channels
-from .checkpoints import DTYPES, Checkpoint, _label, check_finite, check_pair, fingerprint, load_model, load_tokenizer, resolve
+from .checkpoints import DTYPES, _label, _opened, check_finite, check_pair, fingerprint, load_model, load_tokenizer
 from .core import ActError, _writing, atomic_file, bar, command, from_first, gathered, origin, processes, sha256, work_folder
 from .masks import ChannelScores, ItemScores
 
@@ -78,17 +78,19 @@ def _compare_in_turn(load, work, cm, add, folder, room, shown=None):
             _pass(model, batch, cm, lambda p: partial(_keep, store, p, batch['at']), whole)
             save_file({k: v.cpu().contiguous() for k, v in store.items()}, file)
             waiting.append((batch, file)); size += file.stat().st_size
-        model = _free(model)
+        model = None
+        _give_back()
         model = load(1)
         for batch, file in waiting:
             store, put = load_file(file), partial(add, rows=batch['at'][0]//batch['at'][1], index=torch.tensor(batch['index']))
             _pass(model, batch, cm, lambda p: partial(_subtract, store, put, p, batch['at'], None), whole)
             file.unlink()
             if shown: shown(batch)
-        model = _free(model)
+        model = None
+        _give_back()
 
-def _free(model):
-    del model
+def _give_back():
+    "The memory of a model that nobody holds any more."
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
 
@@ -99,7 +101,7 @@ def _type_of(model, dtype):
     "The type that a model's weights have, or will have in memory."
     if isinstance(model, PreTrainedModel): return model.dtype
     if dtype not in (None, 'auto'): return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
-    ck = Checkpoint(resolve(model))
+    ck = _opened(model)
     stored = ck.config.get('dtype') or ck.config.get('torch_dtype')
     return getattr(torch, stored) if stored else DTYPES[next(iter(ck.tensors.values())).dtype]
 
@@ -110,7 +112,7 @@ def _free_memory(device):
     return psutil.virtual_memory().available
 
 def _both_fit(models, dtype, device, work, cm):
-    size = lambda m: sum(math.prod(t.shape) for t in Checkpoint(resolve(m)).tensors.values())*_type_of(m, dtype).itemsize
+    size = lambda m: sum(math.prod(t.shape) for t in _opened(m).tensors.values())*_type_of(m, dtype).itemsize
     kept = max((int(b['positions'].sum()) for b in work), default=0)*cm.total*_type_of(models[0], dtype).itemsize
     return 1.1*sum(map(size, models)) + 2*kept < .9*_free_memory(device)
 
@@ -125,17 +127,20 @@ class _Sums:
             old = load_file(self.file)
             if bytes(old['key'].tolist()).decode() == key: self.batches, self.sums = int(old['batches']), {m.path: old[m.path].clone() for m in cm}
 
-    def add(self, path, diff, rows, index): self.sums[path] += diff.sum(0).cpu()
+    def add(self, path, diff, rows, index):
+        if diff.device.type != 'mps': self.sums[path] = self.sums[path].to(diff.device) # where the model is, so that nothing waits; mps has no float64
+        self.sums[path] += diff.sum(0).to(self.sums[path].device)
+    def here(self): return {p: s.cpu() for p, s in self.sums.items()}
     def done(self):
         "A batch is complete."
         self.batches += 1
         if not self.file or time.monotonic() - self.last < self.every: return
-        with atomic_file(self.file) as tmp: save_file({**self.sums, 'batches': torch.tensor(self.batches), 'key': torch.tensor(list(self.key.encode()), dtype=torch.uint8)}, tmp)
+        with atomic_file(self.file) as tmp: save_file({**self.here(), 'batches': torch.tensor(self.batches), 'key': torch.tensor(list(self.key.encode()), dtype=torch.uint8)}, tmp)
         self.last = time.monotonic()
 
     def total(self):
         "The sums of all processes."
-        flat = sum(gathered(torch.cat(list(self.sums.values()))))
+        flat = sum(gathered(torch.cat(list(self.here().values()))))
         return dict(zip(self.cm.paths, flat.split([m.width for m in self.cm])))
 
 # %% ../nbs/10_localize.ipynb #10-019

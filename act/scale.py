@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from .abilities import _hub_is_off
 from .channels import _meta_model, enumerate_channels
-from .checkpoints import BLOCK, DTYPES, THREADS, Checkpoint, TensorInfo, _label, check_pair, resolve, write_like
+from .checkpoints import BLOCK, DTYPES, THREADS, Checkpoint, TensorInfo, _label, _opened, check_pair, resolve, write_like
 from .core import ActError, PACKAGE, atomic_folder, command, provenance, read_json, write_json
 from .masks import ChannelMask
 from .transfer import _jobs, _lams, mask_slices
@@ -189,9 +189,9 @@ def plan_transfer(
     "What `transfer_checkpoint` would do, from headers and masks alone."
     jobs = _jobs(donors, masks, lam, 'sum')
     for d, mask, _ in jobs: mask.map.check(check_pair(target, d)[1], _label(target))
-    ours = Checkpoint(resolve(target))
+    ours = _opened(target)
     copy = 'lm_head.weight' if 'lm_head.weight' in ours.tensors and ours._is_copy('lm_head.weight') else None
-    return _tally(_label(target), list(ours.tensors.values()), sum((ours.folder/f).stat().st_size for f in ours.files), len(ours.files), [(_label(d), Checkpoint(resolve(d)).tensors, m, l) for d, m, l in jobs], copy)
+    return _tally(_label(target), list(ours.tensors.values()), sum((ours.folder/f).stat().st_size for f in ours.files), len(ours.files), [(_label(d), _opened(d).tensors, m, l) for d, m, l in jobs], copy)
 
 # %% ../nbs/36_scale.ipynb #36-028
 def even_mask(

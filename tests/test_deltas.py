@@ -132,6 +132,22 @@ deltas.apply_delta('{a}', '{d}', inplace=True)
         apply_delta(a, d, undo=True, inplace=True)
         assert not list(tmp_path.glob('.*'))
 
+def test_killed_while_it_clears_up(made, tmp_path):
+    a, _, _, moved, d = made
+    code = f"""
+import os, signal
+from act import deltas
+real = deltas.shutil.rmtree
+def half(path, **kw):
+    if os.path.exists(f'{{path}}/key') and '.partial' not in str(path): os.unlink(f'{{path}}/key'); os.kill(os.getpid(), signal.SIGKILL) # half of it is gone
+    real(path, **kw)
+deltas.shutil.rmtree = half
+deltas.apply_delta('{a}', '{d}', inplace=True)
+"""
+    assert subprocess.run([sys.executable, '-c', code]).returncode == -9 and files(a) == files(moved)
+    apply_delta(a, d, undo=True, inplace=True)
+    assert weight_hash(a) != weight_hash(moved) and not list(tmp_path.glob('.a.done')) and not list(tmp_path.glob('.a.new'))
+
 def test_commands(made, run, tmp_path):
     a, b, m, moved, d = made
     m.save(tmp_path/'m.safetensors')
