@@ -37,6 +37,7 @@ times: setup  ## run every notebook and note how long each takes, in act/results
 
 docs: setup  ## the Quarto site in _docs
 	@command -v quarto >/dev/null || { echo "Quarto is not installed: see https://quarto.org/docs/get-started, then run make docs again"; exit 1; }
+	touch README.md  # nbdev would write it anew with Quarto when it is older than nbs/index.ipynb
 	$(BIN)/nbdev_docs
 
 lab: setup  ## retrain the lab family from scratch (about half an hour on 2 cores)

@@ -1,5 +1,5 @@
-"Write README.md from nbs/index.ipynb, without Quarto: `readme.py` writes it, `readme.py --check` fails when it is out of step."
-import base64, json, re, sys
+"Write README.md from nbs/index.ipynb and nbs/llms.txt from all notebooks, without Quarto: `readme.py` writes them, `readme.py --check` fails when they are out of step."
+import base64, configparser, json, re, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,7 +22,7 @@ def readme(nb):
     parts, files = [], {}
     for i, cell in enumerate(nb['cells']):
         src = ''.join(cell['source'])
-        if cell['cell_type'] == 'markdown': parts.append(re.sub(r'\]\((\w+\.ipynb)', r'](nbs/\1', src)); continue
+        if cell['cell_type'] == 'markdown': parts.append(re.sub(r'\]\((\w+\.ipynb|images/)', r'](nbs/\1', src)); continue
         if re.search(r'^#\| *hide *$', src, re.M): continue
         label = re.search(r'^#\| *label: *(?:fig|tbl)-(\S+)', src, re.M)
         code = re.sub(r'^#\|.*\n?', '', src, flags=re.M).strip()
@@ -32,12 +32,27 @@ def readme(nb):
             parts.append(md); files.update(new)
     return '\n\n'.join(parts) + '\n', files
 
+def llms():
+    "An index of the site for programs that read (llmstxt.org): a line a page, by section of the sidebar."
+    import yaml
+    cfg = configparser.ConfigParser(delimiters=['='])
+    cfg.read(ROOT/'settings.ini', encoding='utf-8')
+    cfg = cfg['DEFAULT']
+    def entry(page):
+        title, blurb = re.match(r'# (.*?)\n\n> (.*)', ''.join(json.loads((ROOT/'nbs'/page).read_text(encoding='utf-8'))['cells'][0]['source']), re.S).groups()
+        return title, f"- [{title}]({cfg['doc_host']}{cfg['doc_baseurl']}/{re.sub(r'^[0-9]+_', '', page).replace('.ipynb', '.html')}): {blurb}"
+    contents = yaml.safe_load((ROOT/'nbs/sidebar.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']
+    parts = [f"# {entry('index.ipynb')[0]}", f"> {cfg['description']}", f"Source: {cfg['git_url']}. Every page is a notebook, and `act/` is made from them. The paper: arXiv 2601.09398."]
+    parts.append('\n'.join(['## Start', *(entry(o)[1] for o in contents if isinstance(o, str))]))
+    parts += ['\n'.join([f"## {o['section']}", *(entry(p)[1] for p in o['contents'])]) for o in contents if isinstance(o, dict)]
+    return '\n\n'.join(parts) + '\n'
+
 if __name__ == '__main__':
     md, files = readme(json.loads((ROOT/'nbs/index.ipynb').read_text(encoding='utf-8')))
-    wanted = {'README.md': md.encode(), **files}
+    wanted = {'README.md': md.encode(), 'nbs/llms.txt': llms().encode(), **files}
     if '--check' in sys.argv:
         stale = [p for p, b in wanted.items() if not (ROOT/p).exists() or (ROOT/p).read_bytes() != b]
-        if stale: sys.exit(f"out of step with nbs/index.ipynb: {', '.join(stale)}: run make readme")
+        if stale: sys.exit(f"out of step with nbs/: {', '.join(stale)}: run make readme")
     else:
         for p, b in wanted.items():
             (ROOT/p).parent.mkdir(parents=True, exist_ok=True)
