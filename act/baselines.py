@@ -12,7 +12,7 @@ import numpy as np, pandas as pd, matplotlib.pyplot as plt, torch
 from .abilities import load_ability
 from .channels import ChannelMap, enumerate_channels
 from .checkpoints import load_model, resolve
-from .core import ActError, command, quiet
+from .core import ActError, beside, command, next_step, quiet
 from .masks import ChannelMask, ChannelScores, top_p, with_kind
 from .recover import METHODS, Method, Recovery, by_p_and_lam, by_p_and_rank, moving, recover
 from .transfer import transfer
@@ -239,17 +239,17 @@ def plot_methods(
 # %% ../nbs/32_baselines.ipynb #32-037
 @command
 def act_baselines(
-    out: str = None,      # folder to create
+    out: str,             # folder to create
     case: str = 'lab',    # a name in CASES
     seeds: int = 3,       # how many
     device: str = None,   # cpu, cuda, ...
 ):
-    "All baselines on one case: act_baselines --case lab --out runs/baselines"
-    if not out: raise ActError("act_baselines needs --out, a folder to create")
+    "All baselines on one case: `act_baselines --case lab --out runs/baselines`"
     if seeds < 1: raise ActError(f"seeds is {seeds}: at least one is needed")
     rec = recover(case, out, tuple(range(seeds)), device, rows=BASELINE_ROWS, methods=BASELINES)
     print(rec)
-    print(winners(rec).to_string())
+    print(f'{winners(rec).to_string()}\n-> {out}')
+    next_step('act_merge', seeds=seeds, device=device, out=beside(out, 'merge.json'))
 
 # %% ../nbs/32_baselines.ipynb #32-045
 def options(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from .core import ActError
+from .show import Shown, table
 
 # %% ../nbs/00_channels.ipynb #00-013
 KINDS = 'embedding norm q k v o gate up down lm_head'.split()
@@ -58,7 +59,7 @@ class ModuleChannels:
     params: tuple      # of (full parameter name in the checkpoint, axis)
 
 # %% ../nbs/00_channels.ipynb #00-023
-class ChannelMap(Sequence):
+class ChannelMap(Shown, Sequence):
     "All channels of a model, module by module in model order; index it by number or by path."
     def __init__(self,
         modules,          # `ModuleChannels`, in model order
@@ -113,7 +114,7 @@ class ChannelMap(Sequence):
         return cls(ours, d['tied'])
 
     def __repr__(self): return f"ChannelMap: {self.total:,} channels in {len(self)} modules (embedding and lm_head {_TIED[self.tied]})"
-    def _repr_html_(self): return f'<p>{self!r}</p>' + self.summary().to_html(formatters={'channels': '{:,}'.format, 'share': '{:.1%}'.format})
+    def _parts(self): return [table(self.summary(), 'channels by kind', dict(share='{:.1%}'.format))]
 
 # %% ../nbs/00_channels.ipynb #00-024
 _BUFFERS = r'.*rotary_emb\.(?:\w+_)?inv_freq'

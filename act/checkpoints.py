@@ -5,20 +5,22 @@
 # %% auto #0
 __all__ = ['TensorInfo', 'DTYPES', 'BLOCK', 'THREADS', 'read_header', 'Checkpoint', 'resolve', 'load_model', 'load_tokenizer',
            'weight_hash', 'fingerprint', 'check_finite', 'check_tokenizers', 'PairReport', 'check_pair', 'preflight',
-           'save_model', 'copy_extras', 'write_like', 'write_tensors']
+           'save_model', 'copy_extras', 'from_gguf', 'cache_dir', 'write_like', 'write_tensors']
 
 # %% ../nbs/01_checkpoints.ipynb #01-003
 import contextlib, hashlib, json, math, os, queue, re, shutil, struct
-from collections import deque, namedtuple
+from collections import Counter, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
+from textwrap import shorten
 import numpy as np, torch
 from fastcore.basics import patch
 from .channels import enumerate_channels
-from .core import JSON_LIMIT, ActError, _flush, atomic_folder, parse_json, quiet, write_json
+from .core import JSON_LIMIT, ActError, _alone, _flush, _is_dry, _size, _writable_parent, atomic_folder, begin, parse_json, quiet, sha256, write_json
+from .show import Shown, facts, number
 
 # %% ../nbs/01_checkpoints.ipynb #01-009
 TensorInfo = namedtuple('TensorInfo', 'name dtype shape file start end') # start and end: byte offsets in the file
@@ -166,10 +168,11 @@ def rows(
 
 # %% ../nbs/01_checkpoints.ipynb #01-023
 def resolve(
-    model, # a folder, a hub id, lab/NAME or smollm2[/NAME]
+    model, # a folder, a .gguf file, a hub id, lab/NAME or smollm2[/NAME]
 ) -> Path: # a local folder; raises ActError when there is none and none can be fetched
     "The local folder of a model; hub models are fetched with huggingface_hub, weights as safetensors only."
     if Path(model).is_dir(): return Path(model)
+    if Path(model).suffix == '.gguf': return _unpacked(Path(model))
     head, _, tail = str(model).partition('/')
     if head == 'lab':
         from act.lab import lab_path
@@ -179,8 +182,30 @@ def resolve(
         return smollm2_path(tail or 'base')
     if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', str(model)): raise ActError(f"{model} is neither a folder nor a hub id: check the path")
     from huggingface_hub import snapshot_download
-    try: return Path(snapshot_download(str(model), allow_patterns=['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja']))
+    try:
+        if not _is_dry(): return Path(snapshot_download(str(model), allow_patterns=_WANTED))
+        size = _on_hub(model)
     except Exception as e: raise ActError(f"{model} is not a folder here and could not be fetched from the hub ({type(e).__name__}): check the name, or pass the path of a local copy") from e
+    if isinstance(size, Path): return size
+    begin(work=f'fetch {_size(size)} of {model} from the hub; the rest is checked when it is here')
+
+# %% ../nbs/01_checkpoints.ipynb #01-402
+def _check_use(dtype=None, device=None):
+    "ActError for a type or a device that cannot be used."
+    if not isinstance(dtype, torch.dtype) and dtype not in (None, 'auto', 'float32', 'bfloat16', 'float16'): raise ActError(f"dtype is {dtype!r}: choose float32, bfloat16, float16 or auto")
+    try: torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as e: raise ActError(f"device is {device!r}, which cannot be used here ({shorten(str(e), 90, placeholder=' ...')}): choose cpu, or leave it off") from e
+
+# %% ../nbs/01_checkpoints.ipynb #01-401
+_WANTED = ['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja']
+
+def _on_hub(model):
+    "For a dry run: the folder where it has been fetched already, or how many bytes there are to fetch."
+    from fnmatch import fnmatch
+    from huggingface_hub import model_info, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    try: return Path(snapshot_download(str(model), allow_patterns=_WANTED, local_files_only=True))
+    except LocalEntryNotFoundError: return sum(f.size or 0 for f in model_info(str(model), files_metadata=True).siblings if any(fnmatch(f.rfilename, w) for w in _WANTED))
 
 # %% ../nbs/01_checkpoints.ipynb #01-110
 def _opened(model):
@@ -200,6 +225,7 @@ def load_model(
 ): # (model in eval mode, tokenizer)
     "Load a causal language model and its tokenizer; no remote code, no pickle."
     from transformers import AutoModelForCausalLM
+    _check_use(dtype, device)
     folder = resolve(model)
     if (folder/'config.json').exists(): Checkpoint(folder)
     with quiet(): net = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device_map, use_safetensors=True).eval()
@@ -214,7 +240,10 @@ def load_tokenizer(
     "The fast tokenizer of a model."
     from transformers import AutoTokenizer
     folder = resolve(model)
-    try: return AutoTokenizer.from_pretrained(folder)
+    try:
+        tok = AutoTokenizer.from_pretrained(folder)
+        if tok.vocab_size < 2: raise ValueError('its vocabulary is empty') # what transformers makes up where there are no files
+        return tok
     except (OSError, ValueError, KeyError, TypeError) as e: raise ActError(f"{folder.name} has no tokenizer that loads ({e}): copy tokenizer.json and tokenizer_config.json there") from e
 
 # %% ../nbs/01_checkpoints.ipynb #01-028
@@ -320,14 +349,12 @@ def check_tokenizers(
 
 # %% ../nbs/01_checkpoints.ipynb #01-043
 @dataclass(frozen=True)
-class PairReport:
+class PairReport(Shown):
     "What `preflight` found out about a pair of models that fit."
     target: str; donor: str; model_type: str; parameters: int; channels: int; tied: str; nbytes: int
     def __repr__(self):
         return f'{self.target} <- {self.donor}: {self.model_type}, {self.parameters:,} parameters, {self.channels:,} channels, {self.nbytes/1e6:,.1f} MB, ' + (f'tied weights counted as {self.tied}' if self.tied else 'no tied weights')
-    def _repr_html_(self):
-        rows = ''.join(f'<tr><th>{k}</th><td>{v:,}</td></tr>' if isinstance(v, int) else f'<tr><th>{k}</th><td>{v}</td></tr>' for k, v in vars(self).items())
-        return f'<table>{rows}</table>'
+    def _parts(self): return [facts({k: number(v) for k, v in vars(self).items()})]
 
 # %% ../nbs/01_checkpoints.ipynb #01-044
 def check_pair(
@@ -381,6 +408,58 @@ def copy_extras(
     "Copy everything but weights and other formats' weights: configuration, tokenizer, generation settings."
     for f in Path(src).iterdir():
         if f.is_file() and f.suffix in ('.json', '.txt', '.model', '.jinja') and f.name != 'model.safetensors.index.json' and not f.name.startswith('act_'): shutil.copyfile(f, Path(dst)/f.name)
+
+# %% ../nbs/01_checkpoints.ipynb #01-302
+def _gguf_header(file):
+    "What a GGUF file says of itself, and the type that its weights take outside it; ActError when it is damaged."
+    try: import gguf
+    except ImportError as e: raise ActError(f"reading {file.name} needs the package gguf: pip install gguf") from e
+    if not file.is_file(): raise ActError(f"there is no file {file}: check the path")
+    try:
+        r = gguf.GGUFReader(file)
+        says = {k: f.contents() for k in ('general.name', 'general.architecture', 'general.license') if (f := r.fields.get(k))}
+        types = Counter(t.tensor_type.name for t in r.tensors)
+        matrices = {t.tensor_type.name for t in r.tensors if len(t.shape) > 1}
+    except Exception as e: raise ActError(f"{file} is not a readable GGUF file ({str(e)[:200] or type(e).__name__}): download it again") from e
+    dtype = dict(F32=torch.float32, F16=torch.float16).get(*matrices, torch.bfloat16) if len(matrices) == 1 else torch.bfloat16
+    return dict(format='act-gguf-1', file=file.name, name=says.get('general.name'), architecture=says.get('general.architecture'), license=says.get('general.license'), types=dict(types)), dtype
+
+# %% ../nbs/01_checkpoints.ipynb #01-303
+def from_gguf(
+    file, # a .gguf file
+    out,  # folder to create
+) -> Path: # raises ActError for a file that is damaged, incomplete, or of an architecture that transformers does not read
+    "A GGUF file as a safetensors checkpoint folder with its tokenizer, and act_gguf.json: what it was unpacked from."
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    file = Path(os.path.abspath(file))
+    record, dtype = _gguf_header(file)
+    try:
+        with quiet():
+            net, info = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=dtype, output_loading_info=True)
+            tok = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    except Exception as e: raise ActError(f"{file} is not a model that transformers can read ({str(e).splitlines()[0][:200] if str(e) else type(e).__name__}): get a safetensors copy of it") from e
+    net.tie_weights()
+    if lost := [k for k in info['missing_keys'] if not (k == 'lm_head.weight' and _is_tied(net))]: raise ActError(f"{file} lacks {min(lost)}: download it again")
+    check_finite(net)
+    if hasattr(net.config, 'quantization_config'): del net.config.quantization_config
+    with open(file, 'rb') as f: record['sha256'] = hashlib.file_digest(f, 'sha256').hexdigest()
+    return save_model(net, tok, out, {'act_gguf.json': dict(record, dtype=str(dtype).removeprefix('torch.'))})
+
+# %% ../nbs/01_checkpoints.ipynb #01-305
+def cache_dir() -> Path:
+    "Where unpacked and merged models are kept: $ACT_CACHE, or ~/.cache/act."
+    return Path(os.environ.get('ACT_CACHE') or Path.home()/'.cache'/'act')
+
+# %% ../nbs/01_checkpoints.ipynb #01-306
+def _unpacked(file):
+    "The folder in the cache that holds what a GGUF file holds now."
+    if not file.is_file(): raise ActError(f"there is no file {file}: check the path")
+    s, home = file.stat(), cache_dir()/'gguf'
+    out = home/f'{file.stem}-{sha256(os.path.abspath(file), str(s.st_size), str(s.st_mtime_ns))[:12]}'
+    if out.exists(): return out
+    begin(writes={out: 0}, work=f'unpack {file.name} there; the rest is checked when it is done')
+    _writable_parent(home)
+    with _alone(home, wait=3600): return out if out.exists() else from_gguf(file, out)
 
 # %% ../nbs/01_checkpoints.ipynb #01-051
 BLOCK, THREADS = 1 << 20, max(1, min(4, (os.cpu_count() or 1) - 1)) # bytes of a tensor that a thread reads and changes at once; threads

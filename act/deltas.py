@@ -6,16 +6,17 @@
 __all__ = ['make_delta', 'Delta', 'apply_delta', 'act_delta', 'act_apply', 'act_undo']
 
 # %% ../nbs/15_deltas.ipynb #15-003
-import copy, hashlib, html, json, os, shutil, torch
+import copy, hashlib, json, math, os, shutil, torch
 from functools import partial
 from pathlib import Path
 from fastcore.basics import patch
 from fastcore.script import store_true
 from .channels import ChannelMap
 from .checkpoints import BLOCK, DTYPES, _TYPES, Checkpoint, _finite, _header, _label, _one_thread, _opened, _rows, check_pair, resolve, write_like, write_tensors
-from .core import ActError, _alone, _flush, _writing, atomic_file, atomic_folder, check_absent, command, origin, parse_json, provenance, sha256, write_json
+from .core import ActError, _alone, _flush, _writing, atomic_file, atomic_folder, begin, beside, check_absent, command, next_step, origin, parse_json, provenance, sha256, write_json
 from .masks import ChannelMask
-from .transfer import _changes, _check_masks, _jobs, _lams, _record, mask_slices
+from .show import Shown
+from .transfer import _changes, _check_masks, _jobs, _lams, _moved, _moved_parts, _record, mask_slices
 
 # %% ../nbs/15_deltas.ipynb #15-009
 _INTS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
@@ -60,6 +61,7 @@ def make_delta(
     bits = {f'bits.{n}': (_NAMES[_INTS[DTYPES[t.dtype]]], _stored(t.shape, *s)) for n, s in slices.items() for t in [ours.tensors[n]]}
     tensors = dict(mask=('U8', (mask.total,)), **bits, digests=('U8', (len(slices), 2, 32)))
     head = dict(format='act-delta-1', map=json.dumps(mask.map.to_dict()), meta=json.dumps(meta, ensure_ascii=False))
+    begin([target, *(d for d, _, _ in jobs)], {out: sum(_TYPES[t].itemsize*math.prod(s) for t, s in tensors.values()) + sum(map(len, head.values()))}, '; '.join(map(_moved, meta['moved'])))
     with atomic_file(out) as tmp, _one_thread(): write_tensors(tmp, tensors, head, _stream(ours, _changes(ours, theirs, jobs, rule), mask))
     return Path(out)
 
@@ -81,7 +83,7 @@ def _stream(ours, change, mask):
     yield torch.frombuffer(bytearray(b''.join(digests)), dtype=torch.uint8)
 
 # %% ../nbs/15_deltas.ipynb #15-018
-class Delta:
+class Delta(Shown):
     "A delta file: `.mask` says which channels change, `.meta` in which target, from which donors and by how much."
     def __init__(self,
         path,              # the file
@@ -100,7 +102,13 @@ class Delta:
         return _rows(self.tensors[name], start, stop)
 
     def __repr__(self): return f"Delta: {self.mask.count:,} of {self.mask.total:,} channels of {self.meta['target']}, {self.path.stat().st_size/1e6:,.2f} MB; " + ', '.join(f"lam {m['lam']:g} from {m['donor']}" for m in self.meta['moved'])
-    def _repr_html_(self): return f'<p>{html.escape(repr(self))}</p>' + self.mask._repr_html_()
+    def _parts(self):
+        first, *_, last = _moved_parts([{**m, 'where': None} for m in self.meta['moved']], {k: v for k, v in self.meta.items() if k not in ('format', 'moved')})
+        strip, bars, *_ = self.mask._parts()
+        return first, strip, bars, last
+    def plot(self, ax=None):
+        "Share of the channels that change by layer and kind; returns the axes."
+        return self.mask.plot(ax)
 
 # %% ../nbs/15_deltas.ipynb #15-019
 @patch(cls_method=True)
@@ -187,6 +195,7 @@ def apply_delta(
     if inplace: return _apply_in_place(Path(target), delta, undo)
     out, ck = check_absent(out), _opened(target)
     _verify(delta, undo, *_in_folder(ck), _label(target))
+    begin([target, delta.path], {out: ck.nbytes}, f'{delta.mask.count:,} of {delta.mask.total:,} channels')
     with atomic_folder(out, ck.nbytes, sha256(delta.hash, str(undo), str(ck.folder))) as tmp:
         write_like(ck, tmp, _flips(ck, delta))
         if not undo: _note(delta, tmp)
@@ -212,15 +221,17 @@ def _apply_in_place(folder, delta, undo):
     folder = Path(os.path.abspath(folder))
     key, new, done = sha256(delta.hash, str(undo)), folder.with_name(f'.{folder.name}.new'), folder.with_name(f'.{folder.name}.done')
     with _writing(folder), _alone(folder):
-        shutil.rmtree(done, ignore_errors=True) # of a run that was killed at its very end
         if not new.exists():
             ck = Checkpoint(folder)
             _verify(delta, undo, *_in_folder(ck), folder.name)
+            begin([delta.path], {folder: ck.nbytes}, f'{delta.mask.count:,} of {delta.mask.total:,} channels, in place')
             with atomic_folder(new, ck.nbytes, key) as tmp:
                 write_like(ck, tmp, _flips(ck, delta))
                 if not undo: _note(delta, tmp)
                 (tmp/'key').write_text(key)
         if (new/'key').read_text() != key: raise ActError(f"an exchange of the files of {folder} by another delta was stopped half-way: finish that one first, by the same call again")
+        begin([delta.path], {folder: 0}, 'finish an exchange of files that was stopped half-way')
+        shutil.rmtree(done, ignore_errors=True) # of a run that was killed at its very end
         _exchange(new, folder)
         os.rename(new, done) # as a whole: what is left of it has nothing more to say
         shutil.rmtree(done)
@@ -243,41 +254,47 @@ def _exchange(new, folder):
 # %% ../nbs/15_deltas.ipynb #15-041
 @command
 def act_delta(
-    target: str = None,  # the model that receives: folder, hub id, lab/NAME or smollm2/NAME
-    donor: str = None,   # the model that gives; several separated by commas
-    mask: str = None,    # mask file; several separated by commas, one for each donor or all of one
+    target: str,         # the model that receives: folder, hub id, lab/NAME or smollm2/NAME
+    donor: str,          # the model that gives; several separated by commas
+    mask: str,           # mask file; several separated by commas, one for each donor or all of one
+    out: str,            # file to write
     lam: str = '1',      # lambda; one for all or one for each mask
-    out: str = None,     # file to write
     rule: str = 'sum',   # where several donors claim a channel: sum (the paper's), mean or sign
     no_check: store_true = False, # do not compare shapes, weights and hashes first
 ):
-    "Write the change alone: act_delta --target lab/maths-en --donor lab/base --mask m.safetensors --lam 0.5 --out d.safetensors"
-    if not all((target, donor, mask, out)): raise ActError("act_delta needs --target, --donor, --mask and --out: see act_delta --help")
-    print(Delta.load(make_delta(target, donor.split(','), mask.split(','), _lams(lam), out, not no_check, rule)))
+    "Write the change of a transfer alone: `act_delta --target lab/maths-en --donor lab/base --mask mask.safetensors --lam 0.5 --out delta.safetensors`"
+    delta = Delta.load(make_delta(target, donor.split(','), mask.split(','), _lams(lam), out, not no_check, rule))
+    print(f'{delta} -> {out}')
+    next_step('act_apply', target=target, delta=out, out=beside(out, 'recovered'))
 
 # %% ../nbs/15_deltas.ipynb #15-042
-def _apply(command, target, delta, out, in_place, undo):
-    if not target or not delta or bool(out) == in_place: raise ActError(f"{command} needs --target, --delta, and either --out or --in_place: see {command} --help")
-    print(f'{Delta.load(delta)} -> {apply_delta(target, delta, out, undo, in_place)}')
+def _apply(target, delta, out, in_place, undo):
+    if bool(out) == in_place: raise ActError("say where the result goes: --out, a folder to create, or --in_place")
+    d = Delta.load(delta)
+    apply_delta(target, d, out, undo, in_place)
+    print(f'{d} -> {out or target}')
+    if undo: next_step('act_evaluate', model=out or target, ability='ABILITY')
+    elif in_place: next_step('act_undo', target=target, delta=delta, in_place=True)
+    else: next_step('act_finetune', model=out, ability='ABILITY', out=beside(out, 'tuned'))
 
 # %% ../nbs/15_deltas.ipynb #15-043
 @command
 def act_apply(
-    target: str = None,  # the model that the delta was made for: folder, hub id, lab/NAME or smollm2/NAME
-    delta: str = None,   # file written by act_delta
+    target: str,         # the model that the delta was made for: folder, hub id, lab/NAME or smollm2/NAME
+    delta: str,          # file written by act_delta
     out: str = None,     # folder to create
     in_place: store_true = False, # change the target's folder instead
 ):
-    "Apply a change: act_apply --target lab/maths-en --delta d.safetensors --out recovered"
-    _apply('act_apply', target, delta, out, in_place, False)
+    "Apply a change: `act_apply --target lab/maths-en --delta delta.safetensors --out recovered`"
+    _apply(target, delta, out, in_place, False)
 
 # %% ../nbs/15_deltas.ipynb #15-044
 @command
 def act_undo(
-    target: str = None,  # folder that the delta was applied to
-    delta: str = None,   # the same file
+    target: str,         # folder that the delta was applied to
+    delta: str,          # the same file
     out: str = None,     # folder to create
     in_place: store_true = False, # change the folder instead
 ):
-    "Take a change back, bit for bit: act_undo --target recovered --delta d.safetensors --in_place"
-    _apply('act_undo', target, delta, out, in_place, True)
+    "Take a change back, bit for bit: `act_undo --target recovered --delta delta.safetensors --in_place`"
+    _apply(target, delta, out, in_place, True)

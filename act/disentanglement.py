@@ -7,29 +7,23 @@ __all__ = ['VARIANTS', 'FACTORS', 'RELATIONS', 'PAPER', 'shared', 'specific', 'p
            'by_relation', 'ceiling', 'curve', 'plot_curve', 'study', 'verdict', 'brief', 'plot_summary']
 
 # %% ../nbs/21_disentanglement.ipynb #21-003
-import itertools
 import numpy as np, pandas as pd, matplotlib.pyplot as plt, torch
 from scipy import stats
 from .abilities import skill_language
 from .concentration import noise_twin
-from .core import ActError, bar
+from .core import bar
 from .findings import Finding, WIDTH, about, collect, estimate, family, load_pair, show
-from .masks import ChannelScores, top_p
+from .masks import ChannelScores, compare, square, top_p
 
 # %% ../nbs/21_disentanglement.ipynb #21-009
 def shared(
     masks: dict, # name -> ChannelMask, of one model
 ) -> pd.DataFrame: # a, b, iou, overlap, expected, log10_p: a row for each two masks
     "Overlap of every two masks, what chance would give, and the probability of at least as much by chance (log10, hypergeometric)."
-    if len(masks) < 2: raise ActError(f"overlap needs two masks, got {len(masks)}")
-    m = torch.stack([o.flat() for o in masks.values()]).float()
-    n, size, both = m.shape[1], m.sum(1).int().tolist(), (m @ m.T).round().int().tolist()
-    rows = []
-    for (i, a), (j, b) in itertools.combinations(enumerate(masks), 2):
-        k, small = both[i][j], min(size[i], size[j])
-        rows.append(dict(a=a, b=b, iou=k/max(1, size[i] + size[j] - k), overlap=k/max(1, small), expected=max(size[i], size[j])/n,
-                         log10_p=float(stats.hypergeom.logsf(k - 1, n, size[i], size[j])/np.log(10))))
-    return pd.DataFrame(rows)
+    both = compare(masks)
+    t, n = both.frame(), both.total
+    chance = np.maximum(t.size_a, t.size_b)/n # of the smaller one, expected in the other
+    return t[['a', 'b', 'iou', 'overlap']].assign(expected=chance, log10_p=stats.hypergeom.logsf(t.shared - 1, n, t.size_a, t.size_b)/np.log(10))
 
 # %% ../nbs/21_disentanglement.ipynb #21-012
 def specific(
@@ -53,9 +47,7 @@ def plot_overlap(
 ):
     "Clustered heat map of the overlap of every two masks, in percent; returns the figure."
     import seaborn as sns
-    names = list(dict.fromkeys([*table.a, *table.b]))
-    grid = pd.DataFrame(100., names, names)
-    for r in table.itertuples(): grid.loc[r.a, r.b] = grid.loc[r.b, r.a] = 100*getattr(r, value)
+    grid = 100*square(table, value)
     layout, plt.rcParams['figure.constrained_layout.use'] = plt.rcParams['figure.constrained_layout.use'], False # clustermap lays out by itself
     try: g = sns.clustermap(grid, figsize=(WIDTH + .6, WIDTH + .6), cmap='viridis', vmin=0, vmax=100, dendrogram_ratio=.12, cbar_pos=(.02, .86, .03, .12), linewidths=.2, xticklabels=True, yticklabels=True)
     finally: plt.rcParams['figure.constrained_layout.use'] = layout

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TASKS', 'task_items', 'bits_per_byte', 'score_answer', 'right_choice', 'score_choices', 'final_answer',
            'compare_answers', 'write_tasks', 'bootstrap_ci', 'EvalResult', 'evaluate', 'paired_bootstrap', 'mcnemar',
-           'holm', 'act_evaluate']
+           'holm', 'Paired', 'act_evaluate']
 
 # %% ../nbs/14_evaluate.ipynb #14-003
 import logging, math, re, warnings
@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.script import store_true
 from scipy import stats
-from .abilities import LANGUAGE_NAMES, Ability, load_ability
-from .checkpoints import _label, load_model, weight_hash
-from .core import PACKAGE, ActError, command, gathered, processes, provenance, quiet, read_json, write_json
+from .abilities import LANGUAGE_NAMES, Ability, encode, load_ability
+from .checkpoints import _check_use, _label, _opened, load_model, load_tokenizer, weight_hash
+from .core import PACKAGE, ActError, bar, begin, beside, command, gathered, next_step, processes, provenance, quiet, read_json, write_json
+from .show import Shown, folded, intervals, place, table
 
 # %% ../nbs/14_evaluate.ipynb #14-009
 TASKS = PACKAGE/'tasks'
@@ -26,12 +27,12 @@ TASKS = PACKAGE/'tasks'
 @contextmanager
 def _silent():
     "lm-eval and datasets say nothing inside the block; the bar over documents, which nothing can switch off, is left out, and several processes share the batches."
-    from lm_eval.api import task
+    from lm_eval.api import model, task
     from lm_eval.models import huggingface as hf
-    log, shown, batches = logging.getLogger('lm_eval'), task.tqdm, hf.Collator
+    log, shown, batches, bars = logging.getLogger('lm_eval'), task.tqdm, hf.Collator, hf.tqdm
     level = log.level
     log.setLevel(logging.ERROR)
-    task.tqdm = lambda items, **_: items
+    task.tqdm, model.tqdm, hf.tqdm = lambda items, **_: items, bar, bar
     if processes()[1] > 1: hf.Collator = _shared(batches)
     try:
         with warnings.catch_warnings(), quiet():
@@ -39,7 +40,7 @@ def _silent():
             yield
     finally:
         log.setLevel(level)
-        task.tqdm, hf.Collator = shown, batches
+        task.tqdm, hf.Collator, model.tqdm, hf.tqdm = shown, batches, bars, bars
 
 # %% ../nbs/14_evaluate.ipynb #14-012
 def task_items(
@@ -178,7 +179,9 @@ def _shared(collator):
     return Shared
 
 # %% ../nbs/14_evaluate.ipynb #14-032
-class EvalResult:
+_COLUMNS = 'ability id correct loglik bytes tokens'.split()
+
+class EvalResult(Shown):
     "Results item by item: `.items` has a row an item; `.table()` sums up; `.save()` writes them with their provenance."
     def __init__(self,
         items: pd.DataFrame, # ability, id, correct (0 or 1), loglik (nats), bytes and tokens of the answer
@@ -207,11 +210,25 @@ class EvalResult:
     @classmethod
     def load(cls, path):
         "Read what `save` wrote."
-        d = read_json(path, 'act-eval-1', 'evaluation result', 'act_evaluate')
-        return cls(pd.DataFrame(d['items']), d['meta'])
+        items = lambda d: pd.DataFrame({k: list(d[k]) for k in _COLUMNS}).astype(dict(correct=int, bytes=int, tokens=int))
+        return read_json(path, 'act-eval-1', 'evaluation result', 'act_evaluate', lambda d: cls(items(d['items']), dict(d['meta'])))
+
+    def plot(self, ax=None):
+        "Accuracy of each ability with its 95 % interval; returns the axes."
+        import matplotlib.pyplot as plt
+        t = 100*self.table()[['accuracy', 'low', 'high']].astype(float)
+        if ax is None: _, ax = plt.subplots(figsize=(3.4, .9 + .25*len(t)), constrained_layout=True)
+        ax.errorbar(t.accuracy, range(len(t)), xerr=[t.accuracy - t.low, t.high - t.accuracy], fmt='o', label=place(self.meta.get('model') or 'a model'))
+        ax.set(yticks=range(len(t)), yticklabels=t.index, ylim=(len(t) - .5, -.5), xlim=(-4, 104), xlabel='accuracy (% of items)', ylabel='ability')
+        return ax
 
     def __repr__(self): return self.table().round(3).to_string()
-    def _repr_html_(self): return self.table().style.format(dict(accuracy='{:.1%}', low='{:.1%}', high='{:.1%}', nats_per_token='{:.3f}', bits_per_byte='{:.3f}'), na_rep='').to_html()
+    def _title(self): return f"EvalResult: {place(self.meta.get('model') or 'a model')}, {len(self.items):,} items"
+    def _parts(self):
+        t = self.table()
+        yield intervals([(a, 100*r.accuracy, 100*r.low, 100*r.high) for a, r in zip(t.index, t.itertuples())], 'correct, with 95 % interval over items', '%', (0, 100))
+        yield table(t, 'by ability', {**dict.fromkeys(['accuracy', 'low', 'high'], '{:.1%}'.format), **dict.fromkeys(['nats_per_token', 'bits_per_byte'], '{:.3f}'.format)})
+        if self.meta: yield folded('where it comes from', self.meta)
 
 # %% ../nbs/14_evaluate.ipynb #14-033
 def evaluate(
@@ -227,8 +244,7 @@ def evaluate(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     abilities = [abilities] if isinstance(abilities, Ability) else list(abilities)
-    if not abilities: raise ActError("no abilities to evaluate: pass at least one")
-    if len({a.name for a in abilities}) < len(abilities): raise ActError(f"two abilities share a name ({', '.join(a.name for a in abilities)}): give them different names")
+    _check_names(abilities)
     kinds = {a.name: _kind(a, generate) for a in abilities}
     end = lambda a: (tokenizer.eos_token or '') if (a.eos if eos is None else eos) and kinds[a.name] != 'generate' else ''
     with _silent():
@@ -242,6 +258,11 @@ def evaluate(
     meta = provenance(model=_label(model), abilities={a.name: dict(hash=a.hash, items=len(a), source=a.source, kind=kinds[a.name], task_version=t.VERSION, filters=[f.name for f in t._filters]) for a, t in zip(abilities, tasks.values())},
                       batch_size=batch_size, generate=write, dtype=str(model.dtype).removeprefix('torch.'), max_length=max_length, chat=chat, lm_eval=lm_eval.__version__)
     return EvalResult(pd.DataFrame(rows), meta)
+
+# %% ../nbs/14_evaluate.ipynb #14-401
+def _check_names(abilities):
+    if not abilities: raise ActError("no abilities to evaluate: pass at least one")
+    if len({a.name for a in abilities}) < len(abilities): raise ActError(f"two abilities share a name ({', '.join(a.name for a in abilities)}): give them different names")
 
 # %% ../nbs/14_evaluate.ipynb #14-034
 def _without_bar(f): return lambda requests: f(requests, disable_tqdm=True)
@@ -290,11 +311,47 @@ def holm(
     out[order] = np.minimum(1, np.maximum.accumulate(ps[order]*(m - np.arange(m))))
     return out
 
+# %% ../nbs/14_evaluate.ipynb #14-208
+class Paired(Shown):
+    "Two results on the same items, ability by ability: difference in accuracy, interval, McNemar's exact test, and Holm's correction."
+    def __init__(self,
+        a: EvalResult, b: EvalResult,
+        names: tuple = ('a', 'b'), # what to call them
+    ): # raises ActError unless both have the same items
+        self.a, self.b, self.names = a, b, names
+        if a.items[['ability', 'id']].values.tolist() != b.items[['ability', 'id']].values.tolist(): raise ActError("the two results are not of the same items: evaluate both models on the same abilities and split")
+
+    def table(self) -> pd.DataFrame:
+        "A row an ability."
+        rows, (a, b) = [], self.names
+        for name, g in self.a.items.groupby('ability', sort=False):
+            x, y = g.correct, self.b.items.correct[g.index]
+            boot, test = paired_bootstrap(x, y), mcnemar(x, y)
+            rows.append({'ability': name, 'items': len(g), a: x.mean(), b: y.mean(), 'difference': boot['difference'], 'low': boot['low'], 'high': boot['high'], f'only {a}': test['only_a'], f'only {b}': test['only_b'], 'p': test['p']})
+        return pd.DataFrame(rows).assign(holm=lambda t: holm(t.p)).set_index('ability')
+
+    def plot(self, ax=None):
+        "Differences with 95 % intervals, in points; returns the axes."
+        import matplotlib.pyplot as plt
+        t = 100*self.table()[['difference', 'low', 'high']]
+        if ax is None: _, ax = plt.subplots(figsize=(3.4, .9 + .25*len(t)), constrained_layout=True)
+        ax.axvline(0, color='.5', lw=.8)
+        ax.errorbar(t.difference, range(len(t)), xerr=[t.difference - t.low, t.high - t.difference], fmt='o')
+        ax.set(yticks=range(len(t)), yticklabels=t.index, ylim=(len(t) - .5, -.5), xlabel=f'{self.names[0]} above {self.names[1]} (points)', ylabel='ability')
+        return ax
+
+    def __repr__(self): return f"Paired: {self.names[0]} and {self.names[1]} on {len(self.a.items):,} items of {self.a.items.ability.nunique()} abilities"
+    def _parts(self):
+        t = self.table()
+        far = 100*max(t.low.abs().max(), t.high.abs().max())
+        yield intervals([(n, 100*r.difference, 100*r.low, 100*r.high) for n, r in zip(t.index, t.itertuples())], f'{self.names[0]} above {self.names[1]}, with 95 % interval', 'points', (-far, far))
+        yield table(t, 'by ability', dict.fromkeys([*self.names, 'difference', 'low', 'high'], '{:.1%}'.format))
+
 # %% ../nbs/14_evaluate.ipynb #14-050
 @command
 def act_evaluate(
-    model: str = None,     # hub id, folder, lab/NAME or smollm2/NAME
-    ability: str = None,   # names or jsonl files, separated by commas
+    model: str,            # folder, hub id, lab/NAME or smollm2/NAME
+    ability: str,          # names or jsonl files, separated by commas
     out: str = None,       # result file (JSON) to write
     split: str = 'test',   # train, localize, sft, validation or test
     n: int = None,         # items of each ability; all by default
@@ -306,13 +363,17 @@ def act_evaluate(
     generate: int = 0,     # let the model write so many tokens at most, instead of scoring the answer
     chat: store_true = False,     # prompts through the chat template
 ):
-    "Score a model: act_evaluate --model lab/base --ability lab/science-zh,mine.jsonl --out base.json"
-    if not model or not ability: raise ActError("act_evaluate needs --model and --ability: see act_evaluate --help")
+    "Score a model on abilities: `act_evaluate --model lab/base --ability lab/multiplication-en,lab/science-zh --out base.json`"
     abilities = [load_ability(a, split, n) for a in ability.split(',')]
-    first = not processes()[0]
+    _check_names(abilities)
+    _check_use(dtype, device)
+    first, ck, answers = not processes()[0], _opened(model), [len(e.answer) for a in abilities for e in encode(a, load_tokenizer(model), chat=chat)]
+    begin([model, *ability.split(',')], {out: 1000 + 80*len(answers)} if out else {}, f'{sum(map(len, abilities)):,} items, {sum(answers):,} answer tokens')
     net, tok = load_model(model, dtype, device, device_map)
     result = evaluate(net, abilities, tok, batch_size, generate, max_length=max_length, chat=chat)
     if not first: return
     result.meta.update(model=model, weights=weight_hash(model))
     if out: result.save(out)
-    print(result)
+    print(f'{result}\n-> {out}' if out else result)
+    if not out: next_step('act_evaluate', model=model, ability=ability, split=split if split != 'test' else None, n=n, chat=chat, generate=generate or None, out=f'{Path(model).name}.json')
+    elif any((Path(model)/f'act_{o}.json').exists() for o in ('transfer', 'finetune')): next_step('act_publish', model=model, scores=out, out=beside(out, 'published'))

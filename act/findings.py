@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np, pandas as pd, matplotlib.pyplot as plt
 from .abilities import load_ability
-from .checkpoints import Checkpoint, load_model, weight_hash
-from .core import PACKAGE, ActError, bar, command, provenance, read_json, write_json
+from .checkpoints import Checkpoint, check_pair, load_model, weight_hash
+from .core import PACKAGE, ActError, bar, begin, beside, command, next_step, provenance, read_json, write_json
 from .localize import localize_items
 
 # %% ../nbs/19_findings.ipynb #19-006
@@ -139,9 +139,9 @@ class Finding:
     @classmethod
     def load(cls, path):
         "Read what `save` wrote; ActError for anything else."
-        d = read_json(path, 'act-finding-1', 'finding', 'act_findings')
-        tables = {k: pd.DataFrame(t['rows'], columns=t['columns']) for k, t in d['tables'].items()}
-        return cls(d['name'], d['family'], tables, d['paper'], d['here'], d['why'], d['meta'])
+        table = lambda t: pd.DataFrame(t['rows'], columns=t['columns'])
+        make = lambda d: cls(d['name'], d['family'], {k: table(t) for k, t in d['tables'].items()}, d['paper'], d['here'], d['why'], d['meta'])
+        return read_json(path, 'act-finding-1', 'finding', 'act_findings', make)
 
     def __repr__(self): return f'{self.name}, {self.family}\n  paper: {self.paper}\n  here:  {self.here}\n  why:   {self.why}'
     def _repr_markdown_(self): return f"**{self.name.capitalize()}, {self.meta.get('text', self.family)}.**\n\n- *Paper:* {self.paper}\n- *Here:* {self.here}\n- *Why they may differ:* {self.why}"
@@ -199,16 +199,22 @@ def save_figure(
 # %% ../nbs/19_findings.ipynb #19-035
 NAMES = 'concentration', 'disentanglement', 'sufficiency', 'stability', 'weights'
 
+def _chosen(name, models): return of_width(models) if models else family(name)
+
 @command
 def act_findings(
-    finding: str = None,  # concentration, disentanglement, sufficiency, stability or weights
+    finding: str,         # concentration, disentanglement, sufficiency, stability or weights
+    out: str,             # result file (JSON) to write
     family: str = 'lab',  # lab or smollm2
     models: str = None,   # folder of a lab pair of another width, instead of a family
-    out: str = None,      # result file (JSON) to write
 ):
-    "Measure one of the paper's findings: act_findings --finding concentration --family lab --out concentration.json"
-    if not finding or not out: raise ActError("act_findings needs --finding and --out: see act_findings --help")
+    "Measure one of the paper's findings: `act_findings --finding concentration --family lab --out concentration.json`"
     if finding not in NAMES: raise ActError(f"no finding is called {finding!r}: choose one of {', '.join(NAMES)}")
-    result = importlib.import_module(f'act.{finding}').study(of_width(models) if models else family, progress=True)
+    fam = _chosen(family, models)
+    for pair in fam.pairs: check_pair(*pair)
+    for a in fam.abilities: load_ability(a, 'localize')
+    begin(dict.fromkeys(m for p in fam.pairs for m in p), {out: 100_000}, f'{len(fam.abilities)} abilities, {fam.items} items of each for every seed')
+    result = importlib.import_module(f'act.{finding}').study(fam, progress=True)
     result.save(out)
     print(f'{result!r}\n-> {out}')
+    if later := NAMES[NAMES.index(finding) + 1:]: next_step('act_findings', finding=later[0], family=None if models else family, models=models, out=beside(out, f'{later[0]}.json'))

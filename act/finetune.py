@@ -6,7 +6,7 @@
 __all__ = ['FinetuneReport', 'finetune', 'act_finetune']
 
 # %% ../nbs/13_finetune.ipynb #13-003
-import contextlib, copy, json, os, shutil, tempfile, time, torch, transformers
+import contextlib, copy, json, math, os, shutil, tempfile, time, torch, transformers
 from dataclasses import dataclass, field
 from pathlib import Path
 from accelerate import init_empty_weights
@@ -19,9 +19,10 @@ from torch.distributed.tensor import DTensor, Replicate
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from .abilities import Ability, encode, load_ability
-from .checkpoints import _label, load_model, load_tokenizer, resolve, save_model, weight_hash
-from .core import ActError, _check_room, _flush, _writing, atomic_folder, bar, check_absent, command, from_first, gathered, processes, provenance, quiet, sha256, work_folder
+from .checkpoints import _check_use, _label, _opened, _tensors, load_model, load_tokenizer, resolve, save_model, weight_hash
+from .core import ActError, _check_room, _flush, _writing, atomic_folder, bar, begin, check_absent, command, from_first, gathered, next_step, parse_json, processes, provenance, quiet, sha256, work_folder
 from .masks import ChannelMask
+from .show import Shown, facts, folded, strip
 from .transfer import mask_slices
 
 # %% ../nbs/13_finetune.ipynb #13-007
@@ -43,13 +44,13 @@ def _freeze(model, mask):
     slices = mask_slices(mask)
     for name, p in model.named_parameters(): p.requires_grad_(name in slices)
 
-def _restrict(model, mask):
-    "Hooks that zero the gradient outside the mask; returns them for removal."
+def _restrict(model, slices):
+    "Hooks that zero the gradient outside slices of parameters, as `mask_slices` gives them; returns them for removal."
     named, hooks = _named(model), []
-    for name, (axis, chosen) in mask_slices(mask).items():
+    for name, (axis, chosen) in slices.items():
         p = named[name]
         keep = _beside(chosen.to(p.device, p.dtype).view([-1 if i == axis else 1 for i in range(p.ndim)]), p)
-        def zero(p, keep=keep): p.grad.mul_(keep)
+        def zero(p, keep=keep): p.grad.mul_(keep.to(p.device))
         hooks.append(p.register_post_accumulate_grad_hook(zero))
     return hooks
 
@@ -77,7 +78,7 @@ class _Watch(TrainerCallback):
     def __init__(self, patience, mask, progress, total): self.patience, self.mask, self.hooks, self.best, self.bar = patience, mask, [], {}, bar(progress=progress, total=total, desc='fine-tuning', unit='step')
     def on_train_begin(self, args, state, control, model=None, **_):
         self.bar.update(state.global_step)
-        if self.mask is not None: self.hooks = _restrict(model, self.mask)
+        if self.mask is not None: self.hooks = _restrict(model, mask_slices(self.mask))
     def on_step_end(self, args, state, control, **_): self.bar.update(1)
     def on_train_end(self, args, state, control, **_):
         self.bar.close()
@@ -229,9 +230,15 @@ def _trainer(model, data, val, watch, pad, folder, key, steps, lr, batch_size, a
     for c in (PrinterCallback, ProgressCallback): trainer.remove_callback(c)
     return trainer
 
+# %% ../nbs/13_finetune.ipynb #13-401
+def _check_settings(abilities, steps, lr, batch_size, mask, lora, weight_decay):
+    if not abilities: raise ActError("no abilities to fine-tune on: pass at least one")
+    if steps < 1 or batch_size < 1 or not lr > 0: raise ActError(f"steps is {steps}, batch_size {batch_size}, lr {lr}: all must be above zero")
+    if mask is not None and (lora or weight_decay): raise ActError("a mask goes with neither LoRA nor weight decay, which would change channels outside it: leave them off")
+
 # %% ../nbs/13_finetune.ipynb #13-019
 @dataclass
-class FinetuneReport:
+class FinetuneReport(Shown):
     "What a fine-tuning did: the model, losses step by step (nats per answer token), cost."
     model: object           # the fine-tuned model; of a spread one the first process has it, the others None
     losses: list            # training loss of every step
@@ -242,6 +249,11 @@ class FinetuneReport:
     meta: dict = field(default_factory=dict, repr=False)
 
     def __repr__(self): return f"FinetuneReport: {len(self.losses)} steps, {self.tokens:,} tokens, {self.seconds:.1f} s, loss {self.losses[0]:.3f} -> {self.losses[-1]:.3f}" + (f", best validation loss {min(l for _, l in self.eval_losses):.3f} at step {self.best_step}" if self.eval_losses else '')
+    def _parts(self):
+        x, k = self.losses, math.ceil(len(self.losses)/60)
+        yield strip([[sum(x[i:i+k])/len(x[i:i+k]) for i in range(0, len(x), k)]], ['loss'], range(1, len(x) + 1, k), 'training loss', 'nats per answer token', across='step' + (f' (means of {k})' if k > 1 else ''), down='loss')
+        yield facts({f'validation loss, step {s}': f'{l:.3f}' for s, l in self.eval_losses} | {'step whose weights were kept': self.best_step, 'tokens': f'{self.tokens:,}', 'seconds': f'{self.seconds:.1f}'})
+        if self.meta: yield folded('where it comes from', self.meta)
     def record(self, model): # name of what was fine-tuned
         "What the file beside the weights says."
         return dict(format='act-finetune-1', **self.meta, losses=self.losses, eval_losses=self.eval_losses, best_step=self.best_step, tokens=self.tokens, seconds=round(self.seconds, 2), provenance=provenance(model=model))
@@ -286,9 +298,7 @@ def finetune(
     "Stage 3 of ACT: light supervised fine-tuning on answer tokens with Hugging Face's Trainer."
     start, many = time.time(), lambda x: [x] if isinstance(x, Ability) else list(x or [])
     abilities, held = many(abilities), many(validation)
-    if not abilities: raise ActError("no abilities to fine-tune on: pass at least one")
-    if steps < 1 or batch_size < 1 or not lr > 0: raise ActError(f"steps is {steps}, batch_size {batch_size}, lr {lr}: all must be above zero")
-    if mask is not None and (lora or weight_decay): raise ActError("a mask goes with neither LoRA nor weight decay, which would change channels outside it: leave them off")
+    _check_settings(abilities, steps, lr, batch_size, mask, lora, weight_decay)
     if adapter and not lora: raise ActError("adapter= names where to save a LoRA adapter: pass lora= too")
     data, val = (_examples(a, tokenizer, chat, max_length, prompts) if a else None for a in (abilities, held))
     rank, world = processes()
@@ -319,14 +329,20 @@ def finetune(
     log = trainer.state
     return FinetuneReport(out, [o['loss'] for o in log.log_history if 'loss' in o], _looks(log), _best(log), int(log.num_input_tokens_seen), time.time() - start, meta)
 
+# %% ../nbs/13_finetune.ipynb #13-502
+def _notes(model):
+    "The note of the transfer that made a model, by file name."
+    note = Path(model)/'act_transfer.json'
+    return {note.name: parse_json(note)} if note.is_file() else {}
+
 # %% ../nbs/13_finetune.ipynb #13-034
 @command
 def act_finetune(
-    model: str = None,       # hub id, folder, lab/NAME or smollm2/NAME
-    ability: str = None,     # names or jsonl files, separated by commas
-    out: str = None,         # folder to create
+    model: str,              # folder, hub id, lab/NAME or smollm2/NAME
+    ability: str,            # names or jsonl files, separated by commas
+    out: str,                # folder to create
     split: str = 'sft',      # train, localize, sft, validation or test
-    n: int = None,           # items of each ability
+    n: int = None,           # items of each ability; all by default
     steps: int = 50,         # optimiser steps
     lr: float = 1e-4,        # peak learning rate
     batch_size: int = 16,    # items a step
@@ -341,19 +357,26 @@ def act_finetune(
     chat: store_true = False, # through the chat template
     bf16: store_true = False, # mixed precision
 ):
-    "Fine-tune on answers: act_finetune --model recovered --ability lab/science-zh,mine.jsonl --steps 30 --out tuned"
+    "Fine-tune on answers: `act_finetune --model recovered --ability lab/multiplication-en,lab/science-zh --steps 30 --lr 3e-4 --out tuned`"
     options = sha256(json.dumps([locals(), processes()[1], _fsdp()], default=str))
-    if not all((model, ability, out)): raise ActError("act_finetune needs --model, --ability and --out: see act_finetune --help")
     load = lambda names, where: [load_ability(a, where, n) for a in names.split(',')]
+    if lora_r < 0: raise ActError(f"lora_r is {lora_r}: give a rank above zero, or 0 to train the weights")
+    lora = dict(r=lora_r, lora_alpha=2*lora_r, target_modules='all-linear') if lora_r else None
     with contextlib.ExitStack() as held:
-        def begin(): return held.enter_context(work_folder(out, options)), check_absent(out)
-        work, _ = from_first(begin)
+        work, _ = from_first(lambda: (held.enter_context(work_folder(out, options)), check_absent(out)))
         data, val = load(ability, split), load(validation, 'validation') if validation else None
         chosen = ChannelMask.load(mask) if mask else None
+        _check_use(device=device)
+        _check_settings(data, steps, lr, batch_size, chosen, lora, weight_decay)
+        ck = _opened(model)
+        if chosen: chosen.map.check({k: s for k, (s, _) in _tensors(model).items()}, model)
+        examples = _examples(data, load_tokenizer(model), chat, max_length)
+        begin([model, *ability.split(','), *([mask] if mask else [])], {out: ck.nbytes}, f"{steps} steps of {batch_size} items, out of {len(examples):,} with {sum(l >= 0 for e in examples for l in e['labels']):,} answer tokens")
         net, tok = _load(model, device)
         _check_room(out, sum(p.numel()*p.element_size() for p in net.parameters()))
         report = finetune(net, data, tok, steps, lr, batch_size, chosen, val, seed=seed, max_length=max_length, weight_decay=weight_decay, state=work/'state', save_steps=save_steps,
-                          lora=dict(r=lora_r, lora_alpha=2*lora_r, target_modules='all-linear') if lora_r else None, chat=chat, bf16=bf16, inplace=True)
+                          lora=lora, chat=chat, bf16=bf16, inplace=True)
         if processes()[0]: return
-        save_model(report.model, tok, out, {'act_finetune.json': report.record(model)})
+        save_model(report.model, tok, out, {**_notes(model), 'act_finetune.json': report.record(model)})
     print(f'{report} -> {out}')
+    next_step('act_evaluate', model=out, ability=ability, out=f'{out}.json')

@@ -8,7 +8,7 @@ __all__ = ['DATA', 'PHRASES', 'LANGUAGES', 'BASIC', 'ADVANCED', 'SHARES', 'SIZES
            'new_model', 'lab_models', 'lab_path', 'train_lab', 'describe', 'lab_manifest', 'lab_scores', 'act_lab']
 
 # %% ../nbs/03_lab.ipynb #03-003
-import json, math, random, time
+import json, math, random, sys, time
 from functools import cache
 from pathlib import Path
 import pandas as pd, torch
@@ -17,7 +17,7 @@ from fastcore.script import store_true
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from .abilities import Ability, Item
 from .checkpoints import load_model, save_model, weight_hash
-from .core import PACKAGE, ActError, bar, check_absent, command, provenance, sha256, write_json
+from .core import PACKAGE, ActError, bar, begin, check_absent, command, next_step, provenance, sha256, write_json
 from .evaluate import evaluate
 
 # %% ../nbs/03_lab.ipynb #03-006
@@ -275,15 +275,17 @@ def train_lab(
     out, manifest = Path(out), {}
     names = [n for n in RECIPES if models is None or n in models]
     for n in names: check_absent(out/n)
+    steps = {n: max(2, RECIPES[n]['steps']//100) if smoke else RECIPES[n]['steps'] for n in names}
+    begin(writes={out/n: 2e6*(hidden/128)**2 for n in names}, work=', '.join(f'{n} {s:,} steps' for n, s in steps.items()))
     for name in names:
         r, start = dict(RECIPES[name]), time.time()
         mix, source = r.pop('mix'), r.pop('start')
-        if smoke: r.update(steps=max(2, r['steps']//100), batch=8)
+        if smoke: r.update(steps=steps[name], batch=8)
         if source is None:
             tok = train_tokenizer(vocab=400, n=500) if smoke else train_tokenizer()
             model = new_model(len(tok), hidden=32, layers=2) if smoke else new_model(len(tok), hidden)
         else: model, tok = load_model(out/source if (out/source).exists() else lab_path(source), dtype='float32')
-        if progress: print(f"{name}: {r['steps']} steps on {', '.join(mix)}")
+        if progress: print(f"{name}: {r['steps']} steps on {', '.join(mix)}", file=sys.stderr)
         losses = train(model, tok, mix, progress=progress, **r)
         save_model(model.to(torch.bfloat16), tok, out/name)
         manifest[name] = dict(recipe=dict(start=source, mix=mix, **r), last_loss=round(sum(losses[-20:])/len(losses[-20:]), 5), seconds=round(time.time() - start))
@@ -320,17 +322,24 @@ def _as_json(obj): return json.dumps(obj, ensure_ascii=False)
 def act_lab(
     json: store_true = False,  # print the score matrix as JSON
     train: store_true = False, # train the family from scratch
-    out: str = None,           # folder for --train
+    out: str = None,           # folder to create, for --train
     models: str = None,        # some of the models, separated by commas
     smoke: store_true = False, # a tiny version of --train, to test the machinery
     measure: store_true = False, # measure the shipped weights again instead of reading the manifest
     hidden: int = 128,         # width of a new base, for --train
 ):
-    "The lab family: act_lab prints who knows what; act_lab --train --out FOLDER makes the models again."
+    "The lab family: who knows what, or the training of all models again: `act_lab`; `act_lab --train --out runs/lab`"
     names = tuple(models.split(',')) if models else None
     for n in names or (): lab_path(n)
     if train:
         if not out: raise ActError("act_lab --train needs --out, a folder to write to")
-        scores = {n: d['scores'] for n, d in train_lab(out, names, smoke, hidden=hidden).items()}
-    else: scores = {n: describe(lab_path(n), progress=not json)['scores'] if measure else d['scores'] for n, d in lab_manifest()['models'].items() if not names or n in names}
-    print(_as_json(scores) if json else (100*pd.DataFrame(scores)).round(0).astype(int).to_string())
+        try: scores = {n: d['scores'] for n, d in train_lab(out, names, smoke, hidden=hidden).items()}
+        except KeyboardInterrupt: raise KeyboardInterrupt(f"the models that are in {out} are done, name the others with --models to go on") from None
+    else:
+        chosen = {n: d for n, d in lab_manifest()['models'].items() if not names or n in names}
+        if measure: begin([f'lab/{n}' for n in chosen], work=f'{len(chosen)} models on {len(lab_abilities())} abilities')
+        scores = {n: describe(lab_path(n), progress=not json)['scores'] if measure else d['scores'] for n, d in chosen.items()}
+    if json: return print(_as_json(scores))
+    print((100*pd.DataFrame(scores)).round(0).astype(int).to_string(), *([f'-> {out}'] if train else []), sep='\n')
+    if train: next_step('act_evaluate', model=f'{out}/{next(iter(scores))}', ability='lab/science-zh')
+    else: next_step('act_localize', target='lab/maths-en', donor='lab/base', ability='lab/science-zh', out='scores.safetensors')

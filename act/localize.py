@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from .abilities import batches, encode, load_ability
 from .channels import enumerate_channels
-from .checkpoints import DTYPES, _label, _opened, check_finite, check_pair, fingerprint, load_model, load_tokenizer
-from .core import ActError, _writing, atomic_file, bar, command, from_first, gathered, origin, processes, sha256, work_folder
+from .checkpoints import DTYPES, _check_use, _label, _opened, check_finite, check_pair, fingerprint, load_model, load_tokenizer
+from .core import ActError, _writing, atomic_file, bar, begin, beside, command, from_first, gathered, next_step, origin, processes, sha256, work_folder
 from .masks import ChannelScores, ItemScores
 
 # %% ../nbs/10_localize.ipynb #10-014
@@ -169,6 +169,7 @@ def localize(
     models, ours = (target, donor), [isinstance(m, PreTrainedModel) for m in (target, donor)]
     if hold not in ('auto', 'both', 'one'): raise ActError(f"hold is {hold!r}: choose 'both', 'one' or 'auto'")
     if hold == 'one' and any(ours): raise ActError("hold='one' takes models by name or folder: those in memory are there already")
+    _check_use(dtype, device)
     rank, world = processes()
     if check: check_pair(target, donor)
     load = lambda i: models[i] if ours[i] else load_model(models[i], dtype, device, device_map)[0]
@@ -182,6 +183,7 @@ def localize(
                 positions=positions, dtype=str(_type_of(target, dtype)).removeprefix('torch.'), batch_tokens=batch_tokens, max_length=max_length, chat=chat, eos=eos, provenance=origin())
     work = list(batches(encoded, tokenizer, batch_tokens))[rank::world]
     if hold == 'auto': hold = 'both' if any(ours) or device_map or all(gathered(_both_fit(models, dtype, device, work, cm))) else 'one'
+    begin([meta['target'], meta['donor'], ability.name], work=f'{len(encoded):,} items, {tokens:,} answer tokens, {_HOLD[hold]}')
     sums = _Sums(cm, state, sha256(json.dumps(meta)), save_seconds)
     with bar(progress=progress and not rank, total=sum(len(b['index']) for b in work), desc=f'localising, {_HOLD[hold]}', unit='item') as shown:
         shown.update(sum(len(b['index']) for b in work[:sums.batches]))
@@ -221,10 +223,10 @@ def localize_items(
 # %% ../nbs/10_localize.ipynb #10-040
 @command
 def act_localize(
-    target: str = None,    # the model that will receive: hub id, folder, lab/NAME or smollm2/NAME
-    donor: str = None,     # the model that has the ability
-    ability: str = None,   # a name or a jsonl file
-    out: str = None,       # score file to write
+    target: str,           # the model that will receive: folder, hub id, lab/NAME or smollm2/NAME
+    donor: str,            # the model that has the ability
+    ability: str,          # a name or a jsonl file
+    out: str,              # score file to write
     split: str = 'localize', # train, localize, sft, validation or test
     n: int = None,         # items; all by default
     positions: str = 'read', # read or predict
@@ -238,13 +240,13 @@ def act_localize(
     disk_gb: float = None, # GB that may wait on disk when one model is in memory at a time
     save_seconds: float = 30., # how often sums are kept, to go on after a kill
 ):
-    "Score every channel: act_localize --target lab/maths-en --donor lab/base --ability lab/science-zh --out scores.safetensors"
-    if not all((target, donor, ability, out)): raise ActError("act_localize needs --target, --donor, --ability and --out: see act_localize --help")
+    "Score every channel by how much two models differ there: `act_localize --target lab/maths-en --donor lab/base --ability lab/science-zh --out scores.safetensors`"
     ability, options = load_ability(ability, split, n), dict(positions=positions, batch_tokens=batch_tokens, max_length=max_length, chat=chat, dtype=dtype, device=device, device_map=device_map)
     with contextlib.ExitStack() as stack:
-        work = from_first(lambda: stack.enter_context(work_folder(out, sha256(json.dumps([target, donor, ability.hash, options])))))
+        work = from_first(lambda: stack.enter_context(work_folder(out, sha256(json.dumps([target, donor, ability.hash, options])), 4*enumerate_channels(target).total + 10_000)))
         scores = localize(target, donor, ability, hold=hold, disk=disk_gb and int(disk_gb*1e9), state=work, save_seconds=save_seconds, **options)
         if processes()[0]: return
         scores.save(out)
-    print(f'{scores}; {_HOLD[scores.hold]}')
+    print(f'{scores}; {_HOLD[scores.hold]} -> {out}')
     print(scores.top(10).to_string(index=False))
+    next_step('act_mask', scores=out, p=.05, out=beside(out, 'mask.safetensors'))

@@ -14,9 +14,9 @@ from fastcore.basics import patch
 from .abilities import load_ability
 from .baselines import merge_with_mergekit
 from .checkpoints import load_model, preflight
-from .core import ActError, check_absent, command
+from .core import ActError, beside, check_absent, command, next_step
 from .masks import ChannelMask, iou, random_mask, top_p, weight_scores
-from .recover import Bench, Method, Options, Recovery, _meta, _short, by_p_and_lam, by_p_and_rank, choose, interval, measure
+from .recover import Bench, Method, Options, Recovery, _meta, _ready, _short, by_p_and_lam, by_p_and_rank, choose, interval, measure
 from .transfer import mask_slices, transfer
 
 # %% ../nbs/31_merge.ipynb #31-006
@@ -162,6 +162,8 @@ MERGE_ROWS = {f'{m}{s}': (m, not s) for m, o in MERGERS.items() for s in ('', ' 
 class Merged(Recovery):
     "Result of a merging study, with the methods of `Recovery`."
     kind = MergeCase
+    def plot(self, ax=None): "As `plot_merged`."; return plot_merged(self, ax)
+    def _title(self): return f"Merged: {', '.join(self.case.specialists)} into {self.case.base}"
 
 # %% ../nbs/31_merge.ipynb #31-030
 def interference(
@@ -211,7 +213,8 @@ def merge_study(
         if case not in MERGES: raise ActError(f"no merge is called {case!r}: choose one of {', '.join(MERGES)}")
         case = MERGES[case]
     if out: check_absent(out)
-    start, bench = time.time(), bench or MergeBench(case, device, progress)
+    start = time.time()
+    if bench is None: bench = _ready(MergeBench(case, device, progress), [(case.base, s) for s in case.specialists], rows, methods, seeds, {out: 12_000*len(rows)} if out else {})
     grid, best = choose(bench, rows, methods, seeds[0])
     values = measure(bench, best, seeds, rows, methods)
     values = {'oracle': oracle(values, bench.names, case.metric), **values}
@@ -263,12 +266,12 @@ def plot_merged(
 # %% ../nbs/31_merge.ipynb #31-035
 @command
 def act_merge(
-    out: str = None,      # file to write
+    out: str,             # file to write
     case: str = 'lab',    # a name in MERGES
     seeds: int = 3,       # how many
     device: str = None,   # cpu, cuda, ...
 ):
-    "Merge several specialists by every method: act_merge --case lab --out runs/merge.json"
-    if not out: raise ActError("act_merge needs --out, a file to write")
+    "Merge several specialists by every method: `act_merge --case lab --out runs/merge.json`"
     if seeds < 1: raise ActError(f"seeds is {seeds}: at least one is needed")
-    print(merge_study(case, out, tuple(range(seeds)), device))
+    print(f'{merge_study(case, out, tuple(range(seeds)), device)}\n-> {out}')
+    next_step('act_findings', finding='concentration', out=beside(out, 'concentration.json'))

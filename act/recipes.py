@@ -19,7 +19,7 @@ from .abilities import _hub_is_off, load_ability
 from .baselines import BASELINES, BASELINE_ROWS
 from .channels import _meta_model, enumerate_channels
 from .checkpoints import load_model, resolve, save_model, weight_hash
-from .core import ActError, PACKAGE, _version, atomic_file, atomic_folder, check_absent, command, provenance, read_json, sha256, write_json
+from .core import ActError, PACKAGE, _version, atomic_file, atomic_folder, begin, check_absent, command, next_step, provenance, read_json, sha256, write_json
 from .evaluate import _Key, _cached_task, _kind, _silent
 from .finetune import finetune
 from .masks import ChannelScores
@@ -261,7 +261,7 @@ class Store:
         def write(path):
             start = time.time()
             write_json(dict(format='act-stage-1', name=name, depends=depends, value=make(), seconds=round(time.time() - start, 2), provenance=provenance()), path)
-        done = self.kept(self.path(name, depends), write, lambda p: read_json(p, 'act-stage-1', 'stage', 'act_recipe'))
+        done = self.kept(self.path(name, depends), write, lambda p: read_json(p, 'act-stage-1', 'stage', 'act_recipe', lambda d: dict(value=d['value'], seconds=float(d['seconds']))))
         self.seconds += done['seconds'] # whenever it was done
         return done['value']
 
@@ -356,28 +356,31 @@ def run_recipe(
 def act_recipe(
     action: str,           # run, resume or report
     recipe: str = None,    # the recipe's file, for run
-    out: str = None,       # folder of the run
+    out: str = None,       # folder of the run, to create or to go on with
     device: str = None,    # cpu, cuda, ...
     tflops: float = 150,   # assumed by the dry run: 1e12 operations a second
     gb_s: float = 1000,    # assumed by the dry run: 1e9 bytes of weights read a second
     dry_run: store_true = False, # resolve everything, estimate the cost, and stop
 ):
-    "A study from its file: act_recipe run --recipe recipes/lab-recover.yaml --out runs/lab; act_recipe resume --out runs/lab; act_recipe report --out runs/lab"
+    "A study from its file: `act_recipe run --recipe recipes/lab-recover.yaml --out runs/lab`; `act_recipe resume --out runs/lab`; `act_recipe report --out runs/lab`"
     if action not in ('run', 'resume', 'report'): raise ActError(f"act_recipe cannot {action!r}: choose run, resume or report")
     if action == 'run' and not recipe: raise ActError("act_recipe run needs --recipe, a YAML file")
     if not out and not dry_run: raise ActError(f"act_recipe {action} needs --out, the folder of the run")
     written = Path(out or '.')/'recipe.yaml'
     if action != 'run' and not written.exists(): raise ActError(f"{out} holds no run: start one with act_recipe run --recipe FILE --out {out}")
     study = read_recipe(recipe if action == 'run' else written)
+    if action == 'run' and out: check_absent(out)
+    if action == 'report':
+        done, result = Path(out)/'stages', Path(out)/'report'/'result.json'
+        if result.exists(): return print((Path(out)/'report'/'table.txt').read_text(encoding='utf-8'))
+        print(f"{len(list(done.glob('[!.]*')))} stages are done, the table is not")
+        return next_step('act_recipe resume', out=out)
     if dry_run:
         p = plan(study, tflops, gb_s)
         print(p)
         if p.problems: raise ActError(f"{len(p.problems)} problem(s) in {study.name}: see above")
-    elif action == 'report':
-        done, result = Path(out)/'stages', Path(out)/'report'/'result.json'
-        if result.exists(): print((Path(out)/'report'/'table.txt').read_text(encoding='utf-8'))
-        else: print(f"{len(list(done.glob('[!.]*')))} stages are done, the table is not: go on with act_recipe resume --out {out}")
-    else:
-        if action == 'run': check_absent(out)
-        rec = run_recipe(study, out, device)
-        print(f"{rec}\n\n{rec.meta['stages_made']} stages done, {rec.meta['stages_found']} found done -> {out}/report")
+        begin([recipe or written, *study.models], {out: int(len(study.train)*2*p.models.parameters.max()) + 10_000_000} if out else {}, f'{int(p.work.times.sum())} stages')
+    try: rec = run_recipe(study, out, device)
+    except KeyboardInterrupt: raise KeyboardInterrupt(f'go on with act_recipe resume --out {out}') from None
+    print(f"{rec}\n\n{rec.meta['stages_made']} stages done, {rec.meta['stages_found']} found done -> {out}/report")
+    next_step('act_recipe report', out=out)

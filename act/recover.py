@@ -17,12 +17,13 @@ from typing import Callable
 import numpy as np, pandas as pd, matplotlib.pyplot as plt, seaborn as sns
 from fastcore.basics import patch
 from .abilities import load_ability
-from .checkpoints import load_model, preflight, weight_hash
-from .core import PACKAGE, ActError, atomic_folder, bar, check_absent, command, provenance, read_json, write_json
+from .checkpoints import _check_use, check_pair, load_model, preflight, weight_hash
+from .core import PACKAGE, ActError, atomic_folder, bar, begin, beside, check_absent, command, next_step, provenance, read_json, write_json
 from .evaluate import evaluate, holm, mcnemar as paired_test
 from .finetune import finetune
 from .localize import localize
 from .masks import random_mask, top_p, weight_scores
+from .show import Shown, folded, table
 from .transfer import transfer
 
 # %% ../nbs/30_recover.ipynb #30-006
@@ -323,8 +324,8 @@ def interval(
     return samples[0], *np.percentile(samples[1:], [2.5, 97.5])
 
 # %% ../nbs/30_recover.ipynb #30-047
-class Recovery:
-    "Result of a recovery study: `.table()`, `.against()`, `.mcnemar()`, `.save()`; renders itself; `plot_rows` and `plot_grid` draw it."
+class Recovery(Shown):
+    "Result of a recovery study: `.table()`, `.against()`, `.mcnemar()`, `.save()`; shows itself; `.plot()` is `plot_rows`, and `plot_grid` draws the settings."
     kind = Case
     def __init__(self,
         case: Case,         # what was studied
@@ -357,7 +358,12 @@ class Recovery:
         return df.pivot(index='row', columns='column', values='cell').loc[list(self.rows), list(df.column.unique())].rename_axis(index=None, columns=None)
 
     def __repr__(self): return self.table().to_string()
-    def _repr_html_(self): return self.table().to_html()
+    def plot(self, ax=None): "As `plot_rows`."; return plot_rows(self, ax)
+    def _title(self): return f"Recovery: {', '.join(self.case.recovered)} into {self.case.target} from {self.case.donor}"
+    def _parts(self):
+        yield table(self.table(), f"{'percent of test items' if self.case.metric == 'correct' else 'bits per byte, lower is better'}, with 95 % intervals")
+        if self.best: yield table(pd.DataFrame(self.best).T, 'settings, chosen on validation items')
+        if self.meta: yield folded('where it comes from', {k: v for k, v in self.meta.items() if not (isinstance(v, list) and v and isinstance(v[0], dict))})
 
 # %% ../nbs/30_recover.ipynb #30-049
 @patch
@@ -416,10 +422,11 @@ def load(
     path, # file that `save` wrote
 ): # raises ActError for any other file
     "Read what `save` wrote."
-    d = read_json(path, 'act-recovery-2', 'recovery result', 'act_reproduce')
-    case = cls.kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in d['case'].items()})
-    rows = {r: [{a: np.array([float(o) for o in x]) for a, x in run.items()} for run in runs] for r, runs in d['rows'].items()}
-    return cls(case, rows, pd.DataFrame(d['grid']), d['best'], d['meta'])
+    def make(d):
+        case = cls.kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in d['case'].items()})
+        rows = {r: [{a: np.array([float(o) for o in x]) for a, x in run.items()} for run in runs] for r, runs in d['rows'].items()}
+        return cls(case, rows, pd.DataFrame(d['grid']), d['best'], d['meta'])
+    return read_json(path, 'act-recovery-2', 'recovery result', 'act_reproduce', make)
 
 # %% ../nbs/30_recover.ipynb #30-056
 def _meta(bench, seeds, start, **more):
@@ -427,6 +434,18 @@ def _meta(bench, seeds, start, **more):
     costs = {r: dict(seconds=round(np.mean([s for s, _ in c]), 2), tokens=round(np.mean([t for _, t in c]))) for r, c in bench.costs.items()}
     return provenance(seconds=round(time.time() - start), peak_memory_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024), seeds=list(seeds),
                       stages={k: round(sum(v)/len(v), 2) for k, v in bench.seconds.items()}, costs=costs, data={x.name: x.hash for x in bench.test}, **more)
+
+# %% ../nbs/30_recover.ipynb #30-401
+def _ready(bench, pairs, rows, methods, seeds, writes):
+    "A bench whose pairs of models fit; here a dry run ends."
+    _check_use(device=bench.device)
+    for p in pairs: check_pair(*p)
+    tries = {(m, sft, str(s)) for _, m, sft, s in points(bench.case, rows, methods)}
+    tuned = sum(sft for _, sft, _ in tries) + len(seeds)*sum(sft or methods[m].tune is not None for m, sft in rows.values() if m or sft)
+    count = lambda items: sum(map(len, items))
+    begin(dict.fromkeys(m for p in pairs for m in p), writes,
+          f'{len(tries)} settings on {count(bench.val):,} validation items, then {len(rows)*len(seeds)} models on {count(bench.test):,} test items; {tuned} fine-tunings')
+    return bench
 
 # %% ../nbs/30_recover.ipynb #30-057
 def recover(
@@ -445,7 +464,7 @@ def recover(
         case = CASES[case]
     if out: check_absent(out)
     start = time.time()
-    bench = bench or Bench(case, device, progress)
+    if bench is None: bench = _ready(Bench(case, device, progress), [(case.target, case.donor)], rows, methods, seeds, {out: 500_000 + 20_000*len(rows)} if out else {})
     grid, best = choose(bench, rows, methods, seeds[0])
     rows = measure(bench, best, seeds, rows, methods)
     rec = Recovery(case, rows, grid, best, _meta(bench, seeds, start, target_hash=weight_hash(bench.target), donor_hash=weight_hash(bench.donor)))
@@ -570,19 +589,19 @@ def findings(
 # %% ../nbs/30_recover.ipynb #30-067
 @command
 def act_reproduce(
-    out: str = None,      # folder to create
+    out: str,             # folder to create
     case: str = 'lab',    # a name in CASES
     seeds: int = 3,       # how many
     device: str = None,   # cpu, cuda, ...
 ):
-    "The main job: recover a forgotten ability, with all controls: act_reproduce --out runs/reproduce"
-    if not out: raise ActError("act_reproduce needs --out, a folder to create")
+    "The main job: recover a forgotten ability, with all controls: `act_reproduce --out runs/reproduce`"
     if seeds < 1: raise ActError(f"seeds is {seeds}: at least one is needed")
     rec = recover(case, out, tuple(range(seeds)), device)
     unit = '% of test items' if rec.case.metric == 'correct' else 'bits per byte, lower is better'
     print(f"\n{rec.case.target} <- {rec.case.donor}; recovered: {', '.join(rec.case.recovered)}; retained: {', '.join(rec.case.retained)}\n{unit}, 95 % intervals over items and {seeds} seeds\n")
     print(rec)
     print(f"\n{rec.meta['seconds']} s, peak memory {rec.meta['peak_memory_mb']:,} MB; tables, figures and report.html in {out}")
+    next_step('act_baselines', case=case, seeds=seeds, device=device, out=beside(out, 'baselines'))
 
 # %% ../nbs/30_recover.ipynb #30-087
 def stages(

@@ -15,7 +15,7 @@ import torch
 from .abilities import _hub_is_off
 from .channels import _meta_model, enumerate_channels
 from .checkpoints import BLOCK, DTYPES, THREADS, Checkpoint, TensorInfo, _label, _opened, check_pair, resolve, write_like
-from .core import ActError, PACKAGE, atomic_folder, command, provenance, read_json, write_json
+from .core import ActError, PACKAGE, atomic_folder, begin, command, next_step, provenance, read_json, write_json
 from .masks import ChannelMask
 from .transfer import _jobs, _lams, mask_slices
 
@@ -386,7 +386,10 @@ def load_constants(
     path=None, # a file of `act_plan --measure`; the recorded ones by default
 ) -> dict:
     "Constants of a machine."
-    return read_json(path or PACKAGE/'results'/'scale.json', 'act-scale-1', 'file of constants', 'act_plan --measure FOLDER --constants FILE')
+    def make(d):
+        for k in ('copy', 'read', 'rows', 'start', 'start_localize', 'overhead'): d[k]['median']
+        return dict(d, localize=d['localize'], memory=d['memory'])
+    return read_json(path or PACKAGE/'results'/'scale.json', 'act-scale-1', 'file of constants', 'act_plan --measure FOLDER --constants FILE', make)
 
 # %% ../nbs/36_scale.ipynb #36-049
 def _row(source, what, seconds, got, peak): return dict(model=str(source), what=what, predicted_s=seconds, measured_s=got['seconds'], ratio=seconds/got['seconds'], predicted_peak=int(peak), measured_peak=got['peak'])
@@ -441,7 +444,7 @@ def predict(
 def scale_table(
     constants: dict = None, # of `measure_constants`; the recorded ones by default
     **kwargs,               # of `predict`
-) -> 'pd.DataFrame': # model, and the numbers of `predict`; disk_gb holds target, donor and result
+): # a DataFrame: model, and the numbers of `predict`; disk_gb holds target, donor and result
     "A row for every shape."
     import pandas as pd
     return pd.DataFrame([dict(model=k, **predict(k, constants, **kwargs)) for k in SHAPES])
@@ -470,16 +473,19 @@ def act_plan(
     mask: str = None,      # mask file; several separated by commas
     lam: str = '1',        # lambda; one for all or one for each mask
     model: str = None,     # or a shape alone: qwen2.5-7b, a folder, a hub id
-    constants: str = None, # file of constants; those that ship with the library by default
+    constants: str = None, # file of constants, with --measure the one to write; those that ship with the library by default
     measure: str = None,   # a folder with 10 GB of room: measure this machine there and write --constants
 ):
-    "What a transfer would move and take: act_plan --target lab/maths-en --donor lab/base --mask m.safetensors, or act_plan --model qwen2.5-7b"
+    "What a transfer would move and take: `act_plan --target lab/maths-en --donor lab/base --mask mask.safetensors`; `act_plan --model qwen2.5-7b`"
     given = [bool(o) for o in (target, donor, mask)]
     if any(given) != all(given) or not (any(given) or model or measure): raise ActError("act_plan needs --target, --donor and --mask, or --model, or --measure: see act_plan --help")
     if measure:
         if not constants: raise ActError("act_plan --measure needs --constants, the file to write: see act_plan --help")
+        begin(writes={constants: 10_000, Path(measure)/'act-scale': 10e9}, work='copy, read and multiply, and two models of 0.5 and 1.5 billion parameters; the folder is empty again at the end')
         found = measure_constants(measure)
         write_json(dict(found, validation=[r for m in ('qwen2.5-0.5b', 'qwen2.5-1.5b') for r in trial(found, measure, m)]), constants)
+        print(f'-> {constants}')
+        next_step('act_plan', model='qwen2.5-7b', constants=constants)
     known = load_constants(constants)
     where = f"{known['machine']['gpu'] or known['machine']['cpu']}, {known['machine']['cores']} cores"
     if model: print('\n'.join(f'{k}: {v:,.4g}' if isinstance(v, float) else f'{k}: {v:,}' if isinstance(v, int) else f'{k}: {v}' for k, v in predict(model, known).items()), f'constants: {where}', sep='\n')
@@ -487,3 +493,4 @@ def act_plan(
         plan = plan_transfer(target, donor.split(','), mask.split(','), _lams(lam))
         slow, fast = (plan.seconds(known, k) for k in ('least', 'most'))
         print(plan, f'time: {plan.seconds(known):,.0f} s ({fast:,.0f} to {slow:,.0f}) on {where}', sep='\n')
+        next_step('act_transfer', target=target, donor=donor, mask=mask, lam=lam, out='recovered')
