@@ -56,6 +56,7 @@ def history(
     if folder.suffix == '.gguf': return [Step('gguf', _shown(model), _gguf_header(folder)[0])]
     if not folder.is_dir() or folder.resolve() in seen: return []
     own = sorted((Step(k, _shown(model), _record(folder, k), folder.resolve()) for k in ('gguf', 'transfer', 'finetune') if (folder/f'act_{k}.json').exists()), key=lambda s: str(_made(s).get('time', '')))
+    if [s.kind for s in own[-2:]] == ['transfer', 'finetune']: own[-2] = own[-2]._replace(name=_shown(m := _began(own[-1])[0]), path=Path(m).resolve()) # a note that the fine-tuning took along
     before = [m for i, s in enumerate(own) for m in (_began(s) if not i else _began(s)[1:])]
     return list({str(s): s for m in before for s in history(m, (*seen, folder.resolve()))}.values()) + own
 

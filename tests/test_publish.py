@@ -186,6 +186,8 @@ def test_a_tuned_model_tells_both_steps(made, run, tmp_path, monkeypatch):
     assert lines[3] == 'act_finetune --model moved --ability lab/science-zh --mask mask.safetensors --steps 2 --batch_size 4 --out tuned' and lines[4].startswith('# not recorded')
     assert 'fine-tuned on `science-zh` (2 steps, learning rate 0.0001)' in (o/'README.md').read_text()
     assert ModelCard.load(o/'README.md').data.base_model_relation == 'merge'
+    monkeypatch.chdir(tmp_path) # where the folder in between is not
+    assert [(s.kind, s.name) for s in history('tuned')] == [('transfer', 'moved'), ('finetune', 'tuned')]
 
 def test_a_specialist_of_ones_own_brings_its_story(made, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
