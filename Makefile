@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup reproduce test check export readme times docs lab smollm2 clean
+.PHONY: setup reproduce test check export readme times site docs lab smollm2 clean
 
 setup: .venv/.ready
 .venv/.ready: constraints.txt settings.ini setup.py
@@ -29,11 +29,14 @@ check: setup  ## act/ and README.md agree with nbs/, notebooks are clean
 export: setup  ## write act/ from nbs/
 	$(BIN)/nbdev_export
 
-readme: setup  ## write README.md from nbs/index.ipynb, without Quarto
+readme: setup  ## write README.md from nbs/index.ipynb and nbs/llms.txt from all pages, without Quarto
 	$(BIN)/python .ci/readme.py
 
 times: setup  ## run every notebook and note how long each takes, in act/results
 	$(BIN)/python .ci/times.py
+
+site: setup  ## the checks of the pages alone, with counts; of the built site too where Quarto is installed
+	$(BIN)/python .ci/site.py
 
 docs: setup  ## the Quarto site in _docs
 	@command -v quarto >/dev/null || { echo "Quarto is not installed: see https://quarto.org/docs/get-started, then run make docs again"; exit 1; }

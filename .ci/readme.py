@@ -5,13 +5,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = 'nbs/images'
 
-def _output(out, name):
+def _output(out, name, alt):
     "One cell output as Markdown; pictures go to files."
     data = out.get('data', {})
     text = lambda k: ''.join(data[k])
     if 'image/png' in data:
         path = f'{FIGURES}/{name}.png'
-        return f"![{name.replace('-', ' ')}]({path})", {path: base64.b64decode(text('image/png'))}
+        return f"![{alt or name.replace('-', ' ')}]({path})", {path: base64.b64decode(text('image/png'))}
     if 'text/markdown' in data: return text('text/markdown'), {}
     if 'text/html' in data and 'text/plain' not in data: return text('text/html'), {}
     body = text('text/plain') if 'text/plain' in data else ''.join(out.get('text', ''))
@@ -28,7 +28,8 @@ def readme(nb):
         code = re.sub(r'^#\|.*\n?', '', src, flags=re.M).strip()
         if code and not re.search(r'^#\| *echo: *false', src, re.M): parts.append(f'```python\n{code}\n```')
         for out in cell.get('outputs', []):
-            md, new = _output(out, label[1] if label else f'figure-{i}')
+            alt = re.search(r'^#\| *fig-alt: *"(.*)"', src, re.M)
+            md, new = _output(out, label[1] if label else f'figure-{i}', alt and alt[1])
             parts.append(md); files.update(new)
     return '\n\n'.join(parts) + '\n', files
 
