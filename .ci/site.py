@@ -205,6 +205,7 @@ class Site:
             if b == 1 or b > a + 1: faults.append(f'heading {text!r} has level {b} after level {a}')
         coded = [n['c'][1] for n in page.nodes if n['t'] in ('CodeBlock', 'Code') and re.search(r'\]\(https?://', n['c'][1])]
         faults += [f'a link written out in code, one of {len(coded)}: {c[:300]!r}' for c in coded[:1]]
+        faults += [f'a link inside a link: {l}' for c in page.nb['cells'] for t in (source(c), *(''.join(o.get('data', {}).get('text/markdown', '')) for o in c.get('outputs', []))) for l in re.findall(r'\[\[`[^`]+`\]\(\S+', t)]
         want = sum(len(re.findall(r'^#+ \S', prose(source(c)), re.M)) for c in page.nb['cells'] if c['cell_type'] == 'markdown')
         if len(page.headings) < want: faults.append(f'{want} headings in the cells, {len(page.headings)} on the page')
         for c in sorted(page.cites):

@@ -254,7 +254,7 @@ def _exchange(new, folder):
 # %% ../nbs/15_deltas.ipynb #15-041
 @command
 def act_delta(
-    target: str,         # the model that receives: folder, hub id, lab/NAME or smollm2/NAME
+    target: str,         # the model that receives: folder, .gguf file, hub id, lab/NAME or smollm2/NAME
     donor: str,          # the model that gives; several separated by commas
     mask: str,           # mask file; several separated by commas, one for each donor or all of one
     out: str,            # file to write
@@ -280,7 +280,7 @@ def _apply(target, delta, out, in_place, undo):
 # %% ../nbs/15_deltas.ipynb #15-043
 @command
 def act_apply(
-    target: str,         # the model that the delta was made for: folder, hub id, lab/NAME or smollm2/NAME
+    target: str,         # the model that the delta was made for: folder, .gguf file, hub id, lab/NAME or smollm2/NAME
     delta: str,          # file written by act_delta
     out: str = None,     # folder to create
     in_place: store_true = False, # change the target's folder instead

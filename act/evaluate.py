@@ -350,7 +350,7 @@ class Paired(Shown):
 # %% ../nbs/14_evaluate.ipynb #14-050
 @command
 def act_evaluate(
-    model: str,            # folder, hub id, lab/NAME or smollm2/NAME
+    model: str,            # folder, .gguf file, hub id, lab/NAME or smollm2/NAME
     ability: str,          # names or jsonl files, separated by commas
     out: str = None,       # result file (JSON) to write
     split: str = 'test',   # train, localize, sft, validation or test

@@ -338,7 +338,7 @@ def _notes(model):
 # %% ../nbs/13_finetune.ipynb #13-034
 @command
 def act_finetune(
-    model: str,              # folder, hub id, lab/NAME or smollm2/NAME
+    model: str,              # folder, .gguf file, hub id, lab/NAME or smollm2/NAME
     ability: str,            # names or jsonl files, separated by commas
     out: str,                # folder to create
     split: str = 'sft',      # train, localize, sft, validation or test

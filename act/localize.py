@@ -223,7 +223,7 @@ def localize_items(
 # %% ../nbs/10_localize.ipynb #10-040
 @command
 def act_localize(
-    target: str,           # the model that will receive: folder, hub id, lab/NAME or smollm2/NAME
+    target: str,           # the model that will receive: folder, .gguf file, hub id, lab/NAME or smollm2/NAME
     donor: str,            # the model that has the ability
     ability: str,          # a name or a jsonl file
     out: str,              # score file to write

@@ -70,9 +70,10 @@ class run_this:
 
 # %% ../nbs/60_reference.ipynb #60-102
 def plain_links(cell):
-    "For nbdev: takes back links inside code blocks, and links to private names."
+    "For nbdev: takes back links inside code blocks, inside other links, and to private names."
     bare = lambda text, to: re.sub(rf'\[(`[^`]+`)\]\(https?://{to}\)', r'\1', text)
-    tidy = lambda text: bare(re.sub(r'^```.*?^```', lambda m: bare(m[0], r'[^)\s]*'), text, flags=re.S | re.M), r'[^)\s]*#(?:\w+\.)?_\w+')
+    inner = lambda text: re.sub(r'\[\[(`[^`]+`)\]\([^)\s]*\)\]\(', r'[\1](', text)
+    tidy = lambda text: bare(re.sub(r'^```.*?^```', lambda m: bare(m[0], r'[^)\s]*'), inner(text), flags=re.S | re.M), r'[^)\s]*#(?:\w+\.)?_\w+')
     if cell.cell_type == 'markdown': cell.source = tidy(cell.source)
     for o in cell.get('outputs', []):
         data = o.get('data', {})

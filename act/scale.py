@@ -182,7 +182,7 @@ def _tally(target, tensors, out, files, jobs, copy=None):
 
 # %% ../nbs/36_scale.ipynb #36-026
 def plan_transfer(
-    target,          # folder, hub id, lab/NAME or smollm2/NAME
+    target,          # folder, .gguf file, hub id, lab/NAME or smollm2/NAME
     donors, masks,   # as in `act.transfer.transfer_checkpoint`
     lam: float = 1., # lambda, or one for each mask
 ) -> TransferPlan: # raises ActError for a pair or a mask that does not fit
@@ -468,7 +468,7 @@ def plot_scale(
 # %% ../nbs/36_scale.ipynb #36-066
 @command
 def act_plan(
-    target: str = None,    # the model that would receive: folder, hub id, lab/NAME or smollm2/NAME
+    target: str = None,    # the model that would receive: folder, .gguf file, hub id, lab/NAME or smollm2/NAME
     donor: str = None,     # the model that would give; several separated by commas
     mask: str = None,      # mask file; several separated by commas
     lam: str = '1',        # lambda; one for all or one for each mask

@@ -158,7 +158,7 @@ def _moved(m): return f"{m['channels']:,} of {m['total']:,} channels from {m['do
 
 # %% ../nbs/12_transfer.ipynb #12-029
 def transfer_checkpoint(
-    target,             # folder, hub id, lab/NAME or smollm2/NAME
+    target,             # folder, .gguf file, hub id, lab/NAME or smollm2/NAME
     donors, masks,      # as in `transfer`, donors as folders or ids
     lam: float = 1.,    # lambda, or one for each mask
     out=None,           # folder to create; must not exist
@@ -261,7 +261,7 @@ def _lams(lam):
 # %% ../nbs/12_transfer.ipynb #12-035
 @command
 def act_transfer(
-    target: str,         # the model that receives: folder, hub id, lab/NAME or smollm2/NAME
+    target: str,         # the model that receives: folder, .gguf file, hub id, lab/NAME or smollm2/NAME
     donor: str,          # the model that gives; several separated by commas
     mask: str,           # mask file; several separated by commas, one for each donor or all of one
     out: str,            # folder to create

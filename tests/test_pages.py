@@ -57,7 +57,7 @@ def test_every_public_name_stands_in_the_reference():
         m = importlib.import_module(f'act.{name}')
         for n in m.__all__:
             o = getattr(m, n)
-            if (isinstance(o, type) or callable(o) and hasattr(o, '__code__')) and not n.startswith('act_'): assert f'[`{o.__name__}`]' in text, f'{name}.{n}'
+            if (isinstance(o, type) or callable(o) and hasattr(o, '__code__')) and not n.startswith('act_'): assert f'[`{o.__name__}`](' in text, f'{name}.{n}'
     assert all(l.count('|') - l.count('\\|') == 4 for l in text.split('\n') if l.startswith('| '))
     with pytest.raises(ActError, match='no module act.nothing'): reference('nothing')
 

@@ -74,7 +74,7 @@ def small(tmp_path_factory):
     (nbs/'refs.bib').write_text('@article{known, title={A}}\n')
     (at/'README.md').write_text('# T\n\n[a](nbs/01_good.ipynb) [b](nbs/gone.ipynb) [c](#t) [d](#u) ![e](gone.png)\n')
     good = note(cell('markdown', '## Part one {#sec-one}\n\nAs @sec-one, @fig-a and [@known] say; [on](01_good.ipynb#sec-one), [out](https://x.y/z), `@fig-no`.'), cell('code', FIG + '#| fig-alt: "A."\n1', value(image_png='iVBORw0KGgo='), id='x-2'))
-    bad = note(cell('markdown', '## Part\n\n@fig-a, @tbl-b and [@unknown]; [1](gone.ipynb) [2](01_good.ipynb#gone) [3](#gone) [4](../settings.ini) [5](https://act-companion.github.io/act/good.html#gone) ![p](gone.png)\n\n:::: {.a}\nopen'),
+    bad = note(cell('markdown', '## Part\n\n@fig-a, @tbl-b and [@unknown]; [1](gone.ipynb) [2](01_good.ipynb#gone) [3](#gone) [[`x`](https://a.b/c)](gone.ipynb) [4](../settings.ini) [5](https://act-companion.github.io/act/good.html#gone) ![p](gone.png)\n\n:::: {.a}\nopen'),
                cell('code', 'import os\nx = 1', id='x-2'), cell('code', '#| export\ndef f(a: "no_such_name"): "F."', id='x-3'), cell('code', 'f', value(text_html='<a href="gone.html">a</a><img src="01_good.ipynb">'), id='x-4'), cell('markdown', '## Dropped -', id='x-5'))
     early = note(cell('code', '#| default_exp early', id='x-1'), cell('code', '#| export\ndef g(\n    a=1, # as in `load_model`\n): "G."', id='x-2'))
     for n, nb in {'01_good': good, '02_bad': bad, '03_early': early, '04_bad': good}.items(): (nbs/f'{n}.ipynb').write_text(json.dumps(nb))
@@ -89,7 +89,7 @@ def test_faults_of_pages(small):
     bad['cells'][0]['source'] = '---\ntitle: Another\n---'
     small.pages['02_bad'], small.said['02_bad'] = checks.Page(bad), []
     found = '\n'.join(small.check_page('02_bad'))
-    for what in ('cell x-2 is not on the page', 'the title of the page', '@fig-a has no label', '@tbl-b has no label', '@unknown is not in', 'gone.ipynb is dead: no such page', '01_good.ipynb#gone is dead: no gone on 01_good', '#gone is dead: no gone on 02_bad',
+    for what in ('cell x-2 is not on the page', 'a link inside a link', 'the title of the page', '@fig-a has no label', '@tbl-b has no label', '@unknown is not in', 'gone.ipynb is dead: no such page', '01_good.ipynb#gone is dead: no gone on 01_good', '#gone is dead: no gone on 02_bad',
                  '../settings.ini is dead', 'good.html#gone is dead: no gone', 'gone.png is dead', 'gone.html is dead', 'Pandoc warns', 'picture 01_good.ipynb without alt text'): assert what in found, what
     found = '\n'.join(small.check_page('03_early'))
     assert "heading 'g' has level 3 after level 1" in found and 'a link written out in code' in found
