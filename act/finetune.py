@@ -302,7 +302,7 @@ def finetune(
     if adapter and not lora: raise ActError("adapter= names where to save a LoRA adapter: pass lora= too")
     data, val = (_examples(a, tokenizer, chat, max_length, prompts) if a else None for a in (abilities, held))
     rank, world = processes()
-    meta = dict(abilities={a.name: dict(hash=a.hash, items=len(a), source=a.source) for a in abilities}, steps=steps, lr=lr, batch_size=batch_size, seed=seed, warmup=warmup, weight_decay=weight_decay,
+    meta = dict(abilities={a.name: dict(hash=a.hash, items=len(a), source=a.source) for a in abilities}, steps=steps, lr=lr, batch_size=batch_size, seed=seed, warmup=warmup, weight_decay=weight_decay, bf16=bf16,
                 mask=mask.hash if mask is not None else None, lora=lora, max_length=max_length, chat=chat, prompts=prompts, model=_label(model))
     dtype, out, key = model.dtype, model if inplace else copy.deepcopy(model), None
     if state and 0 < save_steps < steps:

@@ -6,7 +6,7 @@
 __all__ = ['Step', 'Licence', 'history', 'licence_of', 'Publication', 'prepare', 'Card', 'publish', 'push', 'act_publish']
 
 # %% ../nbs/16_publish.ipynb #16-003
-import inspect, json, math, os, re, shlex, torch
+import inspect, json, math, os, pandas as pd, re, shlex, torch
 from collections import namedtuple
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -24,7 +24,7 @@ from .evaluate import EvalResult, act_evaluate
 from .finetune import act_finetune
 from .localize import act_localize
 from .masks import ChannelMask, act_mask
-from .transfer import act_transfer
+from .transfer import _cells, act_transfer
 
 # %% ../nbs/16_publish.ipynb #16-010
 _PATH = re.compile(r'(?<![\w.:/~-])(?:~|[A-Za-z]:)?[\\/](?:[^\s\\/,;:"\'()]+[\\/])+([^\s\\/,;:"\'()]+)') # inside a longer text
@@ -270,19 +270,24 @@ def _trained(steps): return ', then '.join(f"{', '.join(map(_code, s.record.get(
 # %% ../nbs/16_publish.ipynb #16-034
 def _channels(pub):
     "Where the channels lie: by kind, by layer, and as a picture."
-    if pub.mask is None: return "The mask file is not part of this folder, so nothing is known of where they lie."
-    m = pub.mask
-    f = m.frame().rename(columns=dict(sum='chosen')).assign(layer=lambda d: d.layer.astype(object).where(d.layer.notna(), 'outside'))
-    def by(key): return _grid((key, 'chosen', 'of', 'share of the kind' if key == 'kind' else 'share of the layer', 'share of the mask'), [(k, f'{int(g.chosen.sum()):,}', f'{int(g.width.sum()):,}', _percent(g.chosen.sum()/g.width.sum()), _percent(g.chosen.sum()/max(1, m.count))) for k, g in f.groupby(key, sort=False)])
-    return f"""{by('kind')}
-
-![{_alt(m)}](channels.png)
+    f = _lie(pub)
+    if f is None: return "The mask file is not part of this folder, so nothing is known of where they lie."
+    def by(key): return _grid((key, 'chosen', 'of', f'share of the {key}', 'share of the mask'), [(k, f'{int(g.chosen.sum()):,}', f'{int(g.width.sum()):,}', _percent(g.chosen.sum()/g.width.sum()), _percent(g.chosen.sum()/max(1, f.chosen.sum()))) for k, g in f.groupby(key, sort=False)])
+    picture = f'\n\n![{_alt(pub.mask)}](channels.png)' if pub.mask is not None else ''
+    return f"""{by('kind')}{picture}
 
 <details><summary>By layer</summary>
 
 {by('layer')}
 
 </details>"""
+
+def _lie(pub):
+    "A frame of kind, layer, chosen and width, from the mask or from the note of one donor's transfer; None where neither tells."
+    if pub.mask is not None: return pub.mask.frame().rename(columns=dict(sum='chosen')).assign(layer=lambda d: d.layer.astype(object).where(d.layer.notna(), 'outside'))
+    moved = pub.last.record['moved'] if pub.last else []
+    cells = _cells(moved[0].get('where')) if len(moved) == 1 else []
+    return pd.DataFrame([(k, 'outside' if l == '-' else l, a, n) for k, l, a, n in cells], columns='kind layer chosen width'.split()) if cells else None
 
 def _alt(mask):
     cells = mask._cells()
@@ -377,9 +382,9 @@ def _tunes(step, masks):
     if lost or len({s[1:] for s in specs.values()}) > 1: return [f"# {step.name}: act_finetune of {_shown(_began(step)[0])} on {', '.join(map(_plain, specs))}, whose items have no one name on the command line"]
     lora, (_, split, n) = r.get('lora') or {}, next(iter(specs.values()), (None, None, None))
     mask = None if not r.get('mask') else 'mask.safetensors' if list(masks) == [r['mask']] else f"MASK-{r['mask'][:12]}"
-    out = [_call(act_finetune, model=_shown(_began(step)[0]), ability=','.join(s[0] for s in specs.values()), split=split, n=n, mask=mask, lora_r=lora.get('r'), **{o: r.get(o) for o in ('steps', 'lr', 'batch_size', 'seed', 'max_length', 'weight_decay', 'chat')}, out=step.name)]
-    unsaid = ['whether in mixed precision (--bf16)', *(['on which abilities it was validated (--validation)'] if r.get('eval_losses') else [])]
-    return out + [f"# not recorded: {', '.join(unsaid)}"]
+    out = [_call(act_finetune, model=_shown(_began(step)[0]), ability=','.join(s[0] for s in specs.values()), split=split, n=n, mask=mask, lora_r=lora.get('r'), **{o: r.get(o) for o in ('steps', 'lr', 'batch_size', 'seed', 'max_length', 'weight_decay', 'chat', 'bf16')}, out=step.name)]
+    unsaid = [*(['whether in mixed precision (--bf16)'] if 'bf16' not in r else []), *(['on which abilities it was validated (--validation)'] if r.get('eval_losses') else [])]
+    return out + [f"# not recorded: {', '.join(unsaid)}"]*bool(unsaid)
 
 def _commands(pub):
     out = []

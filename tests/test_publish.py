@@ -92,7 +92,13 @@ def test_the_commands_of_the_card_make_it_again_to_the_byte(out, run, tmp_path, 
 
 def test_without_mask_and_scores_the_card_says_so_and_invents_nothing(made):
     text = prepare(made[2]).card().text
-    assert 'No evaluation was given.' in text and 'The mask file is not part of this folder' in text and '--split' not in text
+    assert 'No evaluation was given.' in text and 'channels.png' not in text and '--split' not in text
+    given = prepare(made[2], mask=made[1]).card().text
+    part = lambda t: [l for l in t.split('## Channels')[1].split('## Scores')[0].split('\n') if l.startswith('|')]
+    assert sorted(part(text)) == sorted(part(given)) and len(part(text)) > 12 # the note of the transfer knows how many, the mask which
+    old = prepare(made[2])
+    for m in old.last.record['moved']: del m['where']
+    assert 'The mask file is not part of this folder' in old.card().text
     lines = bash(prepare(made[2]).card())
     assert lines[0].startswith('# scores.safetensors: act_localize of lab/maths-en and lab/base on science-zh') and 'act_localize --' not in text
     assert lines[1:] == ['act_mask --scores scores.safetensors --p 0.1 --rank module --out mask.safetensors', 'act_transfer --target lab/maths-en --donor lab/base --mask mask.safetensors --lam 0.5 --out moved']
@@ -183,7 +189,7 @@ def test_a_tuned_model_tells_both_steps(made, run, tmp_path, monkeypatch):
     o = publish(pub, tmp_path/'o')
     assert {'act_transfer.json', 'act_finetune.json'} <= set(files(o)) and [s.kind for s in history(o)] == ['transfer', 'finetune']
     lines = bash(Card.load(o/'README.md'))
-    assert lines[3] == 'act_finetune --model moved --ability lab/science-zh --mask mask.safetensors --steps 2 --batch_size 4 --out tuned' and lines[4].startswith('# not recorded')
+    assert lines[3] == 'act_finetune --model moved --ability lab/science-zh --mask mask.safetensors --steps 2 --batch_size 4 --out tuned' and not any('bf16' in l for l in lines)
     assert 'fine-tuned on `science-zh` (2 steps, learning rate 0.0001)' in (o/'README.md').read_text()
     assert ModelCard.load(o/'README.md').data.base_model_relation == 'merge'
     monkeypatch.chdir(tmp_path) # where the folder in between is not
