@@ -119,7 +119,7 @@ def _place(path, need=0, end=False):
     if _dry is not None: _dry[str(path)] = max(need, _dry.get(str(path), 0))
     if end: begin()
 
-def _size(n): return next((f'{n/k:,.3g} {u}' for k, u in ((1e9, 'GB'), (1e6, 'MB'), (1e3, 'kB')) if n >= k), f'{n:,} bytes')
+def _size(n, form=',.3g'): return next((f'{n/k:{form}} {u}' for k, u in ((1e12, 'TB'), (1e9, 'GB'), (1e6, 'MB'), (1e3, 'kB')) if n >= k), f'{n:,.0f} bytes')
 
 # %% ../nbs/09_core.ipynb #09-406
 def begin(
@@ -513,8 +513,9 @@ def next_step(
     **options, # its options, as far as they are known
 ):
     "Print the command that comes next, quoted for the shell."
-    words = [w for k, v in options.items() if v is not None and v is not False for w in ([f'--{k}'] if v is True else [f'--{k}', str(v)])]
-    print('next:', name, shlex.join(words))
+    print('next:', name, _line(options))
+
+def _line(options): return shlex.join(w for k, v in options.items() if v is not None and v is not False for w in ([f'--{k}'] if v is True else [f'--{k}', str(v)]))
 
 # %% ../nbs/09_core.ipynb #09-420
 def beside(

@@ -367,7 +367,9 @@ def act_evaluate(
     abilities = [load_ability(a, split, n) for a in ability.split(',')]
     _check_names(abilities)
     _check_use(dtype, device)
-    first, ck, answers = not processes()[0], _opened(model), [len(e.answer) for a in abilities for e in encode(a, load_tokenizer(model), chat=chat)]
+    _opened(model) # its headers, before anything is loaded
+    first, tok = not processes()[0], load_tokenizer(model)
+    answers = [len(e.answer) for a in abilities for e in encode(a, tok, chat=chat)]
     begin([model, *ability.split(',')], {out: 1000 + 80*len(answers)} if out else {}, f'{sum(map(len, abilities)):,} items, {sum(answers):,} answer tokens')
     net, tok = load_model(model, dtype, device, device_map)
     result = evaluate(net, abilities, tok, batch_size, generate, max_length=max_length, chat=chat)

@@ -155,10 +155,9 @@ def load(
     path=None, # file that `save` wrote; by default the lab's grid that ships with the package
 ): # raises ActError for any other file
     "Read a recorded grid."
-    path = path or RESULTS/'explore-lab.json'
-    d = read_json(path, 'act-explore-1', 'recorded grid', 'act_explore --record')
-    try: return cls(pd.DataFrame(d['grid']), (pd.DataFrame({c: pd.Series(v, dtype=object if c == 'layer' else None) for c, v in d['modules'].items()}), {(o['rank'], o['p']): o['chosen'] for o in d['counts']}), d['meta'])
-    except (KeyError, TypeError, ValueError, AttributeError) as e: raise ActError(f"{path} is not a usable recorded grid ({str(e)[:300]}): make it with act_explore --record") from e
+    table = lambda d: pd.DataFrame({c: pd.Series(v, dtype=object if c == 'layer' else None) for c, v in d.items()})
+    make = lambda d: cls(pd.DataFrame(d['grid']), (table(d['modules']), {(o['rank'], o['p']): o['chosen'] for o in d['counts']}), d['meta'])
+    return read_json(path or RESULTS/'explore-lab.json', 'act-explore-1', 'recorded grid', 'act_explore --record', make)
 
 # %% ../nbs/37_explorer.ipynb #37-030
 @patch

@@ -66,11 +66,12 @@ def mergekit_method():
 
 # %% ../nbs/17_neighbours.ipynb #17-019
 def _read_recipe(path):
+    "What a recipe says, and its text."
     import yaml
-    try: d = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
+    try: text = Path(path).read_text(encoding='utf-8'); d = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e: raise ActError(f"{path} is not a readable YAML file ({' '.join(str(e).split())[:200]}): check it") from e
     if not isinstance(d, dict) or 'merge_method' not in d: raise ActError(f"{path} names no merge_method: write a recipe as mergekit-yaml wants it")
-    return d
+    return d, text
 
 def _where(model):
     "A folder in place of a name that mergekit does not know."
@@ -120,7 +121,7 @@ def run_mergekit(
     from mergekit.merge import MergeOptions, run_merge
     from mergekit.scripts.run_yaml import main
     recipe, out = Path(recipe), Path(out)
-    d, text = _read_recipe(recipe), recipe.read_text(encoding='utf-8')
+    d, text = _read_recipe(recipe)
     record = _checked(d, recipe, check) if d['merge_method'] == 'act' else None
     try: how, config = MergeOptions(**{k: v for k, v in main.make_context('mergekit-yaml', [str(recipe), str(out), *shlex.split(options)]).params.items() if k in MergeOptions.model_fields}), MergeConfiguration.model_validate(_for_mergekit(d))
     except (click.ClickException, ValueError, RuntimeError) as e: raise ActError(f"mergekit does not take this recipe or these options ({' '.join(str(e).split())[:300]}): see mergekit-yaml --help") from e

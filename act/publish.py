@@ -6,7 +6,7 @@
 __all__ = ['Step', 'Licence', 'history', 'licence_of', 'Publication', 'prepare', 'Card', 'publish', 'push', 'act_publish']
 
 # %% ../nbs/16_publish.ipynb #16-003
-import inspect, json, math, os, pandas as pd, re, shlex, torch
+import inspect, json, math, os, pandas as pd, re, torch
 from collections import namedtuple
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -18,7 +18,7 @@ from fastcore.script import store_true
 from .abilities import SHARES, SOURCES, _hub_is_off, skill_language
 from .checkpoints import BLOCK, _TYPES, _fill, _gguf_header, _header, _opened, _read_json, resolve, weight_hash, write_like, write_tensors
 from ._modidx import d as _site
-from .core import ActError, atomic_folder, begin, check_absent, command, next_step, write_json
+from .core import ActError, _line, atomic_folder, begin, check_absent, command, next_step, write_json
 from .deltas import Delta, _in_folder, _verify, act_apply, act_delta
 from .evaluate import EvalResult, act_evaluate
 from .finetune import act_finetune
@@ -341,8 +341,7 @@ pip install act-transfer
 def _call(f, **options):
     "A command line, with the options that differ from what `f` takes by default."
     params = inspect.signature(f).parameters
-    words = [w for k, v in options.items() if v is not None and v is not False and not (k in params and params[k].default == v) for w in ([f'--{k}'] if v is True else [f'--{k}', shlex.quote(_plain(v))])]
-    return ' '.join([f.__name__, *words])
+    return f'{f.__name__} ' + _line({k: v if v is None or isinstance(v, bool) else _plain(v) for k, v in options.items() if k not in params or params[k].default != v})
 
 def _spec(name, source):
     "(what `load_ability` took, split, n) from an ability's name and source; None when they do not say."

@@ -10,12 +10,13 @@ __all__ = ['SHAPES', 'config_of', 'layout', 'sparse_checkpoint', 'TransferPlan',
 # %% ../nbs/36_scale.ipynb #36-003
 import copy, html, json, math, os, shutil, statistics, struct, subprocess, sys, tempfile, time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 import torch
 from .abilities import _hub_is_off
 from .channels import _meta_model, enumerate_channels
 from .checkpoints import BLOCK, DTYPES, THREADS, Checkpoint, TensorInfo, _label, _opened, check_pair, resolve, write_like
-from .core import ActError, PACKAGE, atomic_folder, begin, command, next_step, provenance, read_json, write_json
+from .core import ActError, PACKAGE, _size as _sized, atomic_folder, begin, command, next_step, provenance, read_json, write_json
 from .masks import ChannelMask
 from .transfer import _jobs, _lams, mask_slices
 
@@ -105,7 +106,7 @@ def sparse_checkpoint(
     return Path(folder)
 
 # %% ../nbs/36_scale.ipynb #36-022
-def _size(n): return next((f'{n/k:,.2f} {u}' for k, u in ((1e12, 'TB'), (1e9, 'GB'), (1e6, 'MB'), (1e3, 'kB')) if n >= k), f'{n:,.0f} bytes')
+_size = partial(_sized, form=',.2f')
 
 class _Sheet:
     "Shows the lines of `_lines`, as text or as a table."
