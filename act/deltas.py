@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from fastcore.script import store_true
 from .channels import ChannelMap
 from .checkpoints import BLOCK, DTYPES, _TYPES, Checkpoint, _finite, _header, _label, _one_thread, _opened, _rows, check_pair, resolve, write_like, write_tensors
-from .core import ActError, _alone, _flush, _writing, atomic_file, atomic_folder, begin, beside, check_absent, command, next_step, origin, parse_json, provenance, sha256, write_json
+from .core import ActError, _alone, _flush, _writing, atomic_file, atomic_folder, begin, beside, check_absent, command, listed, next_step, origin, parse_json, provenance, sha256, write_json
 from .masks import ChannelMask
 from .show import Shown
 from .transfer import _changes, _check_masks, _jobs, _lams, _moved, _moved_parts, _record, mask_slices
@@ -263,7 +263,7 @@ def act_delta(
     no_check: store_true = False, # do not compare shapes, weights and hashes first
 ):
     "Write the change of a transfer alone: `act_delta --target lab/maths-en --donor lab/base --mask mask.safetensors --lam 0.5 --out delta.safetensors`"
-    delta = Delta.load(make_delta(target, donor.split(','), mask.split(','), _lams(lam), out, not no_check, rule))
+    delta = Delta.load(make_delta(target, listed(donor), listed(mask), _lams(lam), out, not no_check, rule))
     print(f'{delta} -> {out}')
     next_step('act_apply', target=target, delta=out, out=beside(out, 'recovered'))
 

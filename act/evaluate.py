@@ -17,7 +17,7 @@ from fastcore.script import store_true
 from scipy import stats
 from .abilities import LANGUAGE_NAMES, Ability, encode, load_ability
 from .checkpoints import _check_use, _label, _opened, load_model, load_tokenizer, weight_hash
-from .core import PACKAGE, ActError, bar, begin, beside, command, gathered, next_step, processes, provenance, quiet, read_json, write_json
+from .core import PACKAGE, ActError, bar, begin, beside, command, gathered, listed, next_step, processes, provenance, quiet, read_json, write_json
 from .show import Shown, folded, intervals, place, table
 
 # %% ../nbs/14_evaluate.ipynb #14-009
@@ -364,13 +364,13 @@ def act_evaluate(
     chat: store_true = False,     # prompts through the chat template
 ):
     "Score a model on abilities: `act_evaluate --model lab/base --ability lab/multiplication-en,lab/science-zh --out base.json`"
-    abilities = [load_ability(a, split, n) for a in ability.split(',')]
+    abilities = [load_ability(a, split, n) for a in listed(ability)]
     _check_names(abilities)
     _check_use(dtype, device)
     _opened(model) # its headers, before anything is loaded
     first, tok = not processes()[0], load_tokenizer(model)
     answers = [len(e.answer) for a in abilities for e in encode(a, tok, chat=chat)]
-    begin([model, *ability.split(',')], {out: 1000 + 80*len(answers)} if out else {}, f'{sum(map(len, abilities)):,} items, {sum(answers):,} answer tokens')
+    begin([model, *listed(ability)], {out: 1000 + 80*len(answers)} if out else {}, f'{sum(map(len, abilities)):,} items, {sum(answers):,} answer tokens')
     net, tok = load_model(model, dtype, device, device_map)
     result = evaluate(net, abilities, tok, batch_size, generate, max_length=max_length, chat=chat)
     if not first: return

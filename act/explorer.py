@@ -6,7 +6,7 @@
 __all__ = ['PS', 'LAMS', 'chosen_counts', 'Explorer', 'record', 'act_explore']
 
 # %% ../nbs/37_explorer.ipynb #37-003
-import hashlib, itertools, json, math, resource, time
+import hashlib, itertools, json, math, time
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
@@ -16,7 +16,7 @@ from fastcore.script import store_true
 from .abilities import load_ability
 from .channels import KINDS
 from .checkpoints import preflight, weight_hash
-from .core import ActError, atomic_file, bar, begin, beside, command, next_step, provenance, read_json, write_json
+from .core import ActError, atomic_file, bar, begin, beside, command, next_step, provenance, read_json, write_json, peak_memory, listed
 from .masks import ChannelScores, top_p
 from .recover import CASES, METHODS, RESULTS, Bench, Case, group_samples, interval
 
@@ -145,7 +145,7 @@ def _case(case):
 def _made(case, bench, items, seed, seconds):
     "Where a grid comes from."
     used = {o.prompt for a in (bench.sample(seed), *bench.sft) for o in a}
-    return provenance(case=asdict(case), split='validation', seed=seed, resamples=2000, seconds=round(seconds), peak_memory_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024),
+    return provenance(case=asdict(case), split='validation', seed=seed, resamples=2000, seconds=round(seconds), peak_memory_mb=peak_memory() >> 20,
                       items={a.name: len(a) for a in items}, used=sum(o.prompt in used for a in items for o in a), data={a.name: a.hash for a in items}, target_hash=weight_hash(bench.target), donor_hash=weight_hash(bench.donor))
 
 # %% ../nbs/37_explorer.ipynb #37-029
@@ -495,8 +495,8 @@ def _asked(case, own, others, metric, n):
     if not any(own.values()): return _case(case)
     if miss := [k for k, v in own.items() if not v]: raise ActError(f"a pair of your own needs --{miss[0]} too: see act_explore --help")
     if metric not in ('correct', 'bits'): raise ActError(f"metric is {metric!r}: choose correct or bits")
-    split = lambda o: tuple(o.split(',')) if o else ()
-    return Case(own['target'], own['donor'], split(own['recovered']), split(own['retained']), split(others), metric=metric, n=n)
+    names = lambda o: tuple(listed(o))
+    return Case(own['target'], own['donor'], names(own['recovered']), names(own['retained']), names(others), metric=metric, n=n)
 
 def _begin(case, ps, lams, sft, out):
     "What can be checked before the work is."

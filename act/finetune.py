@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallb
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from .abilities import Ability, encode, load_ability
 from .checkpoints import _check_use, _label, _opened, _tensors, load_model, load_tokenizer, resolve, save_model, weight_hash
-from .core import ActError, _check_room, _flush, _writing, atomic_folder, bar, begin, check_absent, command, from_first, gathered, next_step, parse_json, processes, provenance, quiet, sha256, work_folder
+from .core import ActError, _check_room, _flush, _writing, atomic_folder, bar, begin, check_absent, command, from_first, gathered, listed, next_step, parse_json, processes, provenance, quiet, sha256, work_folder
 from .masks import ChannelMask
 from .show import Shown, facts, folded, strip
 from .transfer import mask_slices
@@ -359,7 +359,7 @@ def act_finetune(
 ):
     "Fine-tune on answers: `act_finetune --model recovered --ability lab/multiplication-en,lab/science-zh --steps 30 --lr 3e-4 --out tuned`"
     options = sha256(json.dumps([locals(), processes()[1], _fsdp()], default=str))
-    load = lambda names, where: [load_ability(a, where, n) for a in names.split(',')]
+    load = lambda names, where: [load_ability(a, where, n) for a in listed(names)]
     if lora_r < 0: raise ActError(f"lora_r is {lora_r}: give a rank above zero, or 0 to train the weights")
     lora = dict(r=lora_r, lora_alpha=2*lora_r, target_modules='all-linear') if lora_r else None
     with contextlib.ExitStack() as held:
@@ -371,7 +371,7 @@ def act_finetune(
         ck = _opened(model)
         if chosen: chosen.map.check({k: s for k, (s, _) in _tensors(model).items()}, model)
         examples = _examples(data, load_tokenizer(model), chat, max_length)
-        begin([model, *ability.split(','), *([mask] if mask else [])], {out: ck.nbytes}, f"{steps} steps of {batch_size} items, out of {len(examples):,} with {sum(l >= 0 for e in examples for l in e['labels']):,} answer tokens")
+        begin([model, *listed(ability), *([mask] if mask else [])], {out: ck.nbytes}, f"{steps} steps of {batch_size} items, out of {len(examples):,} with {sum(l >= 0 for e in examples for l in e['labels']):,} answer tokens")
         net, tok = _load(model, device)
         _check_room(out, sum(p.numel()*p.element_size() for p in net.parameters()))
         report = finetune(net, data, tok, steps, lr, batch_size, chosen, val, seed=seed, max_length=max_length, weight_decay=weight_decay, state=work/'state', save_steps=save_steps,

@@ -15,7 +15,7 @@ from fastcore.script import store_true
 from . import evaluate as _scoring
 from .abilities import load_ability
 from .checkpoints import _label, _opened, check_pair, resolve
-from .core import ActError, atomic_folder, begin, command, next_step, provenance, write_json
+from .core import ActError, atomic_folder, begin, command, listed, next_step, provenance, write_json
 from .evaluate import TASKS, _kind
 from .masks import ChannelMask
 from .transfer import RULES, _check_masks, _jobs, _lams, _record, blend, mask_slices
@@ -32,7 +32,7 @@ def _mergekit():
 # %% ../nbs/17_neighbours.ipynb #17-013
 def _mask_of(files):
     "The union of mask files, separated by commas."
-    return reduce(or_, (ChannelMask.load(f) for f in files.split(',')))
+    return reduce(or_, (ChannelMask.load(f) for f in listed(files)))
 
 @lru_cache(maxsize=16)
 def _slices_of(files, stamp):
@@ -41,7 +41,7 @@ def _slices_of(files, stamp):
 
 def _moves(name, files, theirs, lam):
     "What a donor does to a parameter, as `blend` wants it."
-    slices, tied = _slices_of(files, tuple(Path(f).stat().st_mtime_ns for f in files.split(',') if Path(f).exists()))
+    slices, tied = _slices_of(files, tuple(Path(f).stat().st_mtime_ns for f in listed(files) if Path(f).exists()))
     axis, chosen = slices.get('model.embed_tokens.weight' if tied and name == 'lm_head.weight' else name, (0, None))
     if chosen is None: return []
     if theirs.ndim <= axis or theirs.shape[axis] != len(chosen): raise ActError(f"{files} has {len(chosen)} channels for {name}, which has shape {tuple(theirs.shape)}: the mask was made for another model")
@@ -316,6 +316,6 @@ def act_tasks(
     eos: str = '<|endoftext|>', # the model's end-of-text token
 ):
     "Write a folder of tasks for lm_eval: `act_tasks --ability lab/science-zh,mine.jsonl --out tasks`"
-    names = task_folder(ability.split(','), out, split, n, write, eos)
+    names = task_folder(listed(ability), out, split, n, write, eos)
     print(f"{', '.join(names)} -> {out}")
     next_step('lm_eval', model='hf', model_args='pretrained=MODEL', tasks=','.join(names), include_path=out)

@@ -18,7 +18,7 @@ from fastcore.script import store_true
 from .abilities import SHARES, SOURCES, _hub_is_off, skill_language
 from .checkpoints import BLOCK, _TYPES, _fill, _gguf_header, _header, _opened, _read_json, resolve, weight_hash, write_like, write_tensors
 from ._modidx import d as _site
-from .core import ActError, _line, atomic_folder, begin, check_absent, command, next_step, write_json
+from .core import ActError, _line, atomic_folder, begin, check_absent, command, next_step, write_json, listed
 from .deltas import Delta, _in_folder, _verify, act_apply, act_delta
 from .evaluate import EvalResult, act_evaluate
 from .finetune import act_finetune
@@ -569,10 +569,9 @@ def act_publish(
         begin([model], work=f'push to {push}')
     else:
         check_absent(out)
-        split = lambda x: x.split(',') if x else ()
-        pub = prepare(model, split(scores), split(mask), license, split(base_model))
+        pub = prepare(model, listed(scores), listed(mask), license, listed(base_model))
         if push: _check_push(push, pub.licence.id)
-        begin([model, *split(scores), *split(mask)], {out: pub.nbytes}, f"{pub.names}, its tokenizer and records{f'; then push to {push}' if push else ''}; this card:\n\n{pub.card(push or Path(out).name)}")
+        begin([model, *listed(scores), *listed(mask)], {out: pub.nbytes}, f"{pub.names}, its tokenizer and records{f'; then push to {push}' if push else ''}; this card:\n\n{pub.card(push or Path(out).name)}")
         publish(pub, out, push)
         print(f'{pub} -> {out}')
         if pub.unlinked: print(f"note: base_model names {', '.join(pub.unlinked)}, not on the hub under that name: --base_model gives hub ids")

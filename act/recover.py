@@ -8,7 +8,7 @@ __all__ = ['CASES', 'RESULTS', 'METHODS', 'ROWS', 'Options', 'Case', 'Method', '
            'recover', 'plot_rows', 'plot_grid', 'report_html', 'findings', 'act_reproduce', 'stages']
 
 # %% ../nbs/30_recover.ipynb #30-003
-import html, io, json, resource, time
+import html, io, json, time
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,7 +18,7 @@ import numpy as np, pandas as pd, matplotlib.pyplot as plt, seaborn as sns
 from fastcore.basics import patch
 from .abilities import load_ability
 from .checkpoints import _check_use, check_pair, load_model, preflight, weight_hash
-from .core import PACKAGE, ActError, atomic_folder, bar, begin, beside, check_absent, command, next_step, provenance, read_json, write_json
+from .core import PACKAGE, ActError, atomic_folder, bar, begin, beside, check_absent, command, next_step, provenance, read_json, write_json, peak_memory
 from .evaluate import evaluate, holm, mcnemar as paired_test
 from .finetune import finetune
 from .localize import localize
@@ -432,7 +432,7 @@ def load(
 def _meta(bench, seeds, start, **more):
     "What a result's file says of its making: time, memory, cost of each row, data, and what `provenance` knows."
     costs = {r: dict(seconds=round(np.mean([s for s, _ in c]), 2), tokens=round(np.mean([t for _, t in c]))) for r, c in bench.costs.items()}
-    return provenance(seconds=round(time.time() - start), peak_memory_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024), seeds=list(seeds),
+    return provenance(seconds=round(time.time() - start), peak_memory_mb=peak_memory() >> 20, seeds=list(seeds),
                       stages={k: round(sum(v)/len(v), 2) for k, v in bench.seconds.items()}, costs=costs, data={x.name: x.hash for x in bench.test}, **more)
 
 # %% ../nbs/30_recover.ipynb #30-401

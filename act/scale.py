@@ -16,7 +16,7 @@ import torch
 from .abilities import _hub_is_off
 from .channels import _meta_model, enumerate_channels
 from .checkpoints import BLOCK, DTYPES, THREADS, Checkpoint, TensorInfo, _label, _opened, check_pair, resolve, write_like
-from .core import ActError, PACKAGE, _size as _sized, atomic_folder, begin, command, next_step, provenance, read_json, write_json
+from .core import ActError, PACKAGE, _size as _sized, atomic_folder, begin, command, listed, next_step, provenance, read_json, write_json
 from .masks import ChannelMask
 from .transfer import _jobs, _lams, mask_slices
 
@@ -334,19 +334,12 @@ def _localize_rates(device, runs, items=3):
 
 # %% ../nbs/36_scale.ipynb #36-041
 _CHILD = """import json, sys
-from act.scale import _peak_memory
+from act.core import peak_memory
 from act.{} import {} as job
 args = [json.loads(a) for a in sys.argv[1:]]
-before = _peak_memory()
+before = peak_memory()
 job(*args)
-print(json.dumps(dict(peak=_peak_memory() - before)))"""
-
-def _peak_memory():
-    "Most bytes that this process has held."
-    try: return 1024*int(next(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')))
-    except (OSError, StopIteration):
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
+print(json.dumps(dict(peak=peak_memory() - before)))"""
 
 def _timed(module, name, *args):
     "dict(seconds, peak) of a function of `act` in a new interpreter: with its start, and bytes of memory above it."
@@ -491,7 +484,7 @@ def act_plan(
     where = f"{known['machine']['gpu'] or known['machine']['cpu']}, {known['machine']['cores']} cores"
     if model: print('\n'.join(f'{k}: {v:,.4g}' if isinstance(v, float) else f'{k}: {v:,}' if isinstance(v, int) else f'{k}: {v}' for k, v in predict(model, known).items()), f'constants: {where}', sep='\n')
     if target:
-        plan = plan_transfer(target, donor.split(','), mask.split(','), _lams(lam))
+        plan = plan_transfer(target, listed(donor), listed(mask), _lams(lam))
         slow, fast = (plan.seconds(known, k) for k in ('least', 'most'))
         print(plan, f'time: {plan.seconds(known):,.0f} s ({fast:,.0f} to {slow:,.0f}) on {where}', sep='\n')
         next_step('act_transfer', target=target, donor=donor, mask=mask, lam=lam, out='recovered')

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from fastcore.script import store_true
 from .channels import KINDS
 from .checkpoints import _label, _opened, _tensors, check_pair, fingerprint, preflight, weight_hash, write_like
-from .core import ActError, atomic_folder, begin, beside, check_absent, command, next_step, provenance, read_json, sha256, write_json
+from .core import ActError, atomic_folder, begin, beside, check_absent, command, listed, next_step, provenance, read_json, sha256, write_json
 from .masks import ChannelMask
 from .show import Shown, bars, folded, place, strip, table
 
@@ -270,6 +270,6 @@ def act_transfer(
     no_check: store_true = False, # do not compare shapes, weights and hashes first
 ):
     "Move masked channels: `act_transfer --target lab/maths-en --donor lab/base --mask mask.safetensors --lam 1 --out recovered`"
-    folder = transfer_checkpoint(target, donor.split(','), mask.split(','), _lams(lam), out, not no_check, rule)
+    folder = transfer_checkpoint(target, listed(donor), listed(mask), _lams(lam), out, not no_check, rule)
     for m in json.loads((folder/'act_transfer.json').read_text(encoding='utf-8'))['moved']: print(f'{_moved(m)} -> {out}')
     next_step('act_finetune', model=out, ability='ABILITY', out=beside(out, 'tuned'))
