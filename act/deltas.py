@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from fastcore.basics import patch
 from fastcore.script import store_true
-from .channels import ChannelMap
-from .checkpoints import BLOCK, DTYPES, _TYPES, Checkpoint, _finite, _header, _label, _one_thread, _opened, _rows, check_pair, resolve, write_like, write_tensors
+from .channels import EMBEDDING, HEAD, ChannelMap
+from .checkpoints import BLOCK, DTYPES, _TYPES, Checkpoint, _finite, _header, _label, _one_thread, _opened, _rows, check_pair, fitted, resolve, write_like, write_tensors
 from .core import ActError, _alone, _flush, _writing, atomic_file, atomic_folder, begin, beside, check_absent, command, listed, next_step, origin, parse_json, provenance, sha256, write_json
 from .masks import ChannelMask
 from .show import Shown
@@ -62,7 +62,7 @@ def make_delta(
     tensors = dict(mask=('U8', (mask.total,)), **bits, digests=('U8', (len(slices), 2, 32)))
     head = dict(format='act-delta-1', map=json.dumps(mask.map.to_dict()), meta=json.dumps(meta, ensure_ascii=False))
     begin([target, *(d for d, _, _ in jobs)], {out: sum(_TYPES[t].itemsize*math.prod(s) for t, s in tensors.values()) + sum(map(len, head.values()))}, '; '.join(map(_moved, meta['moved'])))
-    with atomic_file(out) as tmp, _one_thread(): write_tensors(tmp, tensors, head, _stream(ours, _changes(ours, theirs, jobs, rule), mask))
+    with atomic_file(out) as tmp, _one_thread(): write_tensors(tmp, tensors, head, _stream(ours, _changes(ours, [fitted(d, ours) for d in theirs], jobs, rule), mask))
     return Path(out)
 
 # %% ../nbs/15_deltas.ipynb #15-015
@@ -163,7 +163,7 @@ def _verify(delta, undo, tensors, read, where):
         if then.digest() != want[1]: raise ActError(f"the bits of {name} in {delta.path} are damaged: get the delta again")
 
 # %% ../nbs/15_deltas.ipynb #15-024
-def _in_folder(ck): return {n: (DTYPES[t.dtype], t.shape) for n, t in ck.tensors.items() if not ck._is_copy(n)}, lambda n, axis, a, b, idx: _pick(ck.read(n, a, b), axis, idx) if axis else ck.rows(n, a + idx).view(_INTS[DTYPES[ck.tensors[n].dtype]])
+def _in_folder(ck): return {n: (DTYPES[t.dtype], t.shape) for n, t in ck.tensors.items() if not ck.is_copy(n)}, lambda n, axis, a, b, idx: _pick(ck.read(n, a, b), axis, idx) if axis else ck.rows(n, a + idx).view(_INTS[DTYPES[ck.tensors[n].dtype]])
 
 def _flips(ck, delta):
     "For `write_like`: parameter -> function that flips the bits of a block of its rows."
@@ -175,7 +175,7 @@ def _flips(ck, delta):
             ints.index_copy_(axis, idx, ints.index_select(axis, idx) ^ delta.bits(name, x, y))
         return rows
     out = {n: partial(flip, n, axis, chosen, chosen.cumsum(0) - chosen.int()) for n, (axis, chosen) in mask_slices(delta.mask).items()}
-    if (tied := out.get('model.embed_tokens.weight')) and 'lm_head.weight' in ck.tensors and ck._is_copy('lm_head.weight'): out['lm_head.weight'] = tied
+    if EMBEDDING in out and HEAD in ck.tensors and ck.tied: out[HEAD] = out[EMBEDDING]
     return out
 
 # %% ../nbs/15_deltas.ipynb #15-026

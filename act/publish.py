@@ -363,9 +363,9 @@ def _moves(step, masks, delta=False):
         meta = known.meta if known is not None else {}
         spec = _spec(meta.get('ability', ''), meta.get('source', '')) if {'target', 'donor'} <= meta.keys() else None
         made = re.fullmatch(r'(?:random, matched by all, seed (?P<seed>\d+)|with all of (?P<whole>\w+))', m.get('made', '')) if 'made' in m else None
-        if spec: out.append(_call(act_localize, target=_shown(meta['target']), donor=_shown(meta['donor']), ability=spec[0], split=spec[1], n=spec[2], **{o: meta.get(o) for o in ('positions', 'batch_tokens', 'max_length', 'dtype', 'chat')}, out=s))
+        if spec: out.append(_call(act_localize, target=_shown(meta['target']), donor=_shown(meta['donor']), ability=spec[0], split=spec[1], n=spec[2], **{o: meta.get(o) for o in ('positions', 'batch_tokens', 'max_length', 'dtype', 'chat')}, tied=known.map.tied or 'embedding', out=s))
         else: out.append(f"# {s}: act_localize of {target} and {donor} on {_plain(m.get('ability', 'an ability that is not recorded'))}; with which options and items is {'not recorded' if meta else 'in the mask file, which was not given'}")
-        if 'p' in m and ('made' not in m or made): out.append(_call(act_mask, scores=s, p=m['p'], rank=m.get('rank'), **(dict(control='random', seed=int(made['seed'])) if made and made['seed'] else dict(whole=made and made['whole'])), out=k))
+        if 'p' in m and ('made' not in m or made): out.append(_call(act_mask, scores=s, p=m['p'], rank=m.get('rank'), without=m.get('without'), **(dict(control='random', seed=int(made['seed'])) if made and made['seed'] else dict(whole=made and made['whole'])), out=k))
         else: out.append(f"# {k}: the mask {str(m.get('mask'))[:12]}, {_plain(m.get('made', 'made in a way that is not recorded'))}")
     moved, unchecked = r['moved'], r.get('hashes') == {} and any('target_print' in o.meta for o in masks.values())
     one = lambda values: ','.join(values if len(set(values)) > 1 else values[:1])

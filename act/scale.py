@@ -191,7 +191,7 @@ def plan_transfer(
     jobs = _jobs(donors, masks, lam, 'sum')
     for d, mask, _ in jobs: mask.map.check(check_pair(target, d)[1], _label(target))
     ours = _opened(target)
-    copy = 'lm_head.weight' if 'lm_head.weight' in ours.tensors and ours._is_copy('lm_head.weight') else None
+    copy = 'lm_head.weight' if 'lm_head.weight' in ours.tensors and ours.tied else None
     return _tally(_label(target), list(ours.tensors.values()), sum((ours.folder/f).stat().st_size for f in ours.files), len(ours.files), [(_label(d), _opened(d).tensors, m, l) for d, m, l in jobs], copy)
 
 # %% ../nbs/36_scale.ipynb #36-028

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from fastcore.basics import patch
 from fastcore.script import store_true
-from .channels import KINDS
-from .checkpoints import _label, _opened, _tensors, check_pair, fingerprint, preflight, weight_hash, write_like
+from .channels import EMBEDDING, HEAD, KINDS
+from .checkpoints import VOCABULARY, _label, _opened, _tensors, check_pair, fingerprint, fit_rows, fitted, preflight, weight_hash, write_like
 from .core import ActError, atomic_folder, begin, beside, check_absent, command, listed, next_step, provenance, read_json, sha256, write_json
 from .masks import ChannelMask
 from .show import Shown, bars, folded, place, strip, table
@@ -80,12 +80,17 @@ def _jobs(donors, masks, lam, rule):
         jobs[same] = (d, jobs[same][1] | m, l)
     return jobs
 
+def _shapes(model, target):
+    "Shapes of a model's parameters by name, its vocabulary counted as the target's."
+    own, ours = ({n: s for n, (s, _) in _tensors(m).items()} for m in (model, target))
+    return {n: ours[n] if n in VOCABULARY and n in ours and s[1:] == ours[n][1:] else s for n, s in own.items()}
+
 def _check_masks(target, jobs, weights=True):
     "Each mask fits the channels of its models and, if `weights`, was made for just these; returns the hashes that were computed."
     hashes = {}
     for donor, mask, _ in jobs:
         for role, m in (('target', target), ('donor', donor)):
-            mask.map.check({n: s for n, (s, _) in _tensors(m).items()}, _label(m))
+            mask.map.check(_shapes(m, target), _label(m))
             kind, name = next(((k, f) for k, f in (('print', fingerprint), ('hash', weight_hash)) if mask.meta.get(f'{role}_{k}')), (None, None))
             if kind is None or not weights: continue
             want, key = mask.meta[f'{role}_{kind}'], (kind, id(m) if isinstance(m, torch.nn.Module) else str(m))
@@ -114,7 +119,7 @@ def transfer(
         for (_, _, l), s, d in zip(jobs, slices, theirs):
             if name not in s: continue
             axis, chosen = s[name][0], s[name][1].to(p.device)
-            moves.append((d[name].to(p.device, p.dtype).index_select(axis, chosen.nonzero()[:, 0]), axis, chosen, l))
+            moves.append((fit_rows(d[name], p).index_select(axis, chosen.nonzero()[:, 0]), axis, chosen, l))
         p.copy_(blend(p.detach(), moves, rule))
     return out
 
@@ -131,8 +136,8 @@ def _changes(ours, theirs, jobs, rule):
             else: part, values = chosen, donor.read(name, a, b).index_select(axis, chosen.nonzero()[:, 0])
             block.append((values.to(rows.dtype), axis, part, lam))
         return blend(rows, block, rule, inplace=True)
-    out, tied = {n: partial(changed, n) for n in moves}, 'model.embed_tokens.weight'
-    if tied in moves and 'lm_head.weight' in ours.tensors and ours._is_copy('lm_head.weight'): out['lm_head.weight'] = lambda rows, a, b: changed(tied, ours.read(tied, a, b), a, b)
+    out = {n: partial(changed, n) for n in moves}
+    if EMBEDDING in moves and HEAD in ours.tensors and ours.tied: out[HEAD] = lambda rows, a, b: changed(EMBEDDING, ours.read(EMBEDDING, a, b), a, b)
     return out
 
 def _key(ours, theirs, jobs, rule):
@@ -151,7 +156,7 @@ def _where(mask):
 
 def _record(target, jobs, rule, hashes):
     "What a file says of a transfer."
-    moved = [dict(donor=str(d), lam=l, mask=m.hash, channels=m.count, total=m.total, **{k: m.meta[k] for k in ('ability', 'p', 'rank', 'made') if k in m.meta}, where=_where(m)) for d, m, l in jobs]
+    moved = [dict(donor=str(d), lam=l, mask=m.hash, channels=m.count, total=m.total, **{k: m.meta[k] for k in ('ability', 'p', 'rank', 'without', 'made') if k in m.meta}, where=_where(m)) for d, m, l in jobs]
     return dict(format='act-transfer-1', target=str(target), rule=rule, moved=moved, hashes={str(k): v for k, v in hashes.items()})
 
 def _moved(m): return f"{m['channels']:,} of {m['total']:,} channels from {m['donor']}, lam {m['lam']:g}"
@@ -171,7 +176,7 @@ def transfer_checkpoint(
         for d, _, _ in jobs: check_pair(target, d)
     hashes = _check_masks(target, jobs, check)
     ours, theirs = _opened(target), [_opened(d) for d, _, _ in jobs]
-    change = _changes(ours, theirs, jobs, rule)
+    change = _changes(ours, [fitted(d, ours) for d in theirs], jobs, rule)
     record = _record(target, jobs, rule, hashes)
     begin([target, *(d for d, _, _ in jobs)], {out: ours.nbytes}, '; '.join(map(_moved, record['moved'])))
     record['provenance'] = provenance()
@@ -223,7 +228,7 @@ def _reported(d):
 def _moved_parts(moved, meta):
     "Pieces that show a note's list of what moved."
     import pandas as pd
-    keys = [k for k in ('donor', 'lam', 'channels', 'total', 'ability', 'p', 'rank', 'made') if any(k in m for m in moved)]
+    keys = [k for k in ('donor', 'lam', 'channels', 'total', 'ability', 'p', 'rank', 'without', 'made') if any(k in m for m in moved)]
     yield table(pd.DataFrame([{k: m.get(k) for k in keys} | dict(donor=place(m['donor'])) for m in moved], columns=keys), 'what moved')
     for m in moved[:4]:
         if not (cells := _cells(m.get('where'))): continue
