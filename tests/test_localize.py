@@ -65,7 +65,22 @@ def test_a_batch_as_wide_as_the_heads(family, tokenizer):
     d = d.transpose(1, 2) if d.shape[1] != 7 else d
     assert torch.allclose(s[path], d[0, 2:4].mean((0, 1)), rtol=1e-4) and torch.equal(s.flat(), both.flat())
 
-def test_one_model_against_itself_is_zero(tokenizer): assert localize(tiny_model(), tiny_model(), ABILITY, tokenizer, progress=False).flat().abs().max() == 0
+def test_two_models_with_the_same_weights_are_refused(tokenizer):
+    with pytest.raises(ActError, match='have the same weights'): localize(tiny_model(), tiny_model(), ABILITY, tokenizer, progress=False)
+
+def test_one_model_against_itself_is_refused(tokenizer):
+    model = tiny_model()
+    with pytest.raises(ActError, match='are the same model'): localize(model, model, ABILITY, tokenizer, progress=False)
+
+def test_models_that_differ_only_where_no_token_is_read_are_refused(tokenizer):
+    a, b = tiny_model('qwen2_untied'), tiny_model('qwen2_untied')
+    with torch.no_grad(): b.model.embed_tokens.weight[0] += 1 # the padding token
+    with pytest.raises(ActError, match='do the same on every answer token'): localize(a, b, ABILITY, tokenizer, progress=False)
+
+def test_a_change_that_the_fingerprint_misses_is_no_reason_to_refuse(tokenizer, monkeypatch):
+    from act import localize as module
+    monkeypatch.setattr(module, 'fingerprint', lambda m: 'the same')
+    assert localize(tiny_model(), tiny_model(seed=1), ABILITY, tokenizer, progress=False).flat().any()
 
 def test_it_is_symmetric(pair, tokenizer):
     a, b = pair
@@ -106,8 +121,8 @@ def test_a_tokenizer_with_too_many_ids(tokenizer):
     from transformers import AutoModelForCausalLM
     from conftest import tiny_config
     c = tiny_config('qwen2'); c.vocab_size = 50
-    small = AutoModelForCausalLM.from_config(c).eval()
-    with pytest.raises(ActError, match='outside the model.s vocabulary of 50'): localize(small, small, ABILITY, tokenizer, progress=False)
+    small, other = (AutoModelForCausalLM.from_config(c).eval() for _ in range(2))
+    with pytest.raises(ActError, match='outside the model.s vocabulary of 50'): localize(small, other, ABILITY, tokenizer, progress=False)
 
 def test_no_hooks_stay_behind(pair, tokenizer):
     a, b = pair
