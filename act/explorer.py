@@ -462,6 +462,7 @@ def act_explore(
     no_sft: store_true = False, # leave the fine-tuning out
     seed: int = 0,         # of localisation and fine-tuning
     device: str = None,    # cpu, cuda, ...
+    no_check: store_true = False, # do not compare target and donor first
 ):
     "A page with sliders over a recorded grid, or such a grid: `act_explore --out explorer.html` `act_explore --record --case lab --out grid.json`"
     _check_name(out)
@@ -474,8 +475,10 @@ def act_explore(
         if grid: raise ActError("--grid is recorded already: leave out --record or --grid")
         what, sft = _asked(case, own, others, metric, n), (False,) if no_sft else (False, True)
         ps, lams = _floats('ps', ps, PS, 1), _floats('lams', lams, LAMS)
-        _begin(what, ps, lams, sft, out)
-        explorer = _measured(what, ps, lams, sft=sft, seed=seed, device=device)
+        _begin(what, ps, lams, sft, out, not no_check)
+        bench = Bench(what, device)
+        bench.check = not no_check
+        explorer = _measured(what, ps, lams, sft=sft, seed=seed, bench=bench)
     explorer.save(out)
     print(f'{explorer} -> {out}')
     if Path(out).suffix == '.json': next_step('act_explore', grid=out, out=beside(out, 'explorer.html'))
@@ -498,9 +501,9 @@ def _asked(case, own, others, metric, n):
     names = lambda o: tuple(listed(o))
     return Case(own['target'], own['donor'], names(own['recovered']), names(own['retained']), names(others), metric=metric, n=n)
 
-def _begin(case, ps, lams, sft, out):
+def _begin(case, ps, lams, sft, out, check):
     "What can be checked before the work is."
-    preflight(case.target, case.donor)
+    if check: preflight(case.target, case.donor)
     names = [*case.recovered, *case.retained, *case.others]
     for a in names: load_ability(a, 'validation', case.n)
     n = len(ps)*len(lams)*2*len(sft)

@@ -46,7 +46,8 @@ class MergeBench(Bench):
     def load(self):
         "Load the models."
         case, base = self.case, self.at(self.case.base)
-        for s in case.specialists: preflight(base, self.at(s))
+        if self.check:
+            for s in case.specialists: preflight(base, self.at(s))
         self.target, self.tok = load_model(base, dtype=case.dtype, device=self.device)
         self.specialists = {s: load_model(self.at(s), dtype=case.dtype, device=self.device)[0] for s in case.specialists}
         self.weights = {s: weight_scores(self.target, m) for s, m in self.specialists.items()}

@@ -14,7 +14,7 @@ from pathlib import Path
 from fastcore.script import store_true
 from . import evaluate as _scoring
 from .abilities import load_ability
-from .checkpoints import _label, _opened, check_pair, resolve
+from .checkpoints import VOCABULARY, _label, _opened, check_pair, fit_rows, resolve
 from .core import ActError, atomic_folder, begin, command, listed, next_step, provenance, write_json
 from .evaluate import TASKS, _kind
 from .masks import ChannelMask
@@ -39,11 +39,12 @@ def _slices_of(files, stamp):
     mask = _mask_of(files)
     return mask_slices(mask), mask.map.tied
 
-def _moves(name, files, theirs, lam):
+def _moves(name, files, theirs, lam, ours):
     "What a donor does to a parameter, as `blend` wants it."
     slices, tied = _slices_of(files, tuple(Path(f).stat().st_mtime_ns for f in listed(files) if Path(f).exists()))
     axis, chosen = slices.get('model.embed_tokens.weight' if tied and name == 'lm_head.weight' else name, (0, None))
     if chosen is None: return []
+    if name in VOCABULARY: theirs = fit_rows(theirs, ours)
     if theirs.ndim <= axis or theirs.shape[axis] != len(chosen): raise ActError(f"{files} has {len(chosen)} channels for {name}, which has shape {tuple(theirs.shape)}: the mask was made for another model")
     chosen = chosen.to(theirs.device)
     return [(theirs.index_select(axis, chosen.nonzero()[:, 0]), axis, chosen, lam)]
@@ -56,7 +57,7 @@ def mergekit_method():
     @mm.merge_method(name='act', pretty_name='ACT', contract=mm.InputContract(base=mm.BasePolicy.REQUIRED, min_non_base=1))
     def act(group: mm.TensorGroup, mask: mm.PerNonBase[str], lam: mm.PerNonBase[float] = 1., rule: str = 'sum') -> torch.Tensor:
         if rule not in RULES: raise ActError(f"rule is {rule!r}: choose one of {', '.join(RULES)}")
-        return blend(group.base.tensor, [o for e in group.non_base for o in _moves(group.metadata.name, mask[e.id], e.tensor, lam[e.id])], rule)
+        return blend(group.base.tensor, [o for e in group.non_base for o in _moves(group.metadata.name, mask[e.id], e.tensor, lam[e.id], group.base.tensor)], rule)
     class InTypeOfTarget(type(act)):
         def _execute_resolved(self, groups, parameters, *, dtype=None, **kw):
             run = super()._execute_resolved

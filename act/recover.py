@@ -115,7 +115,7 @@ METHODS = {
 # %% ../nbs/30_recover.ipynb #30-028
 class Bench:
     "Target, donor and items of a `Case`; the models are loaded once, when first asked for."
-    names = 'target', 'donor'
+    names, check = ('target', 'donor'), True # check: do the models fit?
     def __init__(self,
         case: Case,           # what to load
         device=None,          # where the models go
@@ -136,7 +136,7 @@ class Bench:
     def load(self):
         "Load the models."
         target, donor = self.at(self.case.target), self.at(self.case.donor)
-        preflight(target, donor)
+        if self.check: preflight(target, donor)
         self.target, self.tok = load_model(target, dtype=self.case.dtype, device=self.device)
         self.donor, _ = load_model(donor, dtype=self.case.dtype, device=self.device)
         self.weights = weight_scores(self.target, self.donor)
@@ -439,7 +439,8 @@ def _meta(bench, seeds, start, **more):
 def _ready(bench, pairs, rows, methods, seeds, writes):
     "A bench whose pairs of models fit; here a dry run ends."
     _check_use(device=bench.device)
-    for p in pairs: check_pair(*p)
+    if bench.check:
+        for p in pairs: check_pair(*p)
     tries = {(m, sft, str(s)) for _, m, sft, s in points(bench.case, rows, methods)}
     tuned = sum(sft for _, sft, _ in tries) + len(seeds)*sum(sft or methods[m].tune is not None for m, sft in rows.values() if m or sft)
     count = lambda items: sum(map(len, items))

@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 import torch
 from .abilities import _hub_is_off
+from fastcore.script import store_true
 from .channels import _meta_model, enumerate_channels
-from .checkpoints import BLOCK, DTYPES, THREADS, Checkpoint, TensorInfo, _label, _opened, check_pair, resolve, write_like
+from .checkpoints import BLOCK, DTYPES, THREADS, Checkpoint, TensorInfo, _label, _opened, _tensors, check_pair, resolve, write_like
 from .core import ActError, PACKAGE, _size as _sized, atomic_folder, begin, command, listed, next_step, provenance, read_json, write_json
 from .masks import ChannelMask
 from .transfer import _jobs, _lams, mask_slices
@@ -186,10 +187,13 @@ def plan_transfer(
     target,          # folder, .gguf file, hub id, lab/NAME or smollm2/NAME
     donors, masks,   # as in `act.transfer.transfer_checkpoint`
     lam: float = 1., # lambda, or one for each mask
+    check: bool = True, # the pair fits
 ) -> TransferPlan: # raises ActError for a pair or a mask that does not fit
     "What `transfer_checkpoint` would do, from headers and masks alone."
     jobs = _jobs(donors, masks, lam, 'sum')
-    for d, mask, _ in jobs: mask.map.check(check_pair(target, d)[1], _label(target))
+    for d, mask, _ in jobs:
+        if check: check_pair(target, d)
+        mask.map.check({n: s for n, (s, _) in _tensors(target).items()}, _label(target))
     ours = _opened(target)
     copy = 'lm_head.weight' if 'lm_head.weight' in ours.tensors and ours.tied else None
     return _tally(_label(target), list(ours.tensors.values()), sum((ours.folder/f).stat().st_size for f in ours.files), len(ours.files), [(_label(d), _opened(d).tensors, m, l) for d, m, l in jobs], copy)
@@ -468,6 +472,7 @@ def act_plan(
     lam: str = '1',        # lambda; one for all or one for each mask
     model: str = None,     # or a shape alone: qwen2.5-7b, a folder, a hub id
     constants: str = None, # file of constants, with --measure the one to write; those that ship with the library by default
+    no_check: store_true = False, # do not compare target and donor first
     measure: str = None,   # a folder with 10 GB of room: measure this machine there and write --constants
 ):
     "What a transfer would move and take: `act_plan --target lab/maths-en --donor lab/base --mask mask.safetensors`; `act_plan --model qwen2.5-7b`"
@@ -484,7 +489,7 @@ def act_plan(
     where = f"{known['machine']['gpu'] or known['machine']['cpu']}, {known['machine']['cores']} cores"
     if model: print('\n'.join(f'{k}: {v:,.4g}' if isinstance(v, float) else f'{k}: {v:,}' if isinstance(v, int) else f'{k}: {v}' for k, v in predict(model, known).items()), f'constants: {where}', sep='\n')
     if target:
-        plan = plan_transfer(target, listed(donor), listed(mask), _lams(lam))
+        plan = plan_transfer(target, listed(donor), listed(mask), _lams(lam), not no_check)
         slow, fast = (plan.seconds(known, k) for k in ('least', 'most'))
         print(plan, f'time: {plan.seconds(known):,.0f} s ({fast:,.0f} to {slow:,.0f}) on {where}', sep='\n')
         next_step('act_transfer', target=target, donor=donor, mask=mask, lam=lam, out='recovered')
