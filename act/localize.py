@@ -13,7 +13,7 @@ from pathlib import Path
 from fastcore.script import store_true
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
-from .abilities import batches, encode, load_ability
+from .abilities import batches, check_fits, encode, load_ability, reads
 from .channels import enumerate_channels
 from .checkpoints import DTYPES, _check_use, _label, _opened, check_finite, check_pair, fingerprint, load_model, load_tokenizer
 from .core import ActError, _writing, atomic_file, bar, begin, beside, command, from_first, gathered, next_step, origin, processes, sha256, work_folder
@@ -45,7 +45,6 @@ def _pass(model, batch, cm, hook, whole):
 def _checked(batch, config):
     "A batch that the model can read, with `at`: the row of every answer token in the flattened batch, and the width."
     heads = {config.num_attention_heads, getattr(config, 'num_key_value_heads', None)}
-    if int(batch['input_ids'].max()) >= config.vocab_size: raise ActError(f"token id {int(batch['input_ids'].max())} is outside the model's vocabulary of {config.vocab_size}: pass the model's own tokenizer")
     if batch['input_ids'].shape[1] in heads: batch = {k: torch.nn.functional.pad(v, (0, 1)) if torch.is_tensor(v) else v for k, v in batch.items()}
     return {**batch, 'at': (batch['positions'].flatten().nonzero()[:, 0], batch['input_ids'].shape[1])}
 
@@ -178,6 +177,7 @@ def localize(
         tokenizer = load_tokenizer(models[ours[0]])
     if not hasattr(ability, 'items'): ability = load_ability(ability, 'localize')
     encoded = encode(ability, tokenizer, positions, chat, max_length, eos)
+    for m, here in zip(models, ours): check_fits(encoded, *reads(m if here else _opened(m)), _label(m))
     cm, tokens = enumerate_channels(target, tied), sum(len(e.positions) for e in encoded)
     meta = dict(target=_label(target), donor=_label(donor), target_print=fingerprint(target), donor_print=fingerprint(donor), ability=ability.name, ability_hash=ability.hash, source=ability.source, items=len(encoded), tokens=tokens,
                 positions=positions, dtype=str(_type_of(target, dtype)).removeprefix('torch.'), batch_tokens=batch_tokens, max_length=max_length, chat=chat, eos=eos, provenance=origin())
@@ -212,6 +212,7 @@ def localize_items(
 ) -> ItemScores: # items x channels, float32
     "Stage 1 with every item's own sums; `.pool()` of all items is what `localize` returns."
     encoded, cm, sums = encode(ability, tokenizer, positions, max_length=max_length), enumerate_channels(target, tied), {}
+    for m in (target, donor): check_fits(encoded, *reads(m), _label(m))
     def add(path, diff, rows, index):
         if path not in sums: sums[path] = torch.zeros(len(encoded), diff.shape[1])
         sums[path].index_add_(0, index[rows], diff.cpu())
