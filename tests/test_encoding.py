@@ -1,9 +1,12 @@
 "One encoding for all stages: which ids a model sees, and which of them are the answer, in chat and without it."
-import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
-from act.abilities import Ability, EncodedItem, Item, check_fits, encode, encode_prompts, reads, render
+import copy, json, os, pytest, torch
+from lm_eval.api.instance import Instance
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from act.abilities import SOURCES, Ability, EncodedItem, Item, check_fits, encode, encode_prompts, load_ability, reads, render
 from act.core import ActError
+from act.evaluate import ActLM, EvalResult, act_evaluate, evaluate, read_number
+from conftest import tiny_config
 
 QWEN3 = "{%- for m in messages %}{%- if m.role == 'user' %}{{- '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}{%- else %}{{- '<|im_start|>assistant\n<think>\n\n</think>\n\n' + m.content + '<|im_end|>\n' }}{%- endif %}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
 R1 = "{%- for m in messages %}{%- if m.role == 'user' %}{{'<|User|>' + m.content}}{%- else %}{% set c = m.content %}{% if '</think>' in c %}{% set c = c.split('</think>')[-1] %}{% endif %}{{'<|Assistant|>' + c + '<|end_of_sentence|>'}}{%- endif %}{%- endfor %}{% if add_generation_prompt %}{{'<|Assistant|><think>\\n'}}{% endif %}"
@@ -139,3 +142,180 @@ def test_what_a_model_cannot_read_is_named():
     (dict(vocab_size=9, max_position_embeddings=64, rope_scaling=dict(rope_type='yarn', factor=4., original_max_position_embeddings=64)), (9, 256)),
     (dict(vocab_size=9, max_position_embeddings=128, rope_scaling=dict(rope_type='llama3', factor=8., original_max_position_embeddings=8)), (9, 128))])
 def test_what_a_configuration_says(config, want): assert reads(type('M', (), dict(config=config))) == want
+
+@pytest.fixture(scope='module')
+def model():
+    "A random model of 320 entries that reads 8,192 tokens."
+    config = tiny_config('llama3')
+    config.vocab_size, config.max_position_embeddings = 320, 8192
+    torch.manual_seed(0)
+    net = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for p in net.parameters(): p.add_(torch.randn_like(p)*.2)
+    return net
+
+def by_hand(model, tok, ability, **kw):
+    "Log-likelihoods by plain forward passes in float32, one text at a time, without padding."
+    sums = []
+    for e in encode(ability, tok, **kw):
+        with torch.no_grad(): logp = model(torch.tensor([e.input_ids])).logits[0].float().log_softmax(-1)
+        sums.append(sum(logp[i - 1, e.input_ids[i]].item() for i in e.answer))
+    return sums
+
+def far(model, tok, ability, batch_size=64, **kw):
+    "How far what `evaluate` reports is from that, at most."
+    got = evaluate(model, ability, tok, batch_size, progress=False, **kw).items
+    eos = kw.pop('eos', ability.eos)
+    assert got.tokens.tolist() == [len(e.answer) for e in encode(ability, tok, eos=eos, **kw)]
+    return max(abs(a - b) for a, b in zip(got.loglik, by_hand(model, tok, ability, eos=eos, **kw), strict=True))
+
+TOKENIZERS = dict(none={}, bos=dict(bos=True), eos=dict(eos=True), both=dict(bos=True, eos=True), apart=dict(merges=False))
+SPECS = 'gsm8k/en', 'mgsm/es', 'mgsm/te', 'xquad/es', 'xquad-text/ru', 'exams/es', 'exams-science/es', 'msvamp/sw', 'arc/es'
+
+@pytest.fixture
+def rows(tmp_path, monkeypatch):
+    "Made-up files in the rows of every source."
+    def put(name, lines):
+        f = tmp_path/name
+        f.parent.mkdir(parents=True, exist_ok=True)
+        f.write_text(''.join(json.dumps(o, ensure_ascii=False) + '\n' for o in lines), encoding='utf-8')
+    n = range(90)
+    put('gsm8k/test.jsonl', [dict(question=f'How many are {i} and 2?', answer=f'It is <<{i}+2={i+2}>>{i+2}.\n#### {i+2}') for i in n])
+    for lang, q in (('es', '¿Cuánto es {} y 2?'), ('te', '{} మరియు 2 ఎంత?')): put(f'mgsm/{lang}.jsonl', [dict(question=q.format(i), answer=str(i + 2)) for i in n])
+    for lang in ('es', 'ru'): put(f'xquad/{lang}.jsonl', [dict(context=f'\ufeffUn párrafo ({i}) con algunas palabras dentro. ', question='¿Qué número?', answers=[str(i)]) for i in n])
+    put('exams/test.jsonl', [dict(id=str(i), lang='Spanish', subject='Biology', question=f'¿Cuál es {i}?', choices=[f'{i}', 'otro', 'ninguno de estos'], labels=list('ABC'), answer='A') for i in n])
+    put('msvamp/sw.jsonl', [dict(m_query=f'{i} na 2 ni ngapi? ', response=f'{i + 2}.0') for i in n])
+    put('arc/es/test.jsonl', [dict(id=str(i), instruction=f'¿Cuál es {i}?', option_a=str(i), option_b='otro', answer='A') for i in n])
+    monkeypatch.setenv('ACT_DATA', str(tmp_path)); monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+
+def test_every_source_has_its_rows_here(): assert {s.split('/')[0] for s in SPECS} == set(SOURCES)
+
+@pytest.mark.parametrize('kind', list(TOKENIZERS))
+@pytest.mark.parametrize('spec', SPECS)
+def test_every_source_is_scored_as_encode_says(rows, model, spec, kind):
+    assert far(model, byte_tokenizer(**TOKENIZERS[kind]), load_ability(spec, n=3)) < 1e-4
+
+@pytest.mark.skipif('ACT_DATA' not in os.environ, reason='no folder of data is named by ACT_DATA')
+@pytest.mark.parametrize('spec', SPECS)
+def test_the_sources_themselves_are_scored_as_encode_says(model, spec, monkeypatch):
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    try: ability = load_ability(spec, n=3)
+    except ActError as e: pytest.skip(str(e))
+    assert far(model, byte_tokenizer(bos=True, eos=True), ability) < 1e-4
+
+ITEMS = [Item(f'what is {i} plus {i}{end}', f'{lead}{2*i}') for i in range(3) for end, lead in (('?', ''), ('?', ' '), ('? ', ''), ('?\n', ''), ('?\n\n', ''), ('?', '\n'))]
+
+@pytest.mark.parametrize('kind', list(TOKENIZERS))
+@pytest.mark.parametrize('eos', [False, True])
+def test_whitespace_and_ends_are_scored_as_encode_says(model, kind, eos):
+    assert far(model, byte_tokenizer(**TOKENIZERS[kind]), Ability('sums-en', ITEMS), eos=eos) < 1e-4
+
+@pytest.mark.parametrize('name', ['qwen3', 'r1', 'llama3', 'gemma'])
+@pytest.mark.parametrize('eos', [False, True])
+def test_chat_is_scored_as_encode_says(model, name, eos):
+    tok = byte_tokenizer(bos=True, template=TEMPLATES[name])
+    ability = Ability('sums-en', [*ITEMS, Item('long ', ' a longer answer\n of two lines ')])
+    assert far(model, tok, ability, chat=True, eos=eos) < 1e-4
+    got = evaluate(model, ability, tok, chat=True, eos=eos, progress=False).items
+    assert got.bytes.tolist() == [len((o.answer.strip() if name in ('llama3', 'gemma') else o.answer).encode()) for o in ability]
+
+def test_choices_in_chat_are_scored_one_by_one(model):
+    tok, item = byte_tokenizer(template=GEMMA), Item('pick', ' b', choices=(' a', ' b', ' c c'))
+    got = evaluate(model, Ability('pick-en', [item]), tok, chat=True, progress=False).items.iloc[0]
+    each = by_hand(model, tok, [Item('pick', c) for c in item.choices], chat=True)
+    assert got.loglik == pytest.approx(each[1], abs=1e-4)
+    assert got.correct == (max(each) == each[1])
+
+def test_a_prompt_that_is_cut_keeps_its_answer(model):
+    tok, ability = byte_tokenizer(bos=True), Ability('sums-en', ITEMS)
+    whole, short = (evaluate(model, ability, tok, max_length=n, progress=False).items for n in (None, 8))
+    assert short.tokens.tolist() == whole.tokens.tolist() and short.loglik.tolist() != whole.loglik.tolist()
+    assert short.loglik.tolist() == pytest.approx(by_hand(model, tok, ability, max_length=8, cut='left'), abs=1e-4)
+    with pytest.raises(ActError, match='does not fit'): evaluate(model, ability, tok, max_length=2, progress=False)
+
+@pytest.mark.parametrize('batch_size', [1, 3, 64])
+def test_the_size_of_a_batch_changes_nothing(model, batch_size):
+    assert far(model, byte_tokenizer(bos=True), Ability('sums-en', ITEMS), batch_size=batch_size) < 1e-4
+
+def test_likelihoods_of_half_precision_weights_come_in_fine_steps(model):
+    "A softmax in bfloat16 would give multiples of a half, or of a sixteenth."
+    got = evaluate(copy.deepcopy(model).bfloat16(), Ability('sums-en', ITEMS), byte_tokenizer(), progress=False).items.loglik
+    assert sum(abs(16*x - round(16*x)) > 1e-3 for x in got) > len(got)/2
+
+def test_what_a_model_cannot_read_is_said_before_it_runs(model, tmp_path, checkpoint):
+    tok = byte_tokenizer()
+    tok.add_tokens([*(f'<{i}>' for i in range(320 - len(tok))), '<new>'])
+    with pytest.raises(ActError, match='item 1 of ability x: token id 320 is outside'): evaluate(model, Ability('x', [Item('a', 'b'), Item('a <new>', 'b')]), tok, progress=False)
+    folder = checkpoint('small')
+    with pytest.raises(ActError, match=r'item long.jsonl:1 of ability long is 4\d\d tokens long and .*small reads 256: pass max_length=256'):
+        act_evaluate(model=str(folder), ability=str(Ability('long', [Item('x', 'qzj'*150)]).save(tmp_path/'long.jsonl')))
+
+def test_a_text_by_itself_in_windows(model):
+    "lm-eval's rolling likelihood: every token once, the first after <bos>."
+    tok, text = byte_tokenizer(bos=True), 'two plus two is four, ' * 3
+    ids = tok(text)['input_ids']
+    rolled = lambda **kw: ActLM(model, tok, progress=False, **kw).loglikelihood_rolling([Instance('loglikelihood_rolling', {}, (text,), 0, ('x', 0, 1))])[0]
+    with torch.no_grad(): logp = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    assert rolled() == pytest.approx(sum(logp[i - 1, t].item() for i, t in enumerate(ids) if i), abs=1e-3)
+    def window(before, new):
+        with torch.no_grad(): out = model(torch.tensor([before])).logits[0].log_softmax(-1)
+        return sum(out[len(before) - len(new) + k, t].item() for k, t in enumerate(new))
+    body = ids[1:]
+    ends = [*range(9, len(body), 9), len(body)]
+    parts = [window(ids[:9], body[:9]), *(window(body[b-10:b-1], body[a:b]) for a, b in zip(ends, ends[1:]))]
+    assert rolled(max_length=10) == pytest.approx(sum(parts), abs=1e-3)
+
+def greedy(model, ids, n, ends):
+    "One token at a time, no cache, no padding."
+    out = []
+    while len(out) < n:
+        with torch.no_grad(): t = model(torch.tensor([ids + out])).logits[0, -1].argmax().item()
+        if t in ends: break
+        out.append(t)
+    return out
+
+@pytest.mark.parametrize('chat', [False, True])
+def test_what_is_written_is_greedy_and_kept(model, chat):
+    tok = byte_tokenizer(bos=True, eos=True, template=QWEN3)
+    model.generation_config.repetition_penalty, model.generation_config.eos_token_id = 1.8, [2]
+    ability = Ability('sums-en', [Item('two plus two is ', '4'), Item('x', '7'), Item('what is it, ' * 4, '1')])
+    r = evaluate(model, ability, tok, generate=6, chat=chat, progress=False)
+    ids = [greedy(model, e.input_ids, 6, {2}) for e in encode_prompts(ability, tok, chat=chat)]
+    texts = [tok.decode(i) for i in ids]
+    assert r.items.text.tolist() == texts
+    assert r.items.limit.tolist() == [len(i) == 6 for i in ids]
+    assert r.items.read.tolist() == [read_number(t, 'en', True) for t in texts]
+
+def test_stop_strings_end_a_text(model):
+    tok = byte_tokenizer()
+    free = ActLM(model, tok, progress=False)
+    ask = lambda **how: free.generate_until([Instance('generate_until', {}, ('two plus', how), 0, ('x', 0, 1))])[0]
+    whole = ask(max_gen_toks=12)
+    stop = whole[4:6]
+    assert len(whole) > 8 and free.at_limit['x', 0]
+    assert ask(max_gen_toks=12, until=[stop]) == whole[:whole.index(stop)] and not free.at_limit['x', 0]
+    assert ask(max_gen_toks=12, until=stop) == whole[:whole.index(stop)]
+    with pytest.raises(ActError, match='writes greedily'): ask(do_sample=True)
+
+def test_never_more_is_written_than_fits(model):
+    tok, seen = byte_tokenizer(merges=False), []
+    hook = model.model.embed_tokens.register_forward_hook(lambda m, a, o: seen.append(a[0].shape[1]))
+    lm = ActLM(model, tok, max_length=20, progress=False)
+    ask = lambda prompt, n: lm.generate_until([Instance('generate_until', {}, (prompt, dict(max_gen_toks=n)), 0, ('x', 0, 1))])[0]
+    ask('q'*15, 8)
+    assert seen[0] + len(seen) - 1 <= 20 # the prompt, cut to 12, and 8 tokens
+    seen.clear(); ask('q'*15, 4)
+    assert seen[0] == 15 and len(seen) <= 4
+    hook.remove()
+
+def test_results_with_and_without_texts_come_back(model, tmp_path):
+    tok = byte_tokenizer()
+    pick, sums = Ability('pick-en', [Item('pick', ' b', choices=(' a', ' b'))]), Ability('sums-en', [Item('two plus', ' 4')])
+    r = evaluate(model, [pick, sums], tok, generate=4, progress=False)
+    again = EvalResult.load(r.save(tmp_path/'r.json'))
+    assert again.items.text.tolist() == r.items.text.tolist() == [None, r.items.text[1]]
+    assert again.items.limit.tolist() == r.items.limit.tolist() and again.items.read.tolist() == r.items.read.tolist()
+    scored = evaluate(model, pick, tok, progress=False)
+    assert not {'text', 'read', 'limit'} & set(scored.items)
+    assert not {'text', 'read', 'limit'} & json.loads(scored.save(tmp_path/'s.json').read_text())['items'].keys()
+    assert not {'text', 'read', 'limit'} & set(EvalResult.load(tmp_path/'s.json').items)
