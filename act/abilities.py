@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LANGUAGE_NAMES', 'SOURCES', 'SHARES', 'Item', 'skill_language', 'Ability', 'read_jsonl', 'load_ability',
-           'EncodedItem', 'render', 'encode', 'batches']
+           'EncodedItem', 'render', 'encode', 'encode_prompts', 'reads', 'check_fits', 'batches']
 
 # %% ../nbs/02_abilities.ipynb #02-003
 import html, json, os, random
@@ -214,45 +214,146 @@ class EncodedItem:
     input_ids: list
     positions: list # where answer tokens are read, or predicted
     answer: list    # positions of the answer tokens themselves
+    text: str = ''  # the answer as it stands in the text
+    name: str = ''  # what an error calls the item
 
 # %% ../nbs/02_abilities.ipynb #02-031
 def render(
     item: Item, tokenizer, # what to write out, for which model
     chat: bool = False,    # through the tokenizer's chat template
-) -> tuple: # (prompt text, answer text)
-    "The two strings whose concatenation the model sees."
-    if not chat: return item.prompt, item.answer
+    name: str = None,      # what an error calls the item, by default by its id
+) -> tuple: # (text before the answer, the answer as it stands there, text behind it); raises ActError when the template does not keep the answer
+    "The three strings whose concatenation the model sees."
+    if not chat: return item.prompt, item.answer, ''
+    mark = _SENTINEL
+    while mark in f'{tokenizer.chat_template}{item.prompt}{item.answer}': mark += _SENTINEL
+    full, marked = (_chat(tokenizer, item, name, o) for o in (item.answer, mark))
+    if marked.count(mark) != 1: raise _template_error(tokenizer, item, name, 'drops the answer' if mark not in marked else 'repeats the answer')
+    before, after = marked.split(mark)
+    answer = full[len(before):len(full) - len(after)]
+    if before + answer + after != full or answer.strip() != item.answer.strip(): raise _template_error(tokenizer, item, name, 'changes the answer')
+    if item.prompt.strip() not in before: raise _template_error(tokenizer, item, name, 'drops or changes the prompt')
+    return before, answer, after
+
+# %% ../nbs/02_abilities.ipynb #02-203
+_SENTINEL = 'qxzjvkw'
+
+def _chat(tokenizer, item, name, answer=None):
+    "The conversation as text: with an answer, or up to where the model is to answer."
     if not getattr(tokenizer, 'chat_template', None): raise ActError("the tokenizer has no chat template: leave chat off, or use an instruction-tuned model")
-    ask, reply = [dict(role='user', content=item.prompt)], [dict(role='assistant', content=item.answer)]
-    prompt = tokenizer.apply_chat_template(ask, tokenize=False, add_generation_prompt=True)
-    full = tokenizer.apply_chat_template(ask + reply, tokenize=False)
-    if not full.startswith(prompt): prompt = full[:full.rindex(item.answer.strip())]
-    return prompt, full[len(prompt):]
+    turns = [dict(role='user', content=item.prompt)]
+    if answer is not None: turns.append(dict(role='assistant', content=answer))
+    try: return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None)
+    except Exception as e: raise _template_error(tokenizer, item, name, f"fails ({' '.join(str(e).split())[:200]})") from e # whatever a template raises
+
+def _template_error(tokenizer, item, name, what):
+    where = Path(getattr(tokenizer, 'name_or_path', '') or 'this tokenizer').name
+    return ActError(f"{name or f'item {item.id or repr(item.prompt[:40])}'}: the chat template of {where} {what}: leave chat off, or write prompt and answer as the template leaves them (plain text, no think block)")
 
 # %% ../nbs/02_abilities.ipynb #02-032
 def encode(
     ability, tokenizer,       # an Ability or a list of items; a fast tokenizer
     positions: str = 'read',  # 'read': where answer tokens are read; 'predict': where they are predicted
     chat: bool = False,       # through the chat template
-    max_length: int = None,   # cut longer texts on the right
-    eos: bool = False,        # the end-of-text token belongs to the answer
+    max_length: int = None,   # cut longer texts
+    eos: bool = False,        # the end-of-text token belongs to the answer; with chat, the special token that ends the turn
+    cut: str = 'right',       # 'right', or 'left': the prompt loses its beginning, the answer nothing
 ) -> list: # of EncodedItem; items without a position left are dropped; ActError when none is left
     "Token ids and answer positions of every item, by character offsets."
     if positions not in ('read', 'predict'): raise ActError(f"positions is {positions!r}: choose 'read' or 'predict'")
-    if not getattr(tokenizer, 'is_fast', False): raise ActError("answer tokens are found by character offsets, which needs a fast tokenizer: load the model with its tokenizer.json")
-    pairs = [render(o, tokenizer, chat) for o in ability]
-    enc = tokenizer([p + a for p, a in pairs], return_offsets_mapping=True, add_special_tokens=not chat)
+    if cut not in ('right', 'left'): raise ActError(f"cut is {cut!r}: choose 'right' or 'left'")
+    _check_fast(tokenizer)
+    names = _names(ability)
+    parts = [render(o, tokenizer, chat, name) for o, name in zip(ability, names)]
+    enc = tokenizer([''.join(p) for p in parts], return_offsets_mapping=True, add_special_tokens=not chat)
     out = []
-    for (p, a), ids, spans in zip(pairs, enc['input_ids'], enc['offset_mapping']):
-        answer = [i for i, (s, e) in enumerate(spans) if e > len(p) and e > s]
-        if eos and tokenizer.eos_token_id is not None:
-            if ids[-1] != tokenizer.eos_token_id: ids = ids + [tokenizer.eos_token_id]
-            answer = sorted({*answer, len(ids) - 1})
-        ids, answer = ids[:max_length], [i for i in answer if max_length is None or i < max_length]
-        where = answer if positions == 'read' else [i - 1 for i in answer if i > 0]
-        if where: out.append(EncodedItem(ids, where, answer))
-    if not out: raise ActError(f"ability {getattr(ability, 'name', 'without a name')} has no answer tokens left" + (f" after cutting at {max_length} tokens: raise max_length" if max_length else ": check its answers"))
+    for i, ((before, text, _), name) in enumerate(zip(parts, names)):
+        ids, spans = _kept(enc, i, tokenizer)
+        answer = _covering(spans, len(before), len(before) + len(text))
+        if eos: ids, answer = _with_end(ids, spans, answer, len(before) + len(text), tokenizer, chat)
+        if answer[:1] == [0]: raise ActError(f"{name}: its answer begins at the first token, which nothing predicts: give it a prompt, or use a tokenizer that puts a beginning-of-text token first")
+        ids, answer = _cut(ids, answer, max_length, cut, tokenizer, name)
+        where = answer if positions == 'read' else [i - 1 for i in answer]
+        if where: out.append(EncodedItem(ids, where, answer, text, name))
+    if not out: raise ActError(f"{f'ability {ability.name}' if hasattr(ability, 'name') else ', '.join(names[:3])} has no answer tokens left" + (f" after cutting at {max_length} tokens: raise max_length" if max_length else ": check its answers"))
     return out
+
+# %% ../nbs/02_abilities.ipynb #02-206
+def _check_fast(tokenizer):
+    if not getattr(tokenizer, 'is_fast', False): raise ActError("answer tokens are found by character offsets, which needs a fast tokenizer: load the model with its tokenizer.json")
+
+def _names(ability):
+    "What errors call the items."
+    of = f' of ability {ability.name}' if hasattr(ability, 'name') else ''
+    return [f'item {o.id or i}{of}' for i, o in enumerate(ability)]
+
+def _kept(enc, i, tokenizer):
+    "Ids and character spans of a text, without what the tokenizer put behind it by itself."
+    ids, own = enc['input_ids'][i], [o is None for o in enc.sequence_ids(i)]
+    n = len(ids)
+    while n and own[n - 1] and ids[n - 1] != tokenizer.bos_token_id: n -= 1
+    return ids[:n], enc['offset_mapping'][i][:n]
+
+def _covering(spans, start, end):
+    "The tokens with a character between `start` and `end`; the span of a lone space may be empty, at its end."
+    return [i for i, (a, b) in enumerate(spans) if b > start and (a < end or b == end)]
+
+def _with_end(ids, spans, answer, end, tokenizer, chat):
+    "With the token that ends the text, or the turn, among the answer's."
+    if chat:
+        special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
+        return ids, answer + [i for i, (a, _) in enumerate(spans) if a >= end and ids[i] in special][:1]
+    if tokenizer.eos_token_id is None: return ids, answer
+    if ids[-1] != tokenizer.eos_token_id: ids = ids + [tokenizer.eos_token_id]
+    return ids, sorted({*answer, len(ids) - 1})
+
+def _cut(ids, answer, max_length, side, tokenizer, name):
+    "At most `max_length` ids."
+    if max_length is None or len(ids) <= max_length: return ids, answer
+    if side == 'right': return ids[:max_length], [i for i in answer if i < max_length]
+    drop, head = len(ids) - max_length, ids[0] == tokenizer.bos_token_id
+    if answer and answer[0] - drop < 1: raise ActError(f"{name}: its answer takes {len(ids) - answer[0]} tokens and does not fit, with something before it, into {max_length}: raise max_length")
+    return ids[:head] + ids[head + drop:], [i - drop for i in answer]
+
+# %% ../nbs/02_abilities.ipynb #02-208
+def encode_prompts(
+    ability, tokenizer,     # an Ability or a list of items; a fast tokenizer
+    chat: bool = False,     # through the chat template
+    max_length: int = None, # cut longer prompts on the left
+) -> list: # of EncodedItem without answer
+    "Token ids of prompts, for a model that is to go on from there."
+    _check_fast(tokenizer)
+    names = _names(ability)
+    texts = [_chat(tokenizer, o, name) if chat else o.prompt for o, name in zip(ability, names)]
+    enc = tokenizer(texts, return_offsets_mapping=True, add_special_tokens=not chat)
+    out = []
+    for i, name in enumerate(names):
+        ids, _ = _cut(_kept(enc, i, tokenizer)[0], [], max_length, 'left', tokenizer, name)
+        if not ids: raise ActError(f"{name}: its prompt is empty, and nothing can go on from nothing: give it one, or use a tokenizer that puts a beginning-of-text token first")
+        out.append(EncodedItem(ids, [], [], '', name))
+    return out
+
+# %% ../nbs/02_abilities.ipynb #02-211
+def reads(
+    model, # in memory, or anything else with a configuration (an object or a dict) under .config
+) -> tuple: # (rows of its embedding, most tokens of a text); None where the configuration does not say
+    "What a model can read at all."
+    config = model.config if isinstance(model.config, dict) else model.config.to_dict()
+    config = {**config, **(config.get('text_config') or {})}
+    context, scaling = config.get('max_position_embeddings') or config.get('n_positions'), config.get('rope_scaling') or config.get('rope_parameters') or {}
+    if context: context = max(context, int((scaling.get('original_max_position_embeddings') or context)*(scaling.get('factor') or 1))) # positions that are scaled reach further
+    return config.get('vocab_size'), context
+
+def check_fits(
+    encoded: list, # from `encode`
+    rows: int,     # of the embedding; None when unknown
+    context: int,  # most tokens that the model reads; None when unknown
+    what: str,     # the model
+):
+    "Raise ActError that names the first item with an id, or a length, that the model cannot read."
+    for e in encoded:
+        if rows and max(e.input_ids) >= rows: raise ActError(f"{e.name}: token id {max(e.input_ids)} is outside the model's vocabulary of {rows} ({what}): use the model's own tokenizer")
+        if context and len(e.input_ids) > context: raise ActError(f"{e.name} is {len(e.input_ids):,} tokens long and {what} reads {context:,}: pass max_length={context}, which cuts it")
 
 # %% ../nbs/02_abilities.ipynb #02-035
 def batches(
@@ -260,13 +361,15 @@ def batches(
     batch_tokens: int = 4096,     # most tokens in a batch, padding included
     padding_side: str = 'right',  # 'right' or 'left'
     alike: float = 7/8,           # an item shorter than this share of the longest starts a batch of its own: little is padding
+    batch_size: int = None,       # most items in a batch
 ):
     "Yield dicts of input_ids, attention_mask, position_ids, positions (bool), all (batch, width), and index (item numbers), longest first."
     order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i].input_ids), encoded[i].input_ids, i)) # whatever the order of the file
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     while order:
         width = len(encoded[order[0]].input_ids)
-        n = max(1, sum(len(encoded[i].input_ids) >= alike*width for i in order[:max(1, batch_tokens//width)]))
+        most = max(1, min(batch_tokens//width, batch_size or len(order)))
+        n = max(1, sum(len(encoded[i].input_ids) >= alike*width for i in order[:most]))
         take, order = order[:n], order[n:]
         ids, mask, where = torch.full((len(take), width), pad), torch.zeros(len(take), width, dtype=torch.long), torch.zeros(len(take), width, dtype=torch.bool)
         for row, i in enumerate(take):

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from .abilities import Ability, encode, load_ability
+from .abilities import Ability, check_fits, encode, load_ability, reads
 from .checkpoints import _check_use, _label, _opened, _tensors, load_model, load_tokenizer, resolve, save_model, weight_hash
 from .core import ActError, _check_room, _flush, _writing, atomic_folder, bar, begin, check_absent, command, from_first, gathered, listed, next_step, parse_json, processes, provenance, quiet, sha256, work_folder
 from .masks import ChannelMask
@@ -26,10 +26,12 @@ from .show import Shown, facts, folded, strip
 from .transfer import mask_slices
 
 # %% ../nbs/13_finetune.ipynb #13-007
-def _examples(abilities, tokenizer, chat, max_length, prompts=False):
+def _examples(abilities, tokenizer, chat, max_length, prompts=False, model=None):
     out = []
     for a in abilities:
-        for e in encode(a, tokenizer, chat=chat, max_length=max_length, eos=a.eos and not chat):
+        encoded = encode(a, tokenizer, chat=chat, max_length=max_length, eos=a.eos or chat)
+        if model is not None: check_fits(encoded, *reads(model), 'the model')
+        for e in encoded:
             answer = range(len(e.input_ids)) if prompts else set(e.answer)
             out.append(dict(input_ids=e.input_ids, labels=[t if i in answer else -100 for i, t in enumerate(e.input_ids)]))
     return out
@@ -300,7 +302,7 @@ def finetune(
     abilities, held = many(abilities), many(validation)
     _check_settings(abilities, steps, lr, batch_size, mask, lora, weight_decay)
     if adapter and not lora: raise ActError("adapter= names where to save a LoRA adapter: pass lora= too")
-    data, val = (_examples(a, tokenizer, chat, max_length, prompts) if a else None for a in (abilities, held))
+    data, val = (_examples(a, tokenizer, chat, max_length, prompts, model) if a else None for a in (abilities, held))
     rank, world = processes()
     meta = dict(abilities={a.name: dict(hash=a.hash, items=len(a), source=a.source) for a in abilities}, steps=steps, lr=lr, batch_size=batch_size, seed=seed, warmup=warmup, weight_decay=weight_decay, bf16=bf16,
                 mask=mask.hash if mask is not None else None, lora=lora, max_length=max_length, chat=chat, prompts=prompts, model=_label(model))
@@ -370,7 +372,7 @@ def act_finetune(
         _check_settings(data, steps, lr, batch_size, chosen, lora, weight_decay)
         ck = _opened(model)
         if chosen: chosen.map.check({k: s for k, (s, _) in _tensors(model).items()}, model)
-        examples = _examples(data, load_tokenizer(model), chat, max_length)
+        examples = _examples(data, load_tokenizer(model), chat, max_length, model=_opened(model))
         begin([model, *listed(ability), *([mask] if mask else [])], {out: ck.nbytes}, f"{steps} steps of {batch_size} items, out of {len(examples):,} with {sum(l >= 0 for e in examples for l in e['labels']):,} answer tokens")
         net, tok = _load(model, device)
         _check_room(out, sum(p.numel()*p.element_size() for p in net.parameters()))

@@ -13,7 +13,7 @@ from pathlib import Path
 from fastcore.script import store_true
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
-from .abilities import batches, encode, load_ability, render
+from .abilities import batches, check_fits, encode, load_ability, reads, render
 from .channels import enumerate_channels
 from .checkpoints import DTYPES, _check_use, _label, _opened, check_finite, check_pair, fingerprint, load_model, load_tokenizer, weight_hash
 from .core import ActError, _writing, atomic_file, bar, begin, beside, command, from_first, gathered, next_step, origin, processes, sha256, warn, work_folder
@@ -47,7 +47,6 @@ def _pass(model, batch, cm, hook, whole):
 def _checked(batch, config):
     "A batch that the model can read, with `at`: the row of every answer token in the flattened batch, and the width."
     heads = {config.num_attention_heads, getattr(config, 'num_key_value_heads', None)}
-    if int(batch['input_ids'].max()) >= config.vocab_size: raise ActError(f"token id {int(batch['input_ids'].max())} is outside the model's vocabulary of {config.vocab_size}: pass the model's own tokenizer")
     if batch['input_ids'].shape[1] in heads: batch = {k: torch.nn.functional.pad(v, (0, 1)) if torch.is_tensor(v) else v for k, v in batch.items()}
     return {**batch, 'at': (batch['positions'].flatten().nonzero()[:, 0], batch['input_ids'].shape[1])}
 
@@ -182,6 +181,7 @@ def localize(
     if not hasattr(ability, 'items'): ability = load_ability(ability, 'localize')
     encoded = encode(ability, tokenizer, positions, chat, max_length, eos)
     if check: check_pair(target, donor, texts=[''.join(render(o, tokenizer, chat)) for o in ability], special=not chat)
+    for m, here in zip(models, ours): check_fits(encoded, *reads(m if here else _opened(m)), _label(m))
     cm, tokens = enumerate_channels(target, tied), sum(len(e.positions) for e in encoded)
     prints = fingerprint(target), fingerprint(donor)
     if prints[0] == prints[1] and weight_hash(target) == weight_hash(donor): raise ActError(f"{_label(target)} and {_label(donor)} have the same weights: there is nothing to move")
@@ -220,6 +220,7 @@ def localize_items(
 ) -> ItemScores: # items x channels, float32
     "Stage 1 with every item's own sums; `.pool()` of all items is what `localize` returns."
     encoded, cm, sums = encode(ability, tokenizer, positions, max_length=max_length), enumerate_channels(target, tied), {}
+    for m in (target, donor): check_fits(encoded, *reads(m), _label(m))
     def add(path, diff, rows, index):
         if path not in sums: sums[path] = torch.zeros(len(encoded), diff.shape[1])
         sums[path].index_add_(0, index[rows], diff.cpu())

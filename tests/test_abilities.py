@@ -66,13 +66,8 @@ def test_cutting_keeps_what_fits_and_an_empty_ability_is_named(tokenizer):
     assert len(encode([short, long], tokenizer, max_length=20)) == 1
     with pytest.raises(ActError, match='ability maths-en has no answer tokens left after cutting at 20'): encode(Ability('maths-en', [long]), tokenizer, max_length=20)
 
-def test_the_chat_template_wraps_the_prompt_and_ends_the_answer():
-    tok = toy_tokenizer()
-    with pytest.raises(ActError, match='no chat template'): encode(ITEMS, tok, chat=True)
-    tok.chat_template = "{% for m in messages %}<{{m.role}}>{{m.content}}</>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-    assert render(Item('hi', 'yo'), tok, chat=True) == ('<user>hi</><assistant>', 'yo</>')
-    e = encode([Item('hi', 'yo')], tok, chat=True)[0]
-    assert text_at(tok, e, None) == 'yo</>'
+def test_chat_needs_a_template(tokenizer):
+    with pytest.raises(ActError, match='no chat template'): encode(ITEMS, tokenizer, chat=True)
 
 def test_a_slow_tokenizer_is_refused(tokenizer):
     class Slow: is_fast = False

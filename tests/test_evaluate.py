@@ -3,7 +3,7 @@ import math, pytest, numpy as np, torch
 from act.abilities import Ability, Item
 from act.checkpoints import load_model
 from act.core import ActError
-from act.evaluate import EvalResult, act_evaluate, bootstrap_ci, compare_answers, evaluate, holm, mcnemar, paired_bootstrap, TASKS
+from act.evaluate import EvalResult, act_evaluate, bootstrap_ci, compare_answers, evaluate, holm, mcnemar, paired_bootstrap, read_answer, read_number, TASKS
 from conftest import tiny_model
 
 ABILITY = Ability('toy-en', [Item('two plus two is', ' four'), Item('cuatro y', ' cuatro son'), Item('x', 'y')])
@@ -76,13 +76,33 @@ def test_results_come_back(tokenizer, tmp_path):
     with pytest.raises(ActError, match='not a readable'): EvalResult.load(tmp_path/'absent.json')
 
 def test_the_task_files_work_in_plain_lm_eval():
+    "With lm-eval's own class of models, which knows nothing of the end-of-text token; the lab's prompts end in a full word."
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     from act.lab import lab_ability
     model, tok = load_model('lab/maths-en', dtype='float32')
     out = lm_eval.simple_evaluate(HFLM(pretrained=model, tokenizer=tok, batch_size=64), tasks=['act_lab_science_el'], task_manager=TaskManager(include_path=str(TASKS), include_defaults=False), bootstrap_iters=0)
-    assert out['results']['act_lab_science_el']['acc,none'] == evaluate(model, lab_ability('science-el'), tok, progress=False).items.correct.mean()
+    assert out['results']['act_lab_science_el']['acc,none'] == evaluate(model, lab_ability('science-el'), tok, eos=False, progress=False).items.correct.mean()
+
+@pytest.mark.parametrize('text, language, want', [
+    ('Das sind 1.000 Euro', 'de', '1000'), ('1.000.000', None, '1000000'), ('1.234.567,5', 'de', '1234567.5'), ('exactement 1 000 €', 'fr', '1000'), ('1\u202f000,5', 'fr', '1000.5'), ('1\u00a0000', 'ru', '1000'), ('1\u2009000', None, '1000'),
+    ('1 000', None, '1000'), ('1 000', 'en', '0'), ('1.000', 'en', '1'), ('1,000', 'en', '1000'), ('1,000.50', 'de', '1000.5'), ('1.000,50', 'en', '1000.5'), ('3,5', None, '3.5'), ('3,5', 'es', '3.5'), ('(3,5)', 'en', '5'), ('3.5', 'de', '3.5'), ('1,5', 'ru', '1.5'),
+    ('1,00,000', 'hi', '100000'), ('₹12,34,567.50', None, '1234567.5'), ('1,00,000', 'te', '100000'), ("1'000'000", 'de', '1000000'), ('1’000.25', None, '1000.25'), ('1٬000٫5', 'ar', '1000.5'), ('٤٢', 'ar', '42'), ('١٬٠٠٠', None, '1000'), ('২৩', 'bn', '23'), ('๑๒๓', 'th', '123'), ('౪౨', 'te', '42'), ('４２', 'ja', '42'), ('１，０００', 'ja', '1000'),
+    ('−5', None, '-5'), ('–5', None, '-5'), ('－5', 'zh', '-5'), ('答案是-5。', 'zh', '-5'), ('-$1,000.50', 'en', '-1000.5'), ('$-3', None, '-3'), ('3-5', None, '5'), ('3–5', None, '5'), ('10 − 3 = 7', None, '7'), ('9-4', None, '4'), ('COVID-19', None, '19'), ('Ту-154', 'ru', '154'), ('(2)-1', None, '1'), ('\u200f-5', 'ar', '-5'),
+    ('= 42.', None, '42'), ('42%', None, '42'), ('42 %', 'fr', '42'), ('$1,000.50', 'en', '1000.5'), ('**42**', None, '42'), ('**1,000**', 'en', '1000'), ('*-5*', None, '-5'), ('`7`', None, '7'), (r'\boxed{1{,}000}', 'en', '1000'), (r'1\,000', None, '1000'), ('# 8', None, '8'),
+    ('2024-05-12', None, '12'), ('am 12.05.2020', 'de', '2020'), ('5/12/2020', None, '2020'), ('3:30', None, '30'), ('1, 2, 3', None, '3'), ('1,2,3', 'en', '3'), ('in 2020, 100 people', None, '100'), ('2020 100', None, '100'), ('v1.2.3', None, '3'),
+    ('27.0', None, '27'), ('27.50', None, '27.5'), ('0.500', 'de', '0.5'), ('0,125', 'de', '0.125'), ('007', None, '7'), ('-0', None, '0'), ('x²', None, None), ('none', None, None), ('', None, None), ('9'*400, None, '9'*400)])
+def test_numbers_as_people_write_them(text, language, want): assert read_number(text, language) == want
+
+@pytest.mark.parametrize('answer, language, text, right', [
+    ('1000', None, '1.000', 1), ('1000', None, '1 000', 1), ('3.5', None, '3,5', 1), ('42', None, '٤٢', 1), ('-5', None, '−5', 1), ('5', None, '−5', 0), ('1000', None, '1,000', 1), ('42', None, '**42**', 1), ('1.5', None, '1.500', 1), ('1', None, '1.000', 0),
+    ('1000', 'en', '1.000', 0), ('1', 'en', '1.000', 1), ('1000', 'de', '1,000', 1), ('3.25', 'de', '3,250', 1), ('3.25', 'de', '3.250', 0), ('1000', 'es', '1.000 euros.', 1), ('42', 'th', 'คำตอบคือ ๔๒', 1), ('12', None, 'I do not know', 0)])
+def test_the_right_answer_says_how_a_number_is_read(answer, language, text, right): assert compare_answers(dict(answer=answer, language=language), [text]) == dict(exact_match=right)
+
+def test_what_was_read_is_text_where_the_answer_has_no_number():
+    assert read_answer(dict(answer='blue'), ' the 2nd, blue ') == 'the 2nd, blue'
+    assert read_answer(dict(answer=' = 4'), 'many') is None
 
 def test_several_processes_return_what_one_does(tmp_path, launch):
     "Three processes: more than the second ability has items; scored, picked and written."

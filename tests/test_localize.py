@@ -8,7 +8,7 @@ from act.localize import localize
 from act.masks import ChannelScores
 from conftest import tiny_model
 
-ABILITY = Ability('toy-en', [Item('two plus two is', ' four'), Item('cuatro y', ' cuatro son ocho'), Item('x', 'y'), Item('二加二', '等于四')])
+ABILITY = Ability('toy-en', [Item('two plus two is', ' four'), Item('cuatro y', ' cuatro son ocho'), Item('x', 'y'), Item('q 二加二', '等于四')])
 
 def brute(a, b, tok, tied='embedding', positions='read'):
     "One item at a time, no padding, all outputs kept, averaged at the end."
