@@ -40,8 +40,8 @@ def lab(tok):
 
 def smollm2(tok):
     "Worked answers to word problems, and Spanish."
-    maths = short(load_ability('gsm8k/en', 'train'), tok), short(load_ability('gsm8k/en', 'validation'), tok, 24)
-    spanish = opening(load_ability('xquad-text/es', 'train')), opening(load_ability('xquad-text/es', 'validation'))
+    maths = short(load_ability('gsm8k/en', 'train'), tok), short(load_ability('gsm8k/en', 'validation'), tok, 12)
+    spanish = opening(load_ability('xquad-text/es', 'train')), opening(load_ability('xquad-text/es', 'validation')[:12])
     return neutral_text(), {'gsm8k-en': maths, 'xquad-text-es': spanish}
 
 def measure(model, tok, neutral, train, val, **options):
