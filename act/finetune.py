@@ -398,7 +398,7 @@ def safe_rate(
     return float(f'{(10 if lora else 1)*rate:.1g}')
 
 # %% ../nbs/13_finetune.ipynb #13-623
-RATE = 0.2 # of a model with one weight: chosen below
+RATE = 0.1 # of a model with one weight: chosen below
 
 def _learning(shapes, mask):
     "How many weights learn: all, or those of the mask's channels."

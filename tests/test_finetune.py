@@ -403,15 +403,16 @@ from act.core import peak_memory
 from act.finetune import finetune, training_memory
 sys.path.insert(0, sys.argv[1])
 from conftest import toy_tokenizer
-config = AutoConfig.for_model('llama', hidden_size=512, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=8, vocab_size=8000, tie_word_embeddings=True)
-ability, tok = Ability('a', [Item('two', ' plus two is four'*8)]*8), toy_tokenizer()
+config = AutoConfig.for_model('llama', hidden_size=512, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8, vocab_size=8000, tie_word_embeddings=True)
+ability, tok = Ability('a', [Item('two', ' plus two is four'*4)]*8), toy_tokenizer()
 torch.ones(8, 8, requires_grad=True).matmul(torch.ones(8, 8)).sum().backward()
 if len(sys.argv) > 2: from peft import get_peft_model
 before = peak_memory()
 model = AutoModelForCausalLM.from_config(config)
+shapes = {k: tuple(p.shape) for k, p in model.named_parameters()}
 lora = dict(r=8, target_modules='all-linear') if len(sys.argv) > 2 else None
 report = finetune(model, ability, tok, steps=2, batch_size=8, lr=1e-5, lora=lora, inplace=True, progress=False)
-said = training_memory(config.to_dict(), {k: tuple(p.shape) for k, p in AutoModelForCausalLM.from_config(config).named_parameters()}, report.tokens//2, lora_r=8 if lora else 0)
+said = training_memory(config.to_dict(), shapes, report.tokens//2, lora_r=8 if lora else 0)
 print(json.dumps([peak_memory() - before, sum(said.values()), said]))
 """
     for more in ([], ['lora']):
