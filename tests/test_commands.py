@@ -210,7 +210,8 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path):
         time.sleep(.1)
     p.send_signal(signal.SIGINT)
     out, err = p.communicate(timeout=120)
-    assert p.returncode == 130 and not out and err == 'interrupted: give the same command again to go on\n' # one line: no bar, no traceback
+    assert p.returncode == 130 and err == 'interrupted: give the same command again to go on\n' # one line: no bar, no traceback
+    assert out.startswith('memory: about ') and out.count('\n') == 1
 
 def test_interrupted_before_anything_was_done(monkeypatch, capsys, tmp_path):
     @core.command

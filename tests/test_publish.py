@@ -183,13 +183,13 @@ def test_hub_ids_are_not_looked_up_offline(monkeypatch):
 # several steps, deltas
 def test_a_tuned_model_tells_both_steps(made, run, tmp_path, monkeypatch):
     monkeypatch.chdir(made[0])
-    assert run(f'act_finetune --model moved --ability lab/science-zh --steps 2 --batch_size 4 --mask m.safetensors --out {tmp_path}/tuned')[0] == 0
+    assert run(f'act_finetune --model moved --ability lab/science-zh --steps 2 --lr 1e-4 --batch_size 4 --mask m.safetensors --out {tmp_path}/tuned')[0] == 0
     pub = prepare(tmp_path/'tuned', mask='m.safetensors')
     assert [(s.kind, s.name) for s in pub.steps] == [('transfer', 'moved'), ('finetune', 'tuned')] and [n for n, _ in pub.licences] == list(LAB)
     o = publish(pub, tmp_path/'o')
     assert {'act_transfer.json', 'act_finetune.json'} <= set(files(o)) and [s.kind for s in history(o)] == ['transfer', 'finetune']
     lines = bash(Card.load(o/'README.md'))
-    assert lines[3] == 'act_finetune --model moved --ability lab/science-zh --mask mask.safetensors --steps 2 --batch_size 4 --out tuned' and not any('bf16' in l for l in lines)
+    assert lines[3] == 'act_finetune --model moved --ability lab/science-zh --mask mask.safetensors --steps 2 --lr 0.0001 --batch_size 4 --out tuned' and not any('bf16' in l for l in lines)
     assert 'fine-tuned on `science-zh` (2 steps, learning rate 0.0001)' in (o/'README.md').read_text()
     assert ModelCard.load(o/'README.md').data.base_model_relation == 'merge'
     monkeypatch.chdir(tmp_path) # where the folder in between is not
