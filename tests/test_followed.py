@@ -1,12 +1,12 @@
 """What README, guide and commands page say is done as written: by a shell in an empty folder, from an installed wheel.
 A line that ends in `# needs the hub`, or a block that begins with `# needs a clone`, is not done here, and says so to the reader as well."""
-import ast, email, json, os, re, shutil, subprocess, sys
+import ast, email, json, os, re, shlex, shutil, subprocess, sys, zipfile
 from pathlib import Path
 from types import SimpleNamespace
 import pytest
 from act import core
 from act.core import ActError
-from test_commands import SCRIPTS, check_call
+from test_commands import SCRIPTS, check_call, function
 
 ROOT = Path(__file__).parent.parent
 NEEDS = re.compile(r'# needs (a clone|the hub)\b')
@@ -65,11 +65,10 @@ def test_all_data_is_in_the_wheel(installed):
     assert not [str(p) for p in data if not (installed.own/p).exists()] and any(p.suffix == '.yaml' and 'recipe' in str(p) for p in data)
 
 def test_what_a_package_index_shows(installed):
-    import zipfile
     with zipfile.ZipFile(installed.wheel) as z: meta = email.message_from_bytes(z.read(next(n for n in z.namelist() if n.endswith('.dist-info/METADATA'))))
     text = meta.get_payload(decode=True).decode()
     links = re.findall(r'\]\(([^)\s]+)\)', text)
-    assert len(links) > 40 and not [l for l in links if not l.startswith('https://')]
+    assert len(links) > 30 and not [l for l in links if not l.startswith('https://')]
     pictures = re.findall(r'!\[[^\]]*\]\(([^)\s]+)\)', text)
     assert len(pictures) == 2 and all(re.fullmatch(r'https://raw\.githubusercontent\.com/act-companion/act/main/nbs/images/\w+\.(svg|png)', p) for p in pictures)
     assert all((ROOT/p.split('/main/')[1]).exists() for p in pictures)
@@ -80,16 +79,29 @@ def test_what_a_package_index_shows(installed):
 
 # ---- the pages
 
-@pytest.mark.parametrize('name', PAGES)
-def test_commands_of_a_page(installed, tmp_path, name):
+def shell(lines):
+    "A script that does one line after the other, in one shell, and stops where one ends otherwise than its page says."
     script = ['set -uo pipefail']
-    for i, (line, needs, code) in enumerate(PAGES[name]):
-        if not needs: script += [f'{{ {line}\n}} >>log 2>&1', f'got=$?; [ $got = {code} ] || {{ tail -n 20 log >&2; echo "line {i} ended with $got, not {code}" >&2; exit 1; }}']
-    done = subprocess.run(['bash', '-c', '\n'.join(script)], cwd=tmp_path, env=installed.env, text=True, stderr=subprocess.PIPE)
-    assert done.returncode == 0, done.stderr + str(PAGES[name])
-    todo = [l for l, needs, code in PAGES[name] if not needs and not code and '--dry_run' not in l]
-    for out in re.findall(r'(?:--out|2?>) (\S+)', '\n'.join(todo)): assert (tmp_path/out).exists(), out
-    assert not re.search(r'^stopped$|Traceback|[Ww]arning', (tmp_path/'log').read_text())
+    for line, needs, code in lines:
+        if not needs: script += [f'{{ {line}\n}} >>log 2>&1', f'got=$?; [ $got = {code} ] || {{ echo "ended with $got, not {code}: "{shlex.quote(line)} >>log; exit 1; }}']
+    return '\n'.join(script)
+
+@pytest.fixture(scope='module')
+def started(installed, tmp_path_factory):
+    "Pages begun all at once, each in an empty folder of its own: name -> (folder, process)."
+    at = {name: tmp_path_factory.mktemp(name) for name in PAGES}
+    run = {name: subprocess.Popen(['bash', '-c', shell(PAGES[name])], cwd=at[name], env=installed.env) for name in PAGES}
+    yield {name: (at[name], run[name]) for name in PAGES}
+    for p in run.values(): p.kill(); p.wait()
+
+@pytest.mark.parametrize('name', PAGES)
+def test_commands_of_a_page(started, name):
+    at, process = started[name]
+    code, said = process.wait(), (at/'log').read_text()
+    assert code == 0, said[-3000:]
+    done = '\n'.join(l for l, needs, code in PAGES[name] if not needs and not code and '--dry_run' not in l)
+    for out in re.findall(r'(?:--out|2?>) (\S+)', done): assert (at/out).exists(), out
+    assert not re.search(r'^stopped$|Traceback|warning', said, re.M | re.I)
 
 @pytest.mark.parametrize('name', PAGES)
 def test_what_is_not_done_here_is_known_to_the_parsers(name):
@@ -100,6 +112,15 @@ def test_what_is_not_done_here_is_known_to_the_parsers(name):
         if command.startswith('act_'): check_call(command)
         elif command.startswith('make '): assert subprocess.run(['make', '--dry-run', *command.split()[1:]], cwd=ROOT, capture_output=True).returncode == 0, line
         else: assert command == 'pip install .', f'{line}: only what needs a clone or the hub may be left out'
+
+def test_commands_in_the_running_text():
+    text = (ROOT/'README.md').read_text(encoding='utf-8') + ''.join(source(c) for n in ('50_guide', '61_commands') for c in cells(n) if c['cell_type'] == 'markdown')
+    named = re.findall(r'(?<!`)`(act_[^`\n]+)`', text)
+    assert len(named) > 10
+    for line in named:
+        name, *_ = line.split()
+        assert name in SCRIPTS, line
+        assert {f'--{o}' for o in re.findall(r'--(\w+)', line)} <= set(function(name).parser()._option_string_actions), line
 
 def test_the_readmes_code(installed, tmp_path):
     text = (ROOT/'README.md').read_text(encoding='utf-8')
