@@ -12,8 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WAY = '''act_localize --target lab/maths-en --donor lab/base --ability lab/science-zh --out scores.safetensors
 act_mask --scores scores.safetensors --p 0.1 --rank module --out mask.safetensors
 act_transfer --target lab/maths-en --donor lab/base --mask mask.safetensors --out recovered
-act_finetune --model recovered --ability lab/multiplication-en,lab/science-zh --steps 10 --out tuned
-act_evaluate --model tuned --ability lab/science-zh --n 40 --out tuned.json'''
+act_evaluate --model recovered --ability lab/science-zh --n 40 --out recovered.json'''
 LIBS = 'torch transformers datasets accelerate peft safetensors lm-eval numpy'.split()
 ASK = f'import json, sys, act, importlib.metadata as m; print(json.dumps([sys.version.split()[0], act.__file__, {{o: m.version(o) for o in {LIBS}}}]))'
 

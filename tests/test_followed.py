@@ -5,7 +5,8 @@ from pathlib import Path
 from types import SimpleNamespace
 import pytest
 from act import core
-from act.core import ActError
+from act.abilities import load_ability
+from act.lab import lab_path
 from test_commands import SCRIPTS, check_call, function
 
 ROOT = Path(__file__).parent.parent
@@ -86,12 +87,36 @@ def shell(lines):
         if not needs: script += [f'{{ {line}\n}} >>log 2>&1', f'got=$?; [ $got = {code} ] || {{ echo "ended with $got, not {code}: "{shlex.quote(line)} >>log; exit 1; }}']
     return '\n'.join(script)
 
+GUIDES = { # other names for the guide's cell of names
+    'another pair': dict(target='lab/swahili', donor='lab/base', recovered='lab/science-en', retained='lab/arithmetic-sw'),
+    'folders and files': dict(target='sorted', donor='first', recovered='sums-{split}.jsonl', retained='datos-{split}.jsonl')}
+
+def guide(names):
+    "The guide's code with other names in its one cell of names, and at the end what came out as a line of JSON."
+    code = [source(c) for c in cells('50_guide') if c['cell_type'] == 'code']
+    given = [i for i, c in enumerate(code) if c.startswith('target, donor = ')]
+    assert len(given) == 1 and set(names) == {n.id for n in ast.walk(ast.parse(code[given[0]])) if isinstance(n, ast.Name)}
+    code[given[0]] = '\n'.join(f'{k} = {v!r}' for k, v in names.items())
+    end = 'import json\nprint(json.dumps(dict(mask=mask.meta, tried=len(grid), test={n: row(m) for n, m in models.items()})))'
+    return '\n'.join([*code, end])
+
+def prepared(at, name):
+    "What a guide's names name, where they are no lab models."
+    if name != 'folders and files': return
+    for mine, theirs in (('sorted', 'science-es'), ('first', 'base')): shutil.copytree(lab_path(theirs), at/mine)
+    for split in ('localize', 'sft', 'validation', 'test'):
+        for mine, theirs in (('sums', 'lab/arithmetic-en'), ('datos', 'lab/science-es')): load_ability(theirs, split, 24).save(at/f'{mine}-{split}.jsonl')
+
 @pytest.fixture(scope='module')
 def started(installed, tmp_path_factory):
-    "Pages begun all at once, each in an empty folder of its own: name -> (folder, process)."
-    at = {name: tmp_path_factory.mktemp(name) for name in PAGES}
-    run = {name: subprocess.Popen(['bash', '-c', shell(PAGES[name])], cwd=at[name], env=installed.env) for name in PAGES}
-    yield {name: (at[name], run[name]) for name in PAGES}
+    "Pages and guides begun all at once, each in an empty folder of its own: name -> (folder, process)."
+    at = {name: tmp_path_factory.mktemp(name.replace(' ', '-')) for name in (*PAGES, *GUIDES)}
+    for name in GUIDES: prepared(at[name], name)
+    what = {name: ['bash', '-c', shell(lines)] for name, lines in PAGES.items()} | {name: [installed.python, '-c', guide(names)] for name, names in GUIDES.items()}
+    run = {}
+    for name, command in what.items():
+        with open(at[name]/'out', 'w') as out: run[name] = subprocess.Popen(command, cwd=at[name], env=installed.env, stdout=out, stderr=out)
+    yield {name: (at[name], run[name]) for name in run}
     for p in run.values(): p.kill(); p.wait()
 
 @pytest.mark.parametrize('name', PAGES)
@@ -102,6 +127,22 @@ def test_commands_of_a_page(started, name):
     done = '\n'.join(l for l, needs, code in PAGES[name] if not needs and not code and '--dry_run' not in l)
     for out in re.findall(r'(?:--out|2?>) (\S+)', done): assert (at/out).exists(), out
     assert not re.search(r'^stopped$|Traceback|warning', said, re.M | re.I)
+
+@pytest.mark.parametrize('name, ability', [('another pair', 'science-en'), ('folders and files', 'sums')])
+def test_the_guide_with_other_models(started, name, ability):
+    at, process = started[name]
+    code, said = process.wait(), (at/'out').read_text()
+    assert code == 0, said[-3000:]
+    end = json.loads(said.splitlines()[-1])
+    assert end['mask']['ability'] == ability and end['tried'] == 8
+    assert [*end['test']] == ['target', 'target + SFT', 'random mask + SFT', 'ACT without SFT', 'ACT']
+    assert all([*row] == ['retained', 'recovered'] for row in end['test'].values())
+
+def test_nothing_else_in_the_guide_names_models_or_abilities():
+    code = [source(c) for c in cells('50_guide') if c['cell_type'] == 'code' and not source(c).startswith('target, donor = ')]
+    named = re.sub(r'#\| tbl-cap: .*', '', '\n'.join(code)) # of a recorded table
+    lines = '\n'.join(l for l, _, _ in PAGES['guide'] if not re.match('(target|recovered)=', l))
+    assert not re.search(r'lab/|maths|science|multiplication', named) and not re.search(r'lab/|maths|science|multiplication', lines)
 
 @pytest.mark.parametrize('name', PAGES)
 def test_what_is_not_done_here_is_known_to_the_parsers(name):
@@ -128,34 +169,6 @@ def test_the_readmes_code(installed, tmp_path):
     assert blocks(text, 'python') == [code]
     done = python(installed, code, tmp_path)
     assert (done.returncode, done.stdout) == (0, shown), done.stderr
-
-def follow(installed, where, **names):
-    "Run all cells of the guide, with other names in its cell of names; what they print, and the tables."
-    code = [source(c) for c in cells('50_guide') if c['cell_type'] == 'code']
-    given = [i for i, c in enumerate(code) if re.match('target, donor = ', c)]
-    assert len(given) == 1 and set(names) == {n.id for n in ast.walk(ast.parse(code[given[0]])) if isinstance(n, ast.Name)}
-    code[given[0]] = '\n'.join(f'{k} = {v!r}' for k, v in names.items())
-    rest = '\n'.join(code[:given[0]] + code[given[0]+1:])
-    assert not re.search(r"lab/(?!maths-en and lab/base\))|'(science|multiplication)", rest) # nothing else names them
-    return python(installed, '\n'.join(code) + '\nprint(json.dumps(dict(mask=mask.meta, tried=len(grid), test=[[n, *row(m)] for n, m in models.items()])))'.replace('json', '__import__("json")'), where)
-
-def test_the_guide_with_another_pair(installed, tmp_path):
-    done = follow(installed, tmp_path, target='lab/swahili', donor='lab/base', recovered='lab/science-en', retained='lab/arithmetic-sw')
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
-    assert said['mask']['ability'] == 'science-en' and said['tried'] == 8 and [t[0] for t in said['test']] == ['target', 'target + SFT', 'random mask + SFT', 'ACT without SFT', 'ACT']
-    assert all(t[1:] == ['retained', 'recovered'] for t in said['test'])
-
-def test_the_guide_with_folders_and_files(installed, tmp_path):
-    from act.abilities import load_ability
-    from act.lab import lab_path
-    for mine, theirs in (('sorted', 'science-es'), ('first', 'base')): shutil.copytree(lab_path(theirs), tmp_path/mine)
-    for split in ('localize', 'sft', 'validation', 'test'):
-        load_ability('lab/arithmetic-en', split, 24).save(tmp_path/f'sums-{split}.jsonl')
-        load_ability('lab/science-es', split, 24).save(tmp_path/f'datos-{split}.jsonl')
-    done = follow(installed, tmp_path, target='sorted', donor='first', recovered='sums-{split}.jsonl', retained='datos-{split}.jsonl')
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])['mask']['ability'] == 'sums'
 
 def test_a_copied_notebook_leaves_the_package_alone(installed, tmp_path):
     "Its cells are run where it was copied to: act/ of the checkout, and the installed one, stay as they are."
