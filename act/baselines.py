@@ -9,7 +9,7 @@ __all__ = ['BASELINES', 'BASELINE_ROWS', 'merge_with_mergekit', 'layer_mask', 't
 # %% ../nbs/32_baselines.ipynb #32-003
 import itertools, tempfile
 import numpy as np, pandas as pd, matplotlib.pyplot as plt, torch
-from .abilities import load_ability
+from .abilities import load_ability, short_name
 from .channels import ChannelMap, enumerate_channels
 from .checkpoints import load_model, resolve
 from .core import ActError, beside, command, next_step, quiet

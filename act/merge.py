@@ -11,12 +11,12 @@ import itertools, time
 from dataclasses import dataclass
 import numpy as np, pandas as pd, matplotlib.pyplot as plt, torch
 from fastcore.basics import patch
-from .abilities import load_ability
+from .abilities import load_ability, short_name
 from .baselines import merge_with_mergekit
 from .checkpoints import load_model, preflight
 from .core import ActError, beside, check_absent, command, next_step
 from .masks import ChannelMask, iou, random_mask, top_p, weight_scores
-from .recover import Bench, Method, Options, Recovery, _meta, _ready, _short, by_p_and_lam, by_p_and_rank, choose, interval, measure
+from .recover import Bench, Method, Options, Recovery, _meta, _ready, by_p_and_lam, by_p_and_rank, choose, interval, measure
 from .transfer import mask_slices, transfer
 
 # %% ../nbs/31_merge.ipynb #31-006
@@ -28,7 +28,7 @@ class MergeCase(Options):
     shared: tuple          # abilities of the base that should stay
 
     @property
-    def aims(self): return {**{_short(s): tuple(own) for s, own in self.specialists.items()}, 'base': tuple(self.shared)}
+    def aims(self): return {**{short_name(s): tuple(own) for s, own in self.specialists.items()}, 'base': tuple(self.shared)}
     @property
     def groups(self): return self.aims
 
@@ -41,7 +41,7 @@ MERGES = dict(lab=MergeCase(
 class MergeBench(Bench):
     "Base, specialists and items of a `MergeCase`; the models are loaded once, when first asked for."
     @property
-    def names(self): return 'base', *map(_short, self.case.specialists)
+    def names(self): return 'base', *map(short_name, self.case.specialists)
 
     def load(self):
         "Load the models."
@@ -51,7 +51,7 @@ class MergeBench(Bench):
         self.target, self.tok = load_model(base, dtype=case.dtype, device=self.device)
         self.specialists = {s: load_model(self.at(s), dtype=case.dtype, device=self.device)[0] for s in case.specialists}
         self.weights = {s: weight_scores(self.target, m) for s, m in self.specialists.items()}
-        self.given = {'base': self.target, **{_short(s): m for s, m in self.specialists.items()}}
+        self.given = {'base': self.target, **{short_name(s): m for s, m in self.specialists.items()}}
 
 # %% ../nbs/31_merge.ipynb #31-009
 @patch
@@ -62,7 +62,7 @@ def scores(
     "Activation scores of every specialist's own abilities, base against specialist."
     if seed not in self.acts:
         pools = {s: sum((load_ability(a, 'localize') for a in own[1:]), load_ability(own[0], 'localize')) for s, own in self.case.specialists.items()}
-        self.acts[seed] = {s: self.localised(_short(s), pool.sample(min(len(pool), self.case.items), seed)) for s, pool in pools.items()}
+        self.acts[seed] = {s: self.localised(short_name(s), pool.sample(min(len(pool), self.case.items), seed)) for s, pool in pools.items()}
     return self.acts[seed]
 
 # %% ../nbs/31_merge.ipynb #31-012
@@ -87,7 +87,7 @@ def conflicts(
         for name, (axis, chosen) in mask_slices(both).items():
             x, y = ((t[name] - ours[name]).index_select(axis, chosen.nonzero()[:, 0].to(ours[name].device)).double() for t in theirs)
             dot, na, nb = dot + float((x*y).sum()), na + float(x.square().sum()), nb + float(y.square().sum())
-        rows.append(dict(a=_short(a), b=_short(b), contested=both.count, iou=iou(masks[a], masks[b]), cosine=dot/(na*nb)**.5 if na*nb > 0 else np.nan))
+        rows.append(dict(a=short_name(a), b=short_name(b), contested=both.count, iou=iou(masks[a], masks[b]), cosine=dot/(na*nb)**.5 if na*nb > 0 else np.nan))
     return pd.DataFrame(rows)
 
 # %% ../nbs/31_merge.ipynb #31-019
@@ -186,7 +186,7 @@ def interference(
     for s in case.specialists:
         for c in case.aims:
             d = recs._scale()*(recs.samples('None')[c] - recs.samples(s)[c])
-            out.append(dict(zip(('added', 'on', 'difference', 'low', 'high'), (_short(s), c, *interval(d)))))
+            out.append(dict(zip(('added', 'on', 'difference', 'low', 'high'), (short_name(s), c, *interval(d)))))
     return pd.DataFrame(out)
 
 # %% ../nbs/31_merge.ipynb #31-032

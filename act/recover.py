@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Callable
 import numpy as np, pandas as pd, matplotlib.pyplot as plt, seaborn as sns
 from fastcore.basics import patch
-from .abilities import load_ability
+from .abilities import load_ability, short_name
 from .checkpoints import _check_use, check_pair, load_model, preflight, weight_hash
 from .core import PACKAGE, ActError, atomic_folder, bar, begin, beside, check_absent, command, next_step, provenance, read_json, write_json, peak_memory
 from .evaluate import evaluate, holm, mcnemar as paired_test
@@ -266,7 +266,7 @@ def choose(
 ) -> tuple: # DataFrame of all points, the given models first: row, setting, a column for each aim, mean; dict row -> best setting
     "Try every setting on validation items; the best has the best mean over the case's aims (retained and recovered)."
     case, known = bench.case, {}
-    mean = lambda vals, names: np.mean([vals[_short(a)].mean() for a in names])
+    mean = lambda vals, names: np.mean([vals[short_name(a)].mean() for a in names])
     def point(row, s, vals):
         aims = {k: mean(vals, v) for k, v in case.aims.items()}
         return dict(row=row, setting=s, **aims, mean=np.mean(list(aims.values())))
@@ -278,9 +278,6 @@ def choose(
     df = pd.DataFrame(out)
     best = df.loc[df[len(bench.names):].groupby('row', sort=False)['mean'].agg('idxmax' if case.metric == 'correct' else 'idxmin')]
     return df, dict(zip(best.row, best.setting))
-
-# %% ../nbs/30_recover.ipynb #30-040
-def _short(ability): return Path(ability).stem if ability.endswith('.jsonl') else ability.removeprefix('lab/').replace('/', '-')
 
 # %% ../nbs/30_recover.ipynb #30-042
 def measure(
@@ -310,7 +307,7 @@ def group_samples(
     who = np.vstack([np.arange(len(runs)), pick.integers(len(runs), size=(n, len(runs)))]) if len(runs) > 1 else np.zeros((n+1, 1), int)
     means = []
     for a in names:
-        x = np.stack([r[_short(a)] for r in runs])                            # seeds x items
+        x = np.stack([r[short_name(a)] for r in runs])                            # seeds x items
         draw = np.vstack([np.arange(x.shape[1]), rng.integers(x.shape[1], size=(n, x.shape[1]))])
         per_seed = np.stack([o[draw].mean(1) for o in x], 1)                  # (n + 1) x seeds
         means.append(np.take_along_axis(per_seed, who, 1).mean(1))
@@ -386,7 +383,7 @@ def mcnemar(
     row: str = 'ACT (module-normalised)', # compared with every other row
 ) -> pd.DataFrame:
     "McNemar's exact test of a row against every other on the recovered abilities' items (first seed of each)."
-    items = lambda r: np.concatenate([self.rows[r][0][_short(a)] for a in self.case.recovered])
+    items = lambda r: np.concatenate([self.rows[r][0][short_name(a)] for a in self.case.recovered])
     t = pd.DataFrame([dict(against=r, **paired_test(items(row), items(r))) for r in self.rows if r != row])
     return t.rename(columns=dict(only_a='only this', only_b='only the other')).assign(holm=holm(t.p))
 

@@ -51,7 +51,7 @@ def test_help(name, run, capsys, monkeypatch):
     purpose, examples = text.split('\n\n')[1], text.split('\nexample:\n')[1].split('\n\n')[0].splitlines()
     assert purpose and '`' not in text and '  ' not in purpose and examples
     for e in examples:
-        assert e.startswith(f'  {name}') and (e.strip() == name or ' --' in e or ' act_' not in e), e # whole, on one line
+        assert e.startswith(f'  {name}') and (e.strip() in (name, 'act_recipe list') or ' --' in e or ' act_' not in e), e # whole, on one line
         check_call(e)
     for o in core._required(function(name).__wrapped__): assert o == 'action' or text.index('\nrequired:') < text.index(f'\n  --{o} ') < text.index('\noptions:')
 
@@ -132,7 +132,7 @@ def files(run, tmp_path):
     ('act_evaluate --model lab/base --ability lab/science-zh --chat --out {t}/x', 'no chat template'), ('act_evaluate --model lab/base --ability lab/science-zh,lab/science-zh --out {t}/x', 'share a name'), ('act_evaluate --model lab/base --ability lab/science-zh --out {t}/s/x', 'cannot create the folder'),
     ('act_delta --target lab/swahili --donor lab/base --mask {t}/m --out {t}/x', 'another target'), ('act_apply --target lab/base --delta {t}/m --out {t}/x', 'not a usable delta'), ('act_undo --target lab/base --delta {t}/d --in_place', 'not a folder'), ('act_apply --target lab/base --delta {t}/d', '--in_place'), ('act_apply --target lab/base --delta {t}/d --out {t}/x', 'not what the delta was made for'), ('act_undo --target {t}/plain --delta {t}/d --in_place', 'not what the delta made'),
     ('act_findings --finding colour --out {t}/x', 'no finding'), ('act_findings --finding stability --family none --out {t}/x', 'no family'), ('act_merge --case other --out {t}/x', 'no merge'), ('act_merge --seeds 0 --out {t}/x', 'seeds is 0'), ('act_lab --train --models nobody --out {t}/x', 'no lab model'), ('act_plan --measure {t}', 'needs --constants'),
-    ('act_recipe jump', 'choose run, resume or report'), ('act_recipe resume --out {t}/full', 'holds no run'), ('act_recipe run --recipe {t}/none.yaml --out {t}/x', 'cannot be read'), ('act_finetune --model lab/base --ability lab/science-zh --out {t}/full', 'exists already'),
+    ('act_recipe jump', 'choose list, copy, run, resume or report'), ('act_recipe resume --out {t}/full', 'holds no run'), ('act_recipe run --recipe {t}/none.yaml --out {t}/x', 'neither the name of a recipe nor a file'), ('act_finetune --model lab/base --ability lab/science-zh --out {t}/full', 'exists already'),
     ('act_evaluate --model lab/base --ability {t}/empty.jsonl --out {t}/x', 'holds no items'), ('act_evaluate --model {t}/cut --ability lab/science-zh', 'truncated'), ('act_lab --train', 'needs --out'),
     ('act_reproduce --case other --out {t}/x', 'no case'), ('act_reproduce --device gpu9 --out {t}/x', "device is 'gpu9'"), ('act_reproduce', 'needs --out'), ('act_baselines --case other --out {t}/x', 'no case'), ('act_baselines', 'needs --out'), ('act_smollm2 --train nothing', 'no recipe')])
 def test_bad_input_is_one_line_and_leaves_nothing(run, files, line, words):
@@ -155,7 +155,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, files, line, words):
     'act_lab --train --out {t}/x', 'act_lab --train --out {t}/x/y/z --models maths-en', 'act_localize --target lab/maths-en --donor lab/base --ability lab/science-zh --out {t}/x', 'act_mask --scores {t}/s --out {t}/x', 'act_transfer --target lab/maths-en --donor lab/base --mask {t}/m --out {t}/x',
     'act_delta --target lab/maths-en --donor lab/base --mask {t}/m --out {t}/x', 'act_apply --target lab/maths-en --delta {t}/d --out {t}/x', 'act_apply --target {t}/plain --delta {t}/d --in_place', 'act_finetune --model lab/base --ability lab/science-zh --mask {t}/m --out {t}/x',
     'act_evaluate --model lab/base --ability lab/science-zh --out {t}/x', 'act_evaluate --model lab/base --ability lab/science-zh', 'act_plan --measure {t} --constants {t}/c', 'act_reproduce --out {t}/x', 'act_smollm2 --train maths', 'act_findings --finding stability --out {t}/x', 'act_baselines --out {t}/x', 'act_merge --out {t}/x',
-    'act_recipe run --recipe recipes/lab-recover.yaml --out {t}/x', 'act_tasks --ability lab/science-zh --out {t}/x', 'act_explore --out {t}/x.html'])
+    'act_recipe run --recipe lab-recover --out {t}/x', 'act_tasks --ability lab/science-zh --out {t}/x', 'act_explore --out {t}/x.html'])
 def test_a_dry_run_checks_and_says_and_leaves_nothing(run, files, line, monkeypatch):
     from act.lab import lab_path
     t = files

@@ -6,17 +6,16 @@ import pytest
 from filelock import FileLock
 from act.abilities import load_ability
 from act.core import ActError
-from act.recipes import Store, plan, read_recipe, run_recipe, shape_of
+from act.recipes import Store, plan, read_recipe, recipe_file, recipe_names, run_recipe, shape_of
 from act.recover import Recovery
 
 ROOT = Path(__file__).parent.parent
-RECIPES = ROOT/'recipes'
 
 @pytest.fixture(autouse=True)
 def no_hub(monkeypatch): monkeypatch.setenv('HF_HUB_OFFLINE', '1')
 
 def tiny(tmp_path, old=None, new=None):
-    text = (RECIPES/'lab-recover.yaml').read_text().replace('n: 40', 'n: 6').replace('items: 32', 'items: 8').replace('steps: 10', 'steps: 1').replace('ps: [0.1, 0.3]', 'ps: [0.1]')
+    text = recipe_file('lab-recover').read_text().replace('n: 40', 'n: 6').replace('items: 32', 'items: 8').replace('steps: 10', 'steps: 1').replace('ps: [0.1, 0.3]', 'ps: [0.1]')
     if old: assert old in text; text = text.replace(old, new)
     (tmp_path/'tiny.yaml').write_text(text)
     return tmp_path/'tiny.yaml'
@@ -30,9 +29,10 @@ def test_what_is_wrong_is_named(tmp_path, old, new, message):
     with pytest.raises(ActError, match=message): read_recipe(tiny(tmp_path, old, new))
 
 def test_every_recipe_reads_and_every_shape_resolves():
-    for f in RECIPES.glob('*.yaml'):
-        r = read_recipe(f)
-        if '7b' in f.name:
+    assert len(recipe_names()) == 9
+    for name in recipe_names():
+        r = read_recipe(name)
+        if '7b' in name:
             p = plan(r)
             assert p.models.parameters.min() > 6e9 and set(p.models.origin) == {'recipe'} and p.moved.channels.is_monotonic_increasing
             assert not [o for o in p.problems if 'ACT_DATA' not in o] # only data may be out of reach here
@@ -82,6 +82,14 @@ def test_a_change_redoes_what_it_touches(tmp_path):
     other = run_recipe(replace(r, case=replace(r.case, sft=dict(r.case.sft, lr=1e-3))), tmp_path/'run', progress=False)
     assert other.meta['stages_found'] == 2 + 4 + 1 + 2 + 2 # hashes, given models, localisation, and what has no fine-tuning: two settings' scores, two rows
 
+def test_names_and_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read_recipe('lab-recover') == read_recipe(recipe_file('lab-recover')) and read_recipe('lab-recover').name == 'lab-recover'
+    (tmp_path/'lab-recover').mkdir() # the run of that name: it is not asked
+    assert read_recipe('lab-recover').kind == 'recover'
+    for wrong in ('lab-recovery', 'none.yaml', tmp_path, ''):
+        with pytest.raises(ActError, match='neither the name of a recipe nor a file: choose one of lab-merge, lab-recover, '): read_recipe(wrong)
+
 def test_two_runs_do_not_share_a_folder(tmp_path):
     r = read_recipe(tiny(tmp_path))
     (tmp_path/'run').mkdir()
@@ -94,7 +102,7 @@ def test_a_stage_file_that_was_tampered_with_is_refused(tmp_path):
     with pytest.raises(ActError, match='act-stage-1'): s.value('x', dict(a=1), lambda: 5)
 
 def test_a_recipe_makes_its_own_specialist(tmp_path):
-    text = (RECIPES/'lab-merge.yaml').read_text().replace('n: 40', 'n: 6').replace('items: 32', 'items: 8').replace('steps: 10', 'steps: 1').replace('    lab/science-es:', '    train/own:')
+    text = recipe_file('lab-merge').read_text().replace('n: 40', 'n: 6').replace('items: 32', 'items: 8').replace('steps: 10', 'steps: 1').replace('    lab/science-es:', '    train/own:')
     text += 'train: {own: {model: lab/base, abilities: [lab/chemistry-es], steps: 2, lr: 1.0e-4, batch_size: 4}}\n'
     text = text.replace('rows: [ACT, ACT (module-normalised), random masks, task arithmetic (mergekit), TIES (mergekit), joint SFT]', 'rows: [ACT (module-normalised), task arithmetic (mergekit)]')
     (tmp_path/'m.yaml').write_text(text)
@@ -107,12 +115,19 @@ def test_a_recipe_makes_its_own_specialist(tmp_path):
 
 def test_the_command(tmp_path):
     cli = lambda *a: subprocess.run([sys.executable, '-c', 'import sys; from act.recipes import act_recipe; sys.exit(act_recipe())', *map(str, a)], capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    listed = cli('list').stdout
+    assert all(f'{n}\n  ' in listed for n in recipe_names()) and 'a minute on two cores' in listed
+    mine = tmp_path/'my.yaml'
+    assert 'dry run' in cli('copy', '--recipe', 'lab-merge', '--out', mine, '--dry_run').stdout and not mine.exists()
+    assert cli('copy', '--recipe', 'lab-merge', '--out', mine).returncode == 0 and mine.read_bytes() == recipe_file('lab-merge').read_bytes()
+    again = cli('copy', '--recipe', 'lab-recover', '--out', mine)
+    assert again.returncode == 2 and 'exists already' in again.stderr and 'merge' in mine.read_text()
     recipe, out = tiny(tmp_path), tmp_path/'run'
     dry = cli('run', '--recipe', recipe, '--dry_run')
     assert dry.returncode == 0 and 'Everything resolves' in dry.stdout and not out.exists()
     bad = cli('run', '--recipe', tiny(tmp_path, 'lab/science-zh', 'lab/poetry-zh'), '--dry_run')
     assert bad.returncode == 2 and 'PROBLEM' in bad.stdout and 'problem(s)' in bad.stderr
-    assert 'holds no run' in cli('resume', '--out', out).stderr and 'choose run, resume or report' in cli('jump', '--out', out).stderr
+    assert 'holds no run' in cli('resume', '--out', out).stderr and 'choose list, copy, run, resume or report' in cli('jump', '--out', out).stderr
     done = cli('run', '--recipe', tiny(tmp_path), '--out', out)
     assert done.returncode == 0 and 'module-normalised' in done.stdout, done.stderr
     assert 'exists already' in cli('run', '--recipe', recipe, '--out', out).stderr

@@ -9,7 +9,7 @@ from act.core import ActError, write_json
 from act import localize as localizing
 from act.deltas import make_delta
 from act.masks import random_mask
-from act.recipes import read_recipe
+from act.recipes import read_recipe, recipe_names
 from act.scale import SHAPES, act_plan, config_of, even_mask, layout, load_constants, measure_constants, plan_localize, plan_transfer, predict, scale_table, sparse_checkpoint, trial
 from act.transfer import mask_slices, transfer_checkpoint
 from conftest import FAMILIES, tiny_config, tiny_model
@@ -36,7 +36,7 @@ def test_known_parameter_counts():
     assert config_of('QWEN2.5-7B').hidden_size == 3584 and config_of('lab/base').hidden_size == 128
 
 def test_recipes_note_the_same_shapes():
-    noted = [(hub, s) for f in (Path(__file__).parent.parent/'recipes').glob('*.yaml') for hub, s in read_recipe(f).shapes.items()]
+    noted = [(hub, s) for n in recipe_names() for hub, s in read_recipe(n).shapes.items()]
     assert len(noted) >= 2
     for hub, entries in noted: assert SHAPES[hub.split('/')[-1].lower().removesuffix('-hf')] == entries
 
