@@ -232,3 +232,21 @@ def test_without_a_tie_a_head_that_is_nowhere_is_missed(make):
     save_file(t, folder/'model.safetensors', metadata=dict(format='pt'))
     with pytest.raises(ActError, match='lacks the tensor lm_head.weight'): load_model(folder)
     with pytest.raises(ActError, match='lacks the tensor lm_head.weight'): enumerate_channels(folder)
+
+# recipes
+
+RECIPE = """kind: recover
+seeds: [0]
+train:
+  sums: {{model: {model}, abilities: [lab/multiplication-en], steps: 2, lr: 1.0e-4, batch_size: 4}}
+case: {{target: train/sums, donor: {donor}, recovered: [lab/science-en], retained: [lab/multiplication-en], others: [], items: 8, n: 8, sft: {{steps: 2, lr: 3.0e-4, batch_size: 4}}, grid: {{ps: [0.1], lams: [1.0]}}}}
+"""
+
+def test_a_recipe_finds_a_pair_that_does_not_fit_before_it_trains(two, tmp_path):
+    from act.recipes import plan, read_recipe, run_recipe
+    edit(two[1], 'config.json', rms_norm_eps=1e-3)
+    (tmp_path/'r.yaml').write_text(RECIPE.format(model=two[0], donor=two[1]))
+    recipe = read_recipe(tmp_path/'r.yaml')
+    assert any('rms_norm_eps' in o for o in plan(recipe).problems)
+    with pytest.raises(ActError, match='rms_norm_eps'): run_recipe(recipe, tmp_path/'out')
+    assert not (tmp_path/'out').exists()
