@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['TASKS', 'DECIMAL_POINT', 'DECIMAL_COMMA', 'task_items', 'bits_per_byte', 'score_answer', 'right_choice',
            'score_choices', 'read_number', 'final_answer', 'read_answer', 'compare_answers', 'write_tasks', 'ActLM',
-           'bootstrap_ci', 'EvalResult', 'evaluate', 'paired_bootstrap', 'mcnemar', 'holm', 'Paired', 'act_evaluate']
+           'bootstrap_ci', 'EvalResult', 'evaluate', 'paired_bootstrap', 'mcnemar', 'holm', 'Paired', 'act_evaluate',
+           'act_lm_eval']
 
 # %% ../nbs/14_evaluate.ipynb #14-003
-import contextlib, importlib, inspect, io, logging, math, re, unicodedata, warnings
+import contextlib, importlib, inspect, io, logging, math, re, sys, unicodedata, warnings
 from functools import lru_cache
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -240,6 +241,8 @@ class ActLM(LM):
     ):
         super().__init__()
         if not str(batch_size).isdigit() or not int(batch_size): raise ActError(f"batch_size is {batch_size!r}: give the number of items at once")
+        processes() # connected, each with its own device
+        if device == 'cuda:0': device = 'cuda' if torch.cuda.is_available() else None # lm-eval asks for cuda:0 unless it is told otherwise
         loaded = load_model(pretrained, dtype, device, device_map) if isinstance(pretrained, (str, Path)) else (pretrained, tokenizer)
         self.model, self.tokenizer = loaded
         self.chat, self.max_length, self.batch_size, self.progress = chat, max_length, int(batch_size), progress
@@ -537,3 +540,12 @@ def act_evaluate(
     print(f'{result}\n-> {out}' if out else result)
     if not out: next_step('act_evaluate', model=model, ability=ability, split=split if split != 'test' else None, n=n, chat=chat, generate=generate or None, out=f'{Path(model).name}.json')
     elif any((Path(model)/f'act_{o}.json').exists() for o in ('transfer', 'finetune')): next_step('act_publish', model=model, scores=out, out=beside(out, 'published'))
+
+# %% ../nbs/14_evaluate.ipynb #14-314
+def act_lm_eval():
+    "lm-eval's own command line, with the model `act`: `act_lm_eval run --model act --model_args pretrained=lab/base,chat=False --tasks TASK --include_path FOLDER`"
+    from lm_eval.__main__ import cli_evaluate
+    try: cli_evaluate()
+    except ActError as e:
+        print(f'error: {e}', file=sys.stderr)
+        return 2
