@@ -279,7 +279,7 @@ def _task_files(abilities, write):
 def task_folder(
     abilities,            # an ability or several: as `load_ability` takes them
     out,                  # folder to create; must not exist
-    split: str = 'test',  # train, localize, sft, validation or test
+    split: str = 'test',  # train, localize, sft, validation, test or all
     n: int = None,        # items of each ability; all by default
     write: int = 512,     # tokens that a model may write in the tasks that end in _generate
 ) -> list: # names of the tasks
@@ -309,7 +309,7 @@ def act_mergekit(
 def act_tasks(
     ability: str, # names or jsonl files, separated by commas
     out: str,     # folder to create
-    split: str = 'test', # train, localize, sft, validation or test
+    split: str = 'test', # train, localize, sft, validation, test or all
     n: int = None,       # items of each ability; all by default
     write: int = 512,    # tokens that a model may write in the tasks that end in _generate
 ):
