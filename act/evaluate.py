@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['TASKS', 'DECIMAL_POINT', 'DECIMAL_COMMA', 'task_items', 'bits_per_byte', 'score_answer', 'right_choice',
            'score_choices', 'read_number', 'final_answer', 'read_answer', 'compare_answers', 'write_tasks', 'ActLM',
-           'bootstrap_ci', 'EvalResult', 'evaluate', 'paired_bootstrap', 'mcnemar', 'holm', 'Paired', 'act_evaluate']
+           'bootstrap_ci', 'EvalResult', 'evaluate', 'paired_bootstrap', 'mcnemar', 'holm', 'Paired', 'act_evaluate',
+           'act_lm_eval']
 
 # %% ../nbs/14_evaluate.ipynb #14-003
-import contextlib, importlib, inspect, io, logging, math, re, unicodedata, warnings
+import contextlib, importlib, inspect, io, logging, math, re, sys, unicodedata, warnings
 from functools import lru_cache
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -18,7 +19,7 @@ from lm_eval.api.registry import register_model
 from scipy import stats
 from .abilities import LANGUAGE_NAMES, Ability, EncodedItem, Item, batches, check_fits, encode, encode_prompts, load_ability, reads
 from .checkpoints import _check_use, _label, _opened, load_model, load_tokenizer, weight_hash
-from .core import PACKAGE, ActError, bar, begin, beside, command, gathered, listed, next_step, processes, provenance, quiet, read_json, write_json
+from .core import PACKAGE, ActError, bar, begin, beside, command, gathered, listed, next_step, parse_json, processes, provenance, quiet, read_json, warn, write_json
 from .show import Shown, folded, intervals, place, table
 
 # %% ../nbs/14_evaluate.ipynb #14-009
@@ -40,7 +41,7 @@ def _silent():
 # %% ../nbs/14_evaluate.ipynb #14-012
 def task_items(
     spec: str,           # what `load_ability` takes
-    split: str = 'test', # train, localize, sft, validation or test
+    split: str = 'test', # train, localize, sft, validation, test or all
     n: int = None,       # items
     **_,                 # lm-eval passes the task's metadata too
 ) -> dict: # {'test': datasets.Dataset} with the columns prompt, answer, id, choices, eos (the end-of-text token belongs to the answer) and language
@@ -240,6 +241,8 @@ class ActLM(LM):
     ):
         super().__init__()
         if not str(batch_size).isdigit() or not int(batch_size): raise ActError(f"batch_size is {batch_size!r}: give the number of items at once")
+        processes() # connected, each with its own device
+        if device == 'cuda:0': device = 'cuda' if torch.cuda.is_available() else None # lm-eval asks for cuda:0 unless it is told otherwise
         loaded = load_model(pretrained, dtype, device, device_map) if isinstance(pretrained, (str, Path)) else (pretrained, tokenizer)
         self.model, self.tokenizer = loaded
         self.chat, self.max_length, self.batch_size, self.progress = chat, max_length, int(batch_size), progress
@@ -412,6 +415,14 @@ def evaluate(
     return EvalResult(items, meta)
 
 # %% ../nbs/14_evaluate.ipynb #14-401
+def _warn_of_trained(model, abilities):
+    "A warning for items that a model's own record of fine-tuning names."
+    note = Path(model)/'act_finetune.json'
+    try: trained = set(parse_json(note).get('trained_on') or ())
+    except (OSError, ValueError, AttributeError): return # no folder, no record, or not ours
+    for a in abilities:
+        if n := sum(h in trained for h in a.item_hashes): warn(f"{n} of the {len(a)} items of ability {a.name} were trained on (act_finetune.json of {Path(model).name}): their score says nothing about new items, evaluate on another split or another file")
+
 def _check_names(abilities):
     if not abilities: raise ActError("no abilities to evaluate: pass at least one")
     if len({a.name for a in abilities}) < len(abilities): raise ActError(f"two abilities share a name ({', '.join(a.name for a in abilities)}): give them different names")
@@ -511,7 +522,7 @@ def act_evaluate(
     model: str,            # folder, .gguf file, hub id, lab/NAME or smollm2/NAME
     ability: str,          # names or jsonl files, separated by commas
     out: str = None,       # result file (JSON) to write
-    split: str = 'test',   # train, localize, sft, validation or test
+    split: str = 'test',   # train, localize, sft, validation, test or all
     n: int = None,         # items of each ability; all by default
     batch_size: int = 64,  # items at once
     max_length: int = None, # tokens of prompt and answer; longer prompts are cut on the left
@@ -528,6 +539,7 @@ def act_evaluate(
     headers, first, tok = _opened(model), not processes()[0], load_tokenizer(model) # all that can be wrong is looked for before anything is loaded
     encoded = [e for a in abilities for e in _encoded(a, tok, _kind(a, generate), a.eos, chat, max_length)]
     check_fits(encoded, *reads(headers), model)
+    _warn_of_trained(model, abilities)
     begin([model, *listed(ability)], {out: 1000 + 80*len(encoded)} if out else {}, f'{len(encoded):,} items, {sum(len(e.answer) for e in encoded):,} answer tokens')
     net, tok = load_model(model, dtype, device, device_map)
     result = evaluate(net, abilities, tok, batch_size, generate, max_length=max_length, chat=chat)
@@ -537,3 +549,12 @@ def act_evaluate(
     print(f'{result}\n-> {out}' if out else result)
     if not out: next_step('act_evaluate', model=model, ability=ability, split=split if split != 'test' else None, n=n, chat=chat, generate=generate or None, out=f'{Path(model).name}.json')
     elif any((Path(model)/f'act_{o}.json').exists() for o in ('transfer', 'finetune')): next_step('act_publish', model=model, scores=out, out=beside(out, 'published'))
+
+# %% ../nbs/14_evaluate.ipynb #14-314
+def act_lm_eval():
+    "lm-eval's own command line, with the model `act`: `act_lm_eval run --model act --model_args pretrained=lab/base,chat=False --tasks TASK --include_path FOLDER`"
+    from lm_eval.__main__ import cli_evaluate
+    try: cli_evaluate()
+    except ActError as e:
+        print(f'error: {e}', file=sys.stderr)
+        return 2

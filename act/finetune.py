@@ -480,7 +480,7 @@ def act_finetune(
     model: str,              # folder, .gguf file, hub id, lab/NAME or smollm2/NAME
     ability: str,            # names or jsonl files, separated by commas
     out: str,                # folder to create
-    split: str = 'sft',      # train, localize, sft, validation or test
+    split: str = 'sft',      # train, localize, sft, validation, test or all
     n: int = None,           # items of each ability; all by default
     steps: int = 50,         # optimiser steps
     lr: float = None,        # peak learning rate; by default safe for the model's size

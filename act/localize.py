@@ -236,7 +236,7 @@ def act_localize(
     donor: str,            # the model that has the ability
     ability: str,          # a name or a jsonl file
     out: str,              # score file to write
-    split: str = 'localize', # train, localize, sft, validation or test
+    split: str = 'localize', # train, localize, sft, validation, test or all
     n: int = None,         # items; all by default
     positions: str = 'read', # read or predict
     batch_tokens: int = 4096, # most tokens in a batch

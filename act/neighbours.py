@@ -243,28 +243,28 @@ def peft_config(
 
 # %% ../nbs/17_neighbours.ipynb #17-056
 _CODE = '''"What the tasks of this folder read and how they score; written by act_tasks, loaded by lm-eval."
-import json, math, re
+import json, math, re, unicodedata
 from pathlib import Path
 import numpy as np
 
-def items(file, eos='', **_):
+def items(file, eos=False, language=None, **_):
     from datasets import Dataset
     rows = [json.loads(line) for line in (Path(__file__).parent/file).read_text(encoding='utf-8').split('\\n') if line]
-    return dict(test=Dataset.from_list([dict(r, answer=r['answer'] + eos, choices=[c + eos for c in r['choices']]) for r in rows]))
+    return dict(test=Dataset.from_list([dict(r, eos=eos, language=language) for r in rows]))
 
 '''
-_SCORES = 'bits_per_byte', 'score_answer', 'right_choice', 'score_choices', 'final_answer', 'compare_answers', '_last_number'
-def _task_code(): return _CODE + '\n'.join(inspect.getsource(getattr(_scoring, f)) for f in _SCORES)
+_NAMES, _SCORES = ('DECIMAL_POINT', 'DECIMAL_COMMA'), ('bits_per_byte', 'score_answer', 'right_choice', 'score_choices', 'read_number', 'final_answer', 'read_answer', 'compare_answers')
+def _task_code(): return _CODE + ''.join(f'{o} = {getattr(_scoring, o)!r}\n' for o in _NAMES) + '\n' + '\n'.join(inspect.getsource(getattr(_scoring, f)) for f in _SCORES)
 
 # %% ../nbs/17_neighbours.ipynb #17-058
-def _task_yaml(name, kind, a, eos, write):
+def _task_yaml(name, kind, a, write):
     "One task file, from the template of its kind."
     text = (TASKS/f'act_{kind}.yaml').read_text(encoding='utf-8').replace('act.evaluate.task_items', 'act_items.items').replace('act.evaluate.', 'act_items.')
-    file = f'  file: {name.removesuffix("_generate")}.jsonl\n' + (f'  eos: {json.dumps(eos, ensure_ascii=False)}\n' if a.eos and kind != 'generate' else '')
+    file = f'  file: {name.removesuffix("_generate")}.jsonl\n' + '  eos: true\n'*(a.eos and kind != 'generate') + (f'  language: "{a.language}"\n' if a.language else '')
     for old, new in ((r'^task: .*$', f'task: {name}\ntag: act'), (r'^  spec: .*\n', lambda _: file), (r'^  max_gen_toks: .*$', f'  max_gen_toks: {write}')): text = re.sub(old, new, text, flags=re.M)
     return text + f'  ability: {json.dumps(a.name, ensure_ascii=False)}\n  source: {json.dumps(a.source, ensure_ascii=False)}\n  items: {len(a)}\n  hash: {a.hash}\n'
 
-def _task_files(abilities, eos, write):
+def _task_files(abilities, write):
     "File name -> text."
     files = {'act_items.py': _task_code()}
     for a in abilities:
@@ -273,22 +273,21 @@ def _task_files(abilities, eos, write):
         files[f'{name}.jsonl'] = ''.join(json.dumps(dict(prompt=o.prompt, answer=o.answer, id=o.id or str(i), choices=o.choices), ensure_ascii=False) + '\n' for i, o in enumerate(a))
         for kind in dict.fromkeys((_kind(a, False), _kind(a, True))):
             task = name + '_generate'*(kind == 'generate')
-            files[f'{task}.yaml'] = _task_yaml(task, kind, a, eos, write)
+            files[f'{task}.yaml'] = _task_yaml(task, kind, a, write)
     return files
 
 # %% ../nbs/17_neighbours.ipynb #17-059
 def task_folder(
     abilities,            # an ability or several: as `load_ability` takes them
     out,                  # folder to create; must not exist
-    split: str = 'test',  # train, localize, sft, validation or test
+    split: str = 'test',  # train, localize, sft, validation, test or all
     n: int = None,        # items of each ability; all by default
     write: int = 512,     # tokens that a model may write in the tasks that end in _generate
-    eos: str = '<|endoftext|>', # the model's end-of-text token, which belongs to the answers of abilities that end the text (those of the lab)
 ) -> list: # names of the tasks
-    "Write a folder of tasks for `lm_eval --include_path`, which needs nothing of this package."
+    "Write a folder of tasks for `act_lm_eval` and for `lm_eval --include_path`; the folder needs nothing of this package."
     abilities = [load_ability(a, split, n) for a in (abilities if isinstance(abilities, (list, tuple)) else [abilities])]
     if write < 1: raise ActError(f"write is {write}: let the model write one token at least")
-    files = {f: t.encode() for f, t in _task_files(abilities, eos, write).items()}
+    files = {f: t.encode() for f, t in _task_files(abilities, write).items()}
     begin([a.source for a in abilities], {out: sum(map(len, files.values()))}, f"{len(files)} files: {', '.join(files)}")
     with atomic_folder(out) as tmp:
         for f, t in files.items(): (tmp/f).write_bytes(t)
@@ -311,12 +310,11 @@ def act_mergekit(
 def act_tasks(
     ability: str, # names or jsonl files, separated by commas
     out: str,     # folder to create
-    split: str = 'test', # train, localize, sft, validation or test
+    split: str = 'test', # train, localize, sft, validation, test or all
     n: int = None,       # items of each ability; all by default
     write: int = 512,    # tokens that a model may write in the tasks that end in _generate
-    eos: str = '<|endoftext|>', # the model's end-of-text token
 ):
     "Write a folder of tasks for lm_eval: `act_tasks --ability lab/science-zh,mine.jsonl --out tasks`"
-    names = task_folder(listed(ability), out, split, n, write, eos)
+    names = task_folder(listed(ability), out, split, n, write)
     print(f"{', '.join(names)} -> {out}")
-    next_step('lm_eval', model='hf', model_args='pretrained=MODEL', tasks=','.join(names), include_path=out)
+    next_step('act_lm_eval run', model='act', model_args='pretrained=MODEL', tasks=','.join(names), include_path=out)

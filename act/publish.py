@@ -349,7 +349,8 @@ def _spec(name, source):
     first, _, split = where.rpartition(' ')
     skill, lang = skill_language(name)
     if where.endswith('.jsonl') and ' ' not in where: return where, None, n and int(n)
-    if split not in SHARES: return None
+    if split not in (*SHARES, 'all'): return None
+    if first.endswith('.jsonl') and ' ' not in first: return first, split, n and int(n)
     if first == f'lab/{name}': return first, split, n and int(n)
     return (f'{skill}/{lang}', split, n and int(n)) if skill in SOURCES and lang else None
 

@@ -1,7 +1,7 @@
 "Abilities: answer positions by character offsets, padding on either side, files and sources that say what is wrong."
-import json, pytest, torch
-from act.abilities import SHARES, Ability, Item, batches, encode, load_ability, read_jsonl, render
-from act.core import ActError
+import json, warnings, pytest, torch
+from act.abilities import SHARES, SPLIT_FROM, Ability, Item, batches, encode, load_ability, read_jsonl
+from act.core import ActError, ActWarning, sha256
 from conftest import tiny_model, toy_tokenizer
 
 ITEMS = [Item('two plus two is', ' four'), Item('五和六', '共十一'), Item('q:', ' ocho')]
@@ -77,7 +77,7 @@ def test_positions_unknown(tokenizer):
     with pytest.raises(ActError, match="'read' or 'predict'"): encode(ITEMS, tokenizer, positions='all')
 
 @pytest.mark.parametrize('text, words', [
-    ('{"prompt": "a", "answer": "b"}\nnot json\n', 'line 2: not JSON'), ('{"prompt": "a"}\n', 'line 1: no text under'), ('\n{"prompt": "a", "answer": 3}\n', 'line 2'),
+    ('{"prompt": "a", "answer": "b"}\nnot json\n', 'line 2: not JSON'), ('{"prompt": "a"}\n', 'line 1: no text under'), ('\n{"prompt": "a", "answer": true}\n', 'line 2: no text'), ('{"prompt": 3, "answer": "b"}\n', 'line 1: no text'), ('{"prompt": "a", "answer": "b", "choices": ["b", false]}\n', 'line 1: "choices"'), ('{"prompt": "a", "answer": NaN}\n', 'line 1: not JSON'),
     ('[1]\n', 'line 1'), ('{"prompt": "a", "answer": "  "}\n', 'line 1: the answer is empty'), ('', 'holds no items'), ('\n\n', 'holds no items')])
 def test_bad_jsonl_names_file_and_line(tmp_path, text, words):
     (tmp_path/'mine.jsonl').write_text(text)
@@ -89,9 +89,46 @@ def test_bytes_that_are_not_text(tmp_path):
     with pytest.raises(ActError, match='x.jsonl cannot be read as UTF-8'): read_jsonl(tmp_path/'x.jsonl')
     with pytest.raises(ActError, match='absent.jsonl'): read_jsonl(tmp_path/'absent.jsonl')
 
+def test_numbers_stand_for_their_digits(tmp_path):
+    (tmp_path/'x.jsonl').write_text('\n'.join('{"prompt": "a", "answer": %s, "choices": [%s, 7, "b"]}' % (o, o) for o in ('3', '3.0', '-0.50', '1e3', '12345678901234567890')))
+    a = read_jsonl(tmp_path/'x.jsonl')
+    assert [o.answer for o in a] == ['3', '3.0', '-0.50', '1e3', '12345678901234567890']
+    assert a[1].choices == ('3.0', '7', 'b')
+    assert all(type(s) is str for o in a for s in (o.answer, *o.choices))
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path/'x.jsonl').write_bytes(b'\xef\xbb\xbf{"prompt": "a", "answer": "b"}\n')
+    assert read_jsonl(tmp_path/'x.jsonl')[0] == Item('a', 'b', 'x.jsonl:1')
+
+def test_a_file_is_split_by_its_prompts(tmp_path):
+    items = [Item(f'q{i//2}', str(i)) for i in range(2*SPLIT_FROM)] # every prompt twice
+    path = Ability('mine', items).save(tmp_path/'mine.jsonl')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        parts = {s: load_ability(path, s) for s in SHARES}
+        assert len(load_ability(path, 'all')) == len(items)
+    assert sum(map(len, parts.values())) == len(items)
+    prompts = [{o.prompt for o in p} for p in parts.values()]
+    assert sum(map(len, prompts)) == len(set().union(*prompts)) == SPLIT_FROM
+    moved = Ability('other', items[::-1]).save(tmp_path/'other.jsonl')
+    assert {o.prompt for o in load_ability(moved, 'sft')} == {o.prompt for o in parts['sft']}
+    assert load_ability(path).source == 'mine.jsonl test'
+    with pytest.raises(ActError, match='no split is called .dev.: choose one of train, localize, sft, validation, test or all'): load_ability(path, 'dev')
+
+def test_a_small_file_is_used_whole_and_says_so(tmp_path):
+    path = Ability('mine', [Item(str(i), 'b') for i in range(SPLIT_FROM - 1)]).save(tmp_path/'mine.jsonl')
+    with pytest.warns(ActWarning, match='mine.jsonl has 99 items, fewer than 100, and is used whole as split sft'): assert len(load_ability(path, 'sft')) == 99
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert len(load_ability(path, 'all')) == 99
+
+def test_hashes_of_items():
+    a = Ability('x', [Item('p', 'a', id='1'), Item('p', 'b')])
+    assert a.item_hashes == [sha256('p', 'a')[:12], sha256('p', 'b')[:12]] and all(len(h) == 12 for h in a.item_hashes)
+
 def test_jsonl_round_trip(tmp_path):
     a = Ability('maths-sw', ITEMS)
-    b = load_ability(str(a.save(tmp_path/'maths-sw.jsonl')))
+    b = load_ability(str(a.save(tmp_path/'maths-sw.jsonl')), 'all')
     assert a.hash == b.hash and (b.skill, b.language, b.eos) == ('maths', 'sw', False)
 
 def test_an_ability_without_items_or_answers():
@@ -125,6 +162,12 @@ def test_splits_of_a_source_are_disjoint_and_lose_nothing(mirror, spec):
     assert {'test', 'localize', 'sft', 'validation'} <= set(parts)
     assert sum(map(len, parts.values())) == len(set().union(*parts.values())) == dict(gsm8k=120, mgsm=60, xquad=180).get(spec.split('/')[0], 60)
 
+@pytest.mark.parametrize('spec', ['gsm8k/en', 'mgsm/es', 'xquad/es', 'xquad-text/en'])
+def test_all_of_a_source(mirror, spec):
+    whole = load_ability(spec, 'all')
+    assert len(whole) == dict(gsm8k=120, mgsm=60, xquad=180).get(spec.split('/')[0], 60) == len({o.id + o.prompt for o in whole})
+    assert set(load_ability(spec, 'test').item_hashes) < set(whole.item_hashes)
+
 def test_parallel_paragraphs_share_a_split(mirror):
     for s in SHARES:
         a, b = ({o.id.split('/')[-1] for o in load_ability(f'xquad-text/{o}', s)} for o in ('en', 'es'))
@@ -144,3 +187,4 @@ def test_unknown_names_and_splits(mirror):
     with pytest.raises(ActError, match='no ability is called'): load_ability('poetry/en')
     with pytest.raises(ActError, match='no split is called'): load_ability('gsm8k/en', 'dev')
     with pytest.raises(ActError, match='no lab ability'): load_ability('lab/poetry-en')
+    with pytest.raises(ActError, match='no split is called .all.: choose one of train'): load_ability('lab/science-en', 'all') # generated for each split

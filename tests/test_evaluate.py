@@ -1,8 +1,8 @@
 "Evaluate: lm-eval's numbers equal hand-made ones; paired statistics equal textbook values; files come back."
-import math, pytest, numpy as np, torch
+import json, math, warnings, pytest, numpy as np, torch
 from act.abilities import Ability, Item
 from act.checkpoints import load_model
-from act.core import ActError
+from act.core import ActError, ActWarning
 from act.evaluate import EvalResult, act_evaluate, bootstrap_ci, compare_answers, evaluate, holm, mcnemar, paired_bootstrap, read_answer, read_number, TASKS
 from conftest import tiny_model
 
@@ -114,6 +114,18 @@ def test_several_processes_return_what_one_does(tmp_path, launch):
     act_evaluate(model=model, ability=names, out=tmp_path/'one.json', device_map='auto', **kw)
     one, three = (EvalResult.load(tmp_path/f'{n}.json') for n in ('one', 'three'))
     assert one.items.equals(three.items) and one.meta['weights'] == three.meta['weights']
+
+def test_items_that_were_trained_on_are_named(checkpoint, tmp_path, capsys):
+    ability = Ability('toy-en', [Item(f'two plus {i}', ' four') for i in range(4)])
+    path, folder = ability.save(tmp_path/'toy-en.jsonl'), checkpoint('tuned')
+    run = lambda: act_evaluate(model=str(folder), ability=str(path), split='all')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', ActWarning)
+        run()
+        (folder/'act_finetune.json').write_text(json.dumps(dict(trained_on=['0'*12])))
+        run()
+    (folder/'act_finetune.json').write_text(json.dumps(dict(trained_on=ability.item_hashes[1:3])))
+    with pytest.warns(ActWarning, match='2 of the 4 items of ability toy-en were trained on .act_finetune.json of tuned.'): run()
 
 def test_bootstrap_interval_of_a_known_case():
     x = np.r_[np.ones(50), np.zeros(50)]

@@ -1,5 +1,5 @@
 "Neighbours: mergekit writes what the transfer writes; training stays inside the mask; tables come back; lm_eval's numbers are ours."
-import copy, gc, importlib.util, json, os, subprocess, sys, weakref, pytest, torch
+import copy, gc, importlib.util, json, os, re, subprocess, sys, weakref, pytest, torch
 from pathlib import Path
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -315,34 +315,85 @@ def test_millions_of_channels_are_not_looked_at_one_by_one():
     s, start = ChannelScores.from_flat(torch.arange(cm.total).float(), cm), time.process_time()
     assert torch.equal(ChannelScores.from_table(s.to_pandas(), cm).flat(), s.flat()) and time.process_time() - start < 10
 
-def test_plain_lm_eval_gives_our_numbers(tmp_path, monkeypatch):
-    "The plain command, offline, elsewhere, in a folder that has moved, where `act` cannot be imported."
+@pytest.fixture
+def lm_eval(tmp_path):
+    "Run lm-eval's command line elsewhere, offline: `lm_eval(main, *options)` gives the samples of a task."
+    def _run(main, *args, path=None):
+        cwd = tmp_path/f'cwd{len(list(tmp_path.glob("cwd*")))}'
+        cwd.mkdir()
+        env = dict(os.environ, HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', HF_HOME=str(tmp_path/'cache'), OMP_NUM_THREADS='1', **(dict(PYTHONPATH=str(path)) if path else {}))
+        args = ['run', *map(str, args), '--batch_size', '64', '--device', 'cpu', '--output_path', 'out', '--log_samples']
+        done = subprocess.run([sys.executable, '-c', f'import sys; {main}', *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        def samples(task):
+            path, = (cwd/'out').rglob(f'samples_{task}_2*.jsonl')
+            return sorted((json.loads(l) for l in path.read_text().splitlines()), key=lambda o: o['doc_id'])
+        return samples
+    return _run
+
+OURS, THEIRS = 'from act.evaluate import act_lm_eval; sys.exit(act_lm_eval())', 'from lm_eval.__main__ import cli_evaluate; cli_evaluate()'
+
+@pytest.fixture
+def tasks(tmp_path):
+    "(abilities, folder of their tasks), moved since it was written."
     choices = Ability('picked-en', [Item('The sun is a', a, choices=(' star', ' planet')) for a in (' star', ' planet')])
     mine = tmp_path/'mine.jsonl'
     mine.write_text(json.dumps(dict(prompt='Q: 二\n', answer='四 "4"')) + '\n' + json.dumps(dict(prompt='x', answer=' y')) + '\n')
     abilities = [load_ability('lab/science-zh', n=8), load_ability(mine), choices]
     names = task_folder([abilities[0], mine, choices], tmp_path/'a', write=12)
-    assert names == ['act_science_zh', 'act_science_zh_generate', 'act_mine', 'act_mine_generate', 'act_picked_en'] and 'act.' not in (tmp_path/'a'/'act_science_zh.yaml').read_text().replace('act_', '')
+    assert names == ['act_science_zh', 'act_science_zh_generate', 'act_mine', 'act_mine_generate', 'act_picked_en']
     (tmp_path/'a').rename(tmp_path/'moved')
+    return abilities, tmp_path/'moved'
+
+def logliks(samples, ability): return [float(o['filtered_resps'][a.choices.index(a.answer) if a.choices else 0][0]) for o, a in zip(samples, ability)]
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_lm_eval_with_our_model_gives_our_numbers(tasks, lm_eval, dtype):
+    abilities, folder = tasks
+    samples = lm_eval(OURS, '--model', 'act', '--model_args', f'pretrained=lab/science-zh,dtype={dtype}', '--tasks', 'act', '--include_path', folder)
+    model, tok = load_model('lab/science-zh', dtype=dtype)
+    given, written = (evaluate(model, abilities, tok, generate=g, progress=False).items for g in (0, 12))
+    for a, task in zip(abilities, ('act_science_zh', 'act_mine', 'act_picked_en')):
+        want = given[given.ability == a.name]
+        assert [int(o['acc']) for o in samples(task)] == want.correct.tolist()
+        assert logliks(samples(task), a) == pytest.approx(want.loglik.tolist(), abs=1e-4 if dtype == 'float32' else .1)
+    for a, task in zip(abilities, ('act_science_zh_generate', 'act_mine_generate')):
+        want = written[written.ability == a.name]
+        assert [int(o['exact_match']) for o in samples(task)] == want.correct.tolist()
+        assert [o['resps'][0][0] for o in samples(task)] == want.text.tolist()
+    assert 0 < given[given.ability == 'science-zh'].correct.sum() and 0 < written.correct.sum()
+
+def test_the_shipped_tasks_with_our_model_give_our_numbers(lm_eval):
+    from act.evaluate import TASKS
+    samples = lm_eval(OURS, '--model', 'act', '--model_args', 'pretrained=lab/maths-en,dtype=float32', '--tasks', 'act_lab_science_el', '--include_path', TASKS)('act_lab_science_el')
+    ability = load_ability('lab/science-el')
+    want = evaluate(load_model('lab/maths-en', dtype='float32')[0], ability, load_model('lab/maths-en')[1], progress=False).items
+    assert logliks(samples, ability) == pytest.approx(want.loglik.tolist(), abs=1e-4)
+    assert [int(o['acc']) for o in samples] == want.correct.tolist()
+    assert [o['bits_per_byte'] for o in samples] == pytest.approx([-l/b/0.6931471805599453 for l, b in zip(want.loglik, want.bytes)], abs=1e-4)
+
+def test_plain_lm_eval_runs_the_tasks_where_act_cannot_be_imported(tasks, lm_eval, tmp_path):
+    abilities, folder = tasks
     (tmp_path/'no'/'act').mkdir(parents=True)
     (tmp_path/'no'/'act'/'__init__.py').write_text('raise ImportError("act is not here")')
-    args = ['--model', 'hf', '--model_args', f"pretrained={resolve('lab/science-zh')}", '--tasks', 'act', '--include_path', '../moved', '--batch_size', '64', '--device', 'cpu', '--output_path', 'out', '--log_samples']
-    (tmp_path/'cwd').mkdir()
-    env = dict(os.environ, PYTHONPATH=str(tmp_path/'no'), HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', HF_HOME=str(tmp_path/'cache'), OMP_NUM_THREADS='1')
-    done = subprocess.run([str(Path(sys.executable).parent/'lm_eval'), *args], cwd=tmp_path/'cwd', env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    def samples(task):
-        path, = (tmp_path/'cwd'/'out').rglob(f'samples_{task}_2*.jsonl')
-        return sorted((json.loads(l) for l in path.read_text().splitlines()), key=lambda o: o['doc_id'])
-    model, tok = load_model('lab/science-zh')
-    given = evaluate(model, abilities, tok, progress=False).items
+    samples = lm_eval(THEIRS, '--model', 'hf', '--model_args', f"pretrained={resolve('lab/science-zh')},dtype=float32", '--tasks', 'act', '--include_path', folder, path=tmp_path/'no')
+    model, tok = load_model('lab/science-zh', dtype='float32')
+    given = evaluate(model, abilities, tok, eos=False, progress=False).items
     for a, task in zip(abilities, ('act_science_zh', 'act_mine', 'act_picked_en')):
-        got, want = samples(task), given[given.ability == a.name]
-        right = [o.choices.index(o.answer) if o.choices else 0 for o in a]
-        assert [int(o['acc']) for o in got] == want.correct.tolist() and [float(o['filtered_resps'][r][0]) for o, r in zip(got, right)] == want.loglik.tolist()
-    written = evaluate(model, abilities[:2], tok, generate=12, progress=False).items
-    for a, task in zip(abilities, ('act_science_zh_generate', 'act_mine_generate')): assert [int(o['exact_match']) for o in samples(task)] == written[written.ability == a.name].correct.tolist()
-    assert 0 < given[given.ability == 'science-zh'].correct.sum() and 0 < written.correct.sum()
+        got, want = logliks(samples(task), a), given[given.ability == a.name].loglik.tolist()
+        if a.name == 'mine': assert abs(got[0] - want[0]) > .1 # it counts the line end of the prompt as answer
+        assert got[a.name == 'mine':] == pytest.approx(want[a.name == 'mine':], abs=1e-3)
+    assert len(samples('act_science_zh_generate')) == 8
+
+def test_our_model_says_what_is_wrong_in_one_line(monkeypatch, capsys):
+    from act.evaluate import TASKS, act_lm_eval
+    def run(*args):
+        monkeypatch.setattr(sys, 'argv', ['act_lm_eval', 'run', '--model', 'act', '--tasks', 'act_lab_science_el', '--include_path', str(TASKS), '--limit', '2', *args])
+        return act_lm_eval(), capsys.readouterr().err.splitlines()[-1]
+    for args, words in [(('--model_args', 'pretrained=lab/nobody'), 'error: no lab model'), (('--model_args', 'pretrained=lab/base,chat=True'), 'no chat template'),
+                        (('--model_args', 'pretrained=lab/base', '--batch_size', 'auto'), "error: batch_size is 'auto'"), (('--model_args', 'pretrained=lab/base', '--apply_chat_template'), 'error: lm-eval.s own chat templating is not used')]:
+        code, err = run(*args)
+        assert code == 2 and re.search(words, err)
 
 def test_the_tasks_command(tmp_path, monkeypatch, capsys):
     def run(*args):
@@ -351,7 +402,7 @@ def test_the_tasks_command(tmp_path, monkeypatch, capsys):
     code, out, _ = run('--ability', 'lab/science-zh', '--n', 4, '--out', tmp_path/'t', '--dry_run')
     assert not code and not list(tmp_path.iterdir()) and 'act_science_zh_generate.yaml' in out and 'nothing was written' in out
     code, out, _ = run('--ability', 'lab/science-zh', '--n', 4, '--out', tmp_path/'t', '--write', 9)
-    assert not code and f'--include_path {tmp_path}/t' in out and 'max_gen_toks: 9\n' in (tmp_path/'t'/'act_science_zh_generate.yaml').read_text()
+    assert not code and f'next: act_lm_eval run --model act --model_args pretrained=MODEL --tasks act_science_zh,act_science_zh_generate --include_path {tmp_path}/t' in out and 'max_gen_toks: 9\n' in (tmp_path/'t'/'act_science_zh_generate.yaml').read_text()
     assert load_ability(tmp_path/'t'/'act_science_zh.jsonl').hash == load_ability('lab/science-zh', n=4).hash # the items are an ability file again
     for args, words in [(('--ability', 'lab/science-zh', '--out', tmp_path/'t'), 'exists already'), (('--ability', 'lab/science-zh,lab/science-zh', '--out', tmp_path/'u'), 'different names'), (('--ability', 'lab/none-xx', '--out', tmp_path/'u'), 'no lab ability'),
                         (('--ability', 'lab/science-zh', '--write', 0, '--out', tmp_path/'u'), 'one token at least')]:
