@@ -1,10 +1,20 @@
 "Abilities: answer positions by character offsets, padding on either side, files and sources that say what is wrong."
 import json, pytest, torch
-from act.abilities import SHARES, Ability, Item, batches, encode, load_ability, read_jsonl, render
+from act.abilities import SHARES, Ability, Item, batches, encode, load_ability, read_jsonl, render, short_name
 from act.core import ActError
 from conftest import tiny_model, toy_tokenizer
 
 ITEMS = [Item('two plus two is', ' four'), Item('五和六', '共十一'), Item('q:', ' ocho')]
+
+def test_files_of_an_ability_share_one_name(tmp_path):
+    (tmp_path/'deep').mkdir()
+    for split, n in (('sft', 1), ('test', 2)):
+        for file in (f'sums-{split}.jsonl', f'deep/{split}.jsonl'): Ability('x', ITEMS[:n]).save(tmp_path/file)
+    for file, name in (('sums-{split}.jsonl', 'sums'), ('deep/{split}.jsonl', 'deep')):
+        read = [load_ability(f'{tmp_path}/{file}', split) for split in ('sft', 'test')]
+        assert [(a.name, len(a)) for a in read] == [(name, 1), (name, 2)]
+    assert load_ability(tmp_path/'sums-test.jsonl').name == short_name('sums-test.jsonl') == 'sums-test'
+    with pytest.raises(ActError, match='sums-localize.jsonl cannot be read'): load_ability(f'{tmp_path}/sums-{{split}}.jsonl', 'localize')
 
 def text_at(tok, encoded, item):
     "What the tokens at the answer positions spell."
