@@ -1,10 +1,14 @@
 "Abilities: answer positions by character offsets, padding on either side, files and sources that say what is wrong."
 import json, warnings, pytest, torch
-from act.abilities import SHARES, SPLIT_FROM, Ability, Item, batches, encode, load_ability, read_jsonl
+from act.abilities import SHARES, SPLIT_FROM, Ability, Item, batches, encode, load_ability, read_jsonl, render, short_name
 from act.core import ActError, ActWarning, sha256
 from conftest import tiny_model, toy_tokenizer
 
 ITEMS = [Item('two plus two is', ' four'), Item('五和六', '共十一'), Item('q:', ' ocho')]
+
+def test_a_file_and_its_splits_have_one_name(tmp_path):
+    Ability('x', ITEMS).save(tmp_path/'sums-test.jsonl')
+    assert load_ability(tmp_path/'sums-test.jsonl', 'all').name == short_name('sums-test.jsonl') == 'sums-test'
 
 def text_at(tok, encoded, item):
     "What the tokens at the answer positions spell."

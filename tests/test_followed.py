@@ -89,7 +89,7 @@ def shell(lines):
 
 GUIDES = { # other names for the guide's cell of names
     'another pair': dict(target='lab/swahili', donor='lab/base', recovered='lab/science-en', retained='lab/arithmetic-sw'),
-    'folders and files': dict(target='sorted', donor='first', recovered='sums-{split}.jsonl', retained='datos-{split}.jsonl')}
+    'folders and files': dict(target='sorted', donor='first', recovered='sums.jsonl', retained='datos.jsonl')}
 
 def guide(names):
     "The guide's code with other names in its one cell of names, and at the end what came out as a line of JSON."
@@ -104,8 +104,8 @@ def prepared(at, name):
     "What a guide's names name, where they are no lab models."
     if name != 'folders and files': return
     for mine, theirs in (('sorted', 'science-es'), ('first', 'base')): shutil.copytree(lab_path(theirs), at/mine)
-    for split in ('localize', 'sft', 'validation', 'test'):
-        for mine, theirs in (('sums', 'lab/arithmetic-en'), ('datos', 'lab/science-es')): load_ability(theirs, split, 24).save(at/f'{mine}-{split}.jsonl')
+    for mine, theirs in (('sums', 'lab/arithmetic-en'), ('datos', 'lab/science-es')):
+        sum((load_ability(theirs, split, 60) for split in ('sft', 'validation', 'test')), load_ability(theirs, 'localize', 60)).save(at/f'{mine}.jsonl')
 
 @pytest.fixture(scope='module')
 def started(installed, tmp_path_factory):

@@ -90,6 +90,13 @@ def test_names_and_files(tmp_path, monkeypatch):
     for wrong in ('lab-recovery', 'none.yaml', tmp_path, ''):
         with pytest.raises(ActError, match='neither the name of a recipe nor a file: choose one of lab-merge, lab-recover, '): read_recipe(wrong)
 
+def test_a_file_of_ones_own_is_split_for_every_stage(tmp_path):
+    load_ability('lab/science-zh', 'sft', 120).save(tmp_path/'mine.jsonl')
+    path = tiny(tmp_path, 'recovered: [lab/science-zh]', f"recovered: ['{tmp_path}/mine.jsonl']\n")
+    path.write_text(path.read_text() + 'rows: [ACT (module-normalised) without SFT, ACT (module-normalised)]\n')
+    rec = run_recipe(read_recipe(path), tmp_path/'run', progress=False)
+    assert [*rec.rows] == ['target', 'donor', 'ACT (module-normalised) without SFT', 'ACT (module-normalised)'] and {*rec.rows['donor'][0]} == {'mine', 'multiplication-en', 'science-en'}
+
 def test_two_runs_do_not_share_a_folder(tmp_path):
     r = read_recipe(tiny(tmp_path))
     (tmp_path/'run').mkdir()

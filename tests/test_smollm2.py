@@ -45,6 +45,18 @@ def test_the_base_is_a_plain_checkpoint(cache):
     model, tok = load_model('smollm2')
     assert model.num_parameters() == 134515008 and tok.chat_template and weight_hash(model) == smollm2_manifest()['base']['weights']
 
+def test_two_runs_that_unpack_at_once(monkeypatch, tmp_path):
+    monkeypatch.setenv('ACT_CACHE', str(tmp_path))
+    def other_was_first(out):
+        out.mkdir(parents=True)
+        raise ActError(f'the output folder {out} exists already')
+    monkeypatch.setattr('act.smollm2.unpack_base', other_was_first)
+    assert smollm2_path() == tmp_path/'smollm2'/'base'
+    def fails(out): raise ActError('no room')
+    monkeypatch.setattr('act.smollm2.unpack_base', fails)
+    (tmp_path/'smollm2'/'base').rmdir()
+    with pytest.raises(ActError, match='no room'): smollm2_path()
+
 def test_names_and_recipes_that_are_not_there(cache):
     with pytest.raises(ActError, match='no SmolLM2 model'): smollm2_path('french')
     with pytest.raises(ActError, match='act_smollm2 --train maths-full'): smollm2_path('maths-full')
