@@ -212,7 +212,7 @@ def split_items(
     "A split of a file's items by a hash of their prompts."
     if split == 'all': return ability
     if len(ability) < SPLIT_FROM:
-        warn(f"{ability.source} has {len(ability)} items, fewer than {SPLIT_FROM}, and is used whole as split {split}: training and test then share items, so keep them in files of their own")
+        warn(f"{ability.source} has fewer than {SPLIT_FROM} items ({len(ability)}) and is used whole as split {split}: training and test then share items, so keep them in files of their own")
         return ability
     return Ability(ability.name, [o for o in ability if _split_of('jsonl', o.prompt, SHARES) == split], f'{ability.source} {split}', ability.eos)
 
@@ -383,7 +383,9 @@ def check_fits(
     "Raise ActError that names the first item with an id, or a length, that the model cannot read."
     for e in encoded:
         if rows and max(e.input_ids) >= rows: raise ActError(f"{e.name}: token id {max(e.input_ids)} is outside the model's vocabulary of {rows} ({what}): use the model's own tokenizer")
-        if context and len(e.input_ids) > context: raise ActError(f"{e.name} is {len(e.input_ids):,} tokens long and {what} reads {context:,}: pass max_length={context}, which cuts it")
+        if not context or len(e.input_ids) <= context: continue
+        way = f'pass max_length={context}, which cuts it' if len(e.answer) < context else 'its answer alone is too long, leave it out'
+        raise ActError(f"{e.name} is {len(e.input_ids):,} tokens long and {what} reads {context:,}: {way}")
 
 # %% ../nbs/02_abilities.ipynb #02-035
 def batches(

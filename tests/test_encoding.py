@@ -133,7 +133,8 @@ def test_what_a_model_cannot_read_is_named():
     e = [EncodedItem([1, 7], [1], [1], 'x', 'item 3 of ability sums')]
     check_fits(e, 8, 2, 'm'); check_fits(e, None, None, 'm')
     with pytest.raises(ActError, match="item 3 of ability sums: token id 7 is outside the model's vocabulary of 7 .m.: use the model's own tokenizer"): check_fits(e, 7, None, 'm')
-    with pytest.raises(ActError, match='item 3 of ability sums is 2 tokens long and m reads 1: pass max_length=1'): check_fits(e, None, 1, 'm')
+    with pytest.raises(ActError, match='item 3 of ability sums is 2 tokens long and m reads 1: its answer alone is too long, leave it out'): check_fits(e, None, 1, 'm')
+    with pytest.raises(ActError, match='item 3 is 3 tokens long and m reads 2: pass max_length=2, which cuts it'): check_fits([EncodedItem([1, 2, 3], [2], [2], 'x', 'item 3')], None, 2, 'm')
 
 @pytest.mark.parametrize('config, want', [
     (dict(vocab_size=9, max_position_embeddings=64), (9, 64)), (dict(n_positions=32, vocab_size=9), (9, 32)), ({}, (None, None)),
@@ -247,7 +248,7 @@ def test_what_a_model_cannot_read_is_said_before_it_runs(model, tmp_path, checkp
     tok.add_tokens([*(f'<{i}>' for i in range(320 - len(tok))), '<new>'])
     with pytest.raises(ActError, match='item 1 of ability x: token id 320 is outside'): evaluate(model, Ability('x', [Item('a', 'b'), Item('a <new>', 'b')]), tok, progress=False)
     folder = checkpoint('small')
-    with pytest.raises(ActError, match=r'item long.jsonl:1 of ability long is 4\d\d tokens long and .*small reads 256: pass max_length=256'):
+    with pytest.raises(ActError, match=r'item long.jsonl:1 of ability long is 4\d\d tokens long and .*small reads 256: its answer alone is too long'):
         act_evaluate(model=str(folder), ability=str(Ability('long', [Item('x', 'qzj'*150)]).save(tmp_path/'long.jsonl')))
 
 def test_a_text_by_itself_in_windows(model):
