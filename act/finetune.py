@@ -396,12 +396,10 @@ def safe_rate(
     lora: bool = False, # an adapter learns
 ) -> float:
     "A peak learning rate that leaves unrelated text alone."
-    rate = min(max(RATE/math.sqrt(parameters), 5e-6), 3e-4)
+    rate = min(max(0.2/math.sqrt(parameters), 5e-6), 5e-5)
     return float(f'{(10 if lora else 1)*rate:.1g}')
 
 # %% ../nbs/13_finetune.ipynb #13-623
-RATE = 0.1 # of a model with one weight: chosen below
-
 def _learning(shapes, mask):
     "How many weights learn: all, or those of the mask's channels."
     if mask is None: return sum(math.prod(s) for s in shapes.values())
@@ -421,6 +419,7 @@ def training_memory(
     if lora_r: moving = sum(lora_r*sum(s) for k, s in shapes.items() if len(s) == 2 and k.endswith('_proj.weight'))
     else: moving = count(mask_slices(mask) if mask else shapes) # a parameter with a chosen channel has a gradient everywhere
     width, inner = config.get('hidden_size', 0), config.get('intermediate_size', 0)
+    if isinstance(inner, list): inner = max(inner) # a width for each layer
     kept = config.get('num_hidden_layers', 0)*(10*width + 4*inner) + 3*config.get('vocab_size', 0) # numbers a token
     share = processes()[1] if _fsdp() else 1
     return dict(weights=4*(count(shapes) + moving*bool(lora_r))//share, gradients=4*moving//share, AdamW=8*moving//share, activations=4*tokens*kept)
