@@ -14,7 +14,7 @@ NO_CHROMIUM = 'the pages were not opened: chromium is not on the PATH'
 WIDTHS = dict(phone=390, desktop=1280)
 RULES_OFF = {}  # axe rule -> why it is off
 MACHINE = re.compile(r'(?<![\w.])/(?:root|home(?!/(?:me|ann)/)|work|tmp)\b|site-packages|\b[A-Z]:\\+(?!(?:me|ann)\\)\w') # /home/me and /home/ann are made up, for examples
-DEBRIS = re.compile(r'\d+%\||\dit/s|s/it\]|Warning\b|^Traceback|\x1b\[|\r', re.M)
+DEBRIS = re.compile(r'\d+%\||\dit/s|s/it\]|Warning:|^Traceback|\x1b\[|\r', re.M)
 
 # ---- a notebook as it lies in nbs/
 
