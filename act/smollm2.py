@@ -94,7 +94,7 @@ def measure_smollm2(
     progress: bool = True, # show bars
 ) -> EvalResult:
     "Log-likelihood of the right answers on test items of the watched abilities."
-    model, tok = load_model(smollm2_path(name), dtype='bfloat16')
+    model, tok = load_model(smollm2_path(name), dtype='float32')
     result = evaluate(model, [load_ability(a, n=n) for a in WATCHED], tok, batch_size=8, progress=progress)
     result.meta.update(model=f'smollm2/{name}', weights=weight_hash(smollm2_path(name)))
     return result
