@@ -322,7 +322,9 @@ def load_model(
     for name, stored, wanted in sorted(info['mismatched_keys']): raise ActError(f"{name} in {model} has shape {tuple(stored)}, its config.json says {tuple(wanted)}: the two do not belong together")
     net.config._name_or_path = str(model) # the name that was asked for, not a folder of this machine
     if device is not None and device_map is None: net = net.to(device)
-    return net.eval(), load_tokenizer(ck.folder)
+    tok = load_tokenizer(ck.folder)
+    tok.name_or_path = str(model)
+    return net.eval(), tok
 
 # %% ../nbs/01_checkpoints.ipynb #01-026
 def load_tokenizer(
