@@ -6,8 +6,8 @@
 __all__ = ['TensorInfo', 'DTYPES', 'INDEX', 'PROBES', 'VOCABULARY', 'EXTRAS', 'BLOCK', 'THREADS', 'read_header', 'Checkpoint',
            'weight_files', 'resolve', 'one_line', 'transformers_config', 'load_model', 'load_tokenizer', 'weight_hash',
            'fingerprint', 'check_finite', 'check_tokenizers', 'PairReport', 'check_pair', 'fit_rows', 'Fitted',
-           'fitted', 'preflight', 'save_model', 'copy_extras', 'untie', 'from_gguf', 'cache_dir', 'write_like',
-           'write_tensors']
+           'fitted', 'preflight', 'save_model', 'copy_extras', 'from_gguf', 'cache_dir', 'write_like', 'write_tensors',
+           'untie']
 
 # %% ../nbs/01_checkpoints.ipynb #01-003
 import contextlib, hashlib, json, math, os, queue, re, shutil, struct
@@ -584,22 +584,6 @@ def copy_extras(
         to.parent.mkdir(exist_ok=True)
         shutil.copyfile(f, to)
 
-# %% ../nbs/01_checkpoints.ipynb #01-513
-def untie(
-    model, # as in `resolve`, with a head that is its embedding
-    out,   # folder to create
-) -> Path:
-    "Write a tied model with a head of its own, equal to its embedding, so that it fits a model that has one; to the bit the same otherwise."
-    ck = _opened(model)
-    if not ck.tied: raise ActError(f"{model} has a head of its own already: use it as it is")
-    names = [k for k in ck.tensors if k != HEAD]
-    shapes = {k: (ck.tensors[k].dtype, ck.tensors[k].shape) for k in names} | {HEAD: (ck.tensors[EMBEDDING].dtype, ck.tensors[EMBEDDING].shape)}
-    with atomic_folder(out, ck.nbytes) as tmp:
-        copy_extras(ck.folder, tmp)
-        write_tensors(tmp/'model.safetensors', shapes, dict(format='pt'), (ck.read(k) for k in (*names, EMBEDDING)))
-        (tmp/'config.json').write_text(json.dumps(dict(ck.config, tie_word_embeddings=False), indent=2) + '\n')
-    return Path(out)
-
 # %% ../nbs/01_checkpoints.ipynb #01-302
 def _gguf_header(file):
     "What a GGUF file says of itself, and the type that its weights take outside it; ActError when it is damaged."
@@ -737,3 +721,19 @@ def write_tensors(
         _put(out, struct.pack('<Q', len(raw)) + raw)
         for part in data: _put(out, part.contiguous().view(-1).view(torch.uint8).numpy())
         if out.tell() != 8 + len(raw) + end: raise ActError(f"{out.tell() - 8 - len(raw):,} bytes of data came for {path}, its tensors have {end:,}: the source changed while it was read")
+
+# %% ../nbs/01_checkpoints.ipynb #01-513
+def untie(
+    model, # as in `resolve`, with a head that is its embedding
+    out,   # folder to create
+) -> Path:
+    "Write a tied model with a head of its own, equal to its embedding, so that it fits a model that has one; to the bit the same otherwise."
+    ck = _opened(model)
+    if not ck.tied: raise ActError(f"{model} has a head of its own already: use it as it is")
+    names = [k for k in ck.tensors if k != HEAD]
+    shapes = {k: (ck.tensors[k].dtype, ck.tensors[k].shape) for k in names} | {HEAD: (ck.tensors[EMBEDDING].dtype, ck.tensors[EMBEDDING].shape)}
+    with atomic_folder(out, ck.nbytes) as tmp:
+        copy_extras(ck.folder, tmp)
+        write_tensors(tmp/'model.safetensors', shapes, dict(format='pt'), (ck.read(k) for k in (*names, EMBEDDING)))
+        (tmp/'config.json').write_text(json.dumps(dict(ck.config, tie_word_embeddings=False), indent=2) + '\n')
+    return Path(out)
