@@ -396,8 +396,8 @@ def safe_rate(
     lora: bool = False, # an adapter learns
 ) -> float:
     "A peak learning rate that leaves unrelated text alone."
-    rate = min(max(0.2/math.sqrt(parameters), 5e-6), 5e-5)
-    return float(f'{(10 if lora else 1)*rate:.1g}')
+    free, low, high = (2., 5e-5, 3e-4) if lora else (.2, 5e-6, 5e-5)
+    return float(f'{min(max(free/math.sqrt(parameters), low), high):.1g}')
 
 # %% ../nbs/13_finetune.ipynb #13-623
 def _learning(shapes, mask):

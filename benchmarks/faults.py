@@ -36,7 +36,7 @@ STAGES = dict( # name -> (what makes its inputs in a folder {here}, the command 
     apply=(shards, 'act_apply --target {here}/maths --delta {here}/delta --out {out}'),
     localize=(shards, f'act_localize {PAIR} --ability lab/science-en --n 120 --batch_tokens 256 --save_seconds 0 --out {{out}}'),
     localize_in_turn=(shards, f'act_localize {PAIR} --ability lab/science-en --n 120 --batch_tokens 256 --save_seconds 0 --hold one --out {{out}}'),
-    finetune=(None, 'act_finetune --model lab/maths-en --ability lab/science-zh --validation lab/science-zh --steps 60 --save_steps 5 --out {out}'),
+    finetune=(None, 'act_finetune --model lab/maths-en --ability lab/science-zh --validation lab/science-zh --steps 60 --lr 1e-4 --save_steps 5 --out {out}'),
 )
 
 def start(command): return subprocess.Popen([str(BIN/command.split()[0]), *command.split()[1:]], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=dict(os.environ, OMP_NUM_THREADS='1', TQDM_DISABLE='1'))

@@ -337,6 +337,13 @@ def test_the_default_rate_falls_with_the_weights_that_learn():
     assert safe_rate(5e8) <= 2e-5, 'at 1e-4 a model of this size lost its English in six steps'
     assert safe_rate(135e6, lora=True) == pytest.approx(10*safe_rate(135e6))
 
+def test_the_default_rate_was_safe_wherever_it_was_measured():
+    runs = core.read_json(core.PACKAGE/'results'/'finetune-rates.json', 'act-finetune-rates-1', 'table of rates', 'benchmarks/finetune_rates.py')['runs']
+    safe = [r for r in runs if r['lr'] <= 1.01*safe_rate(r['parameters'], r['kind'] == 'lora')]
+    assert {(r['model'], r['kind'], r['ability']) for r in safe} >= {(m, 'full', a) for m, a in (('lab/base', 'chemistry-zh'), ('lab/base', 'multiplication-en'), ('smollm2', 'gsm8k-en'))}
+    assert all(r['neutral'] < 1.02*r['neutral_before'] for r in safe)
+    assert any(r['neutral'] > 1.02*r['neutral_before'] for r in runs if r['lr'] <= 4*safe_rate(r['parameters'], r['kind'] == 'lora')), 'and is not timid'
+
 def test_the_default_rate_is_used_and_recorded(tokenizer):
     big = tiny_model()
     n = sum(p.numel() for p in big.parameters())
