@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TensorInfo', 'DTYPES', 'INDEX', 'PROBES', 'VOCABULARY', 'EXTRAS', 'BLOCK', 'THREADS', 'read_header', 'Checkpoint',
            'weight_files', 'resolve', 'one_line', 'transformers_config', 'load_model', 'load_tokenizer', 'weight_hash',
-           'fingerprint', 'check_finite', 'check_tokenizers', 'PairReport', 'check_pair', 'fit_rows', 'Fitted',
-           'fitted', 'preflight', 'save_model', 'copy_extras', 'from_gguf', 'cache_dir', 'write_like', 'write_tensors',
-           'untie']
+           'trained_on', 'fingerprint', 'check_finite', 'check_tokenizers', 'PairReport', 'check_pair', 'fit_rows',
+           'Fitted', 'fitted', 'preflight', 'save_model', 'copy_extras', 'from_gguf', 'cache_dir', 'write_like',
+           'write_tensors', 'untie']
 
 # %% ../nbs/01_checkpoints.ipynb #01-003
 import contextlib, hashlib, json, math, os, queue, re, shutil, struct
@@ -373,6 +373,18 @@ def weight_hash(
 ) -> str: # hexadecimal SHA-256
     "One name for a model's weights, from names, shapes and values (as float32) in order of name: neither shards nor a higher precision in memory change it; tied copies count once."
     return _hash((k, read()) for k, (_, read) in sorted(_tensors(source).items()))
+
+# %% ../nbs/01_checkpoints.ipynb #01-521
+def trained_on(
+    model, # as in `resolve`
+) -> set: # names of items, as `Ability.item_hashes` gives them; empty where no note says
+    "The items that a model was fine-tuned on, by the notes that fine-tuning and transfer leave beside its weights."
+    found = set()
+    for note in (resolve(model)/n for n in ('act_finetune.json', 'act_transfer.json')):
+        if not note.is_file(): continue
+        try: found |= set(parse_json(note, nan=True).get('trained_on') or ())
+        except (OSError, ValueError, TypeError, AttributeError) as e: raise ActError(f"{note.name} of {model} is not readable ({e}): remove it, or copy the folder again") from e
+    return found
 
 # %% ../nbs/01_checkpoints.ipynb #01-034
 _SPOTS, _STRETCH = 16, 64

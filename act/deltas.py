@@ -202,7 +202,7 @@ def apply_delta(
     return out
 
 # %% ../nbs/15_deltas.ipynb #15-027
-def _note(delta, folder): write_json(dict(format='act-transfer-1', **{k: delta.meta.get(k) for k in ('target', 'rule', 'moved', 'hashes')}, delta=delta.hash, provenance=provenance()), folder/'act_transfer.json')
+def _note(delta, folder): write_json(dict(format='act-transfer-1', **{k: delta.meta[k] for k in ('target', 'rule', 'moved', 'hashes', 'trained_on') if k in delta.meta}, delta=delta.hash, provenance=provenance()), folder/'act_transfer.json')
 
 def _apply_in_memory(model, delta, undo):
     known = {n: p.detach() for n, p in model.named_parameters()}

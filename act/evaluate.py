@@ -18,8 +18,8 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from scipy import stats
 from .abilities import LANGUAGE_NAMES, Ability, EncodedItem, Item, batches, check_fits, encode, encode_prompts, load_ability, reads
-from .checkpoints import _check_use, _label, _opened, load_model, load_tokenizer, weight_hash
-from .core import PACKAGE, ActError, bar, begin, beside, command, gathered, listed, next_step, parse_json, processes, provenance, quiet, read_json, warn, write_json
+from .checkpoints import _check_use, _label, _opened, load_model, load_tokenizer, trained_on, weight_hash
+from .core import PACKAGE, ActError, bar, begin, beside, command, gathered, listed, next_step, processes, provenance, quiet, read_json, warn, write_json
 from .show import Shown, folded, intervals, place, table
 
 # %% ../nbs/14_evaluate.ipynb #14-009
@@ -417,11 +417,9 @@ def evaluate(
 # %% ../nbs/14_evaluate.ipynb #14-401
 def _warn_of_trained(model, abilities):
     "A warning for items that a model's own record of fine-tuning names."
-    note = Path(model)/'act_finetune.json'
-    try: trained = set(parse_json(note).get('trained_on') or ())
-    except (OSError, ValueError, AttributeError): return # no folder, no record, or not ours
+    trained = trained_on(model)
     for a in abilities:
-        if n := sum(h in trained for h in a.item_hashes): warn(f"{n} of the {len(a)} items of ability {a.name} were trained on (act_finetune.json of {Path(model).name}): their score says nothing about new items, evaluate on another split or another file")
+        if n := sum(h in trained for h in a.item_hashes): warn(f"{n} of the {len(a)} items of ability {a.name} were trained on (notes of {Path(model).name}): their score says nothing about new items, evaluate on another split or another file")
 
 def _check_names(abilities):
     if not abilities: raise ActError("no abilities to evaluate: pass at least one")

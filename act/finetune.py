@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from .abilities import Ability, Item, check_fits, encode, load_ability, reads
-from .checkpoints import _check_use, _finite, _label, _opened, _tensors, DTYPES, copy_extras, load_model, load_tokenizer, resolve, weight_hash, write_like
+from .checkpoints import _check_use, _finite, _label, _opened, _tensors, DTYPES, copy_extras, load_model, load_tokenizer, resolve, trained_on, weight_hash, write_like
 from .core import PACKAGE, ActError, _check_room, _flush, _size, _writing, atomic_folder, bar, begin, check_absent, command, from_first, gathered, listed, next_step, parse_json, processes, provenance, quiet, sha256, warn, work_folder, write_json
 from .masks import ChannelMask
 from .show import Shown, facts, folded, strip
@@ -249,17 +249,13 @@ def item_hashes(
     abilities, # several
 ) -> list: # sorted, without repeats
     "Twelve hexadecimal digits for each item, from its prompt and answer."
-    return sorted({sha256(o.prompt, o.answer)[:12] for a in abilities for o in a})
+    return sorted({h for a in abilities for h in a.item_hashes})
 
 # %% ../nbs/13_finetune.ipynb #13-614
 def _note(model, name):
     "A note of this package beside a model's weights; nothing where there is none."
     file = resolve(model)/name
     return parse_json(file) if file.is_file() else {}
-
-def _earlier(model):
-    try: return _note(model, 'act_finetune.json').get('trained_on', [])
-    except (ValueError, AttributeError) as e: raise ActError(f"act_finetune.json of {model} is not readable ({e}): remove it, or copy the folder again") from e
 
 def _unseen(abilities, trained_on):
     "Do the test items of all abilities differ from what was learned?"
@@ -287,7 +283,7 @@ class FinetuneReport(Shown):
         if self.meta: yield folded('where it comes from', self.meta)
     def record(self, model): # name of what was fine-tuned
         "What the file beside the weights says; what the model had been fine-tuned on before counts as well."
-        return dict(format='act-finetune-1', **self.meta, trained_on=sorted({*self.trained_on, *_earlier(model)}), losses=self.losses, eval_losses=self.eval_losses, best_step=self.best_step, tokens=self.tokens, seconds=round(self.seconds, 2), provenance=provenance(model=model))
+        return dict(format='act-finetune-1', **self.meta, trained_on=sorted({*self.trained_on, *trained_on(model)}), losses=self.losses, eval_losses=self.eval_losses, best_step=self.best_step, tokens=self.tokens, seconds=round(self.seconds, 2), provenance=provenance(model=model))
     def plot(self, ax=None):
         "Loss against step; returns the axes."
         import matplotlib.pyplot as plt

@@ -19,10 +19,10 @@ from transformers import AutoConfig
 from .abilities import _hub_is_off, load_ability
 from .baselines import BASELINES, BASELINE_ROWS
 from .channels import _meta_model, enumerate_channels
-from .checkpoints import check_pair, load_model, resolve, save_model, weight_hash
+from .checkpoints import check_pair, load_model, resolve, weight_hash
 from .core import ActError, PACKAGE, _version, atomic_file, atomic_folder, begin, check_absent, command, next_step, provenance, read_json, sha256, write_json
 from .evaluate import _Key, _cached_task, _kind, _silent
-from .finetune import finetune
+from .finetune import finetune, save_like
 from .masks import ChannelScores
 from .merge import MERGERS, MERGE_ROWS, MergeBench, MergeCase, merge_study, plot_merged
 from .recover import METHODS, ROWS, Bench, Case, _write_all, _write_tables, grid_of, points, recover
@@ -355,7 +355,7 @@ def _trained(recipe, store, device):
         def make(path):
             net, tok = load_model(source, dtype=recipe.case.dtype, device=device)
             report = finetune(net, items, tok, inplace=True, **o)
-            save_model(report.model, tok, path, {'act_finetune.json': report.record(source)})
+            save_like(report.model, source, path, {'act_finetune.json': report.record(source)})
         out[f'train/{name}'] = store.kept(store.path(f'train {name}', depends, ''), make, lambda p: p)
     return out
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from fastcore.script import store_true
 from .channels import EMBEDDING, HEAD, KINDS
-from .checkpoints import VOCABULARY, _label, _opened, _tensors, check_pair, fingerprint, fit_rows, fitted, preflight, weight_hash, write_like
+from .checkpoints import VOCABULARY, _label, _opened, _tensors, check_pair, fingerprint, fit_rows, fitted, preflight, trained_on, weight_hash, write_like
 from .core import ActError, atomic_folder, begin, beside, check_absent, command, listed, next_step, provenance, read_json, sha256, write_json
 from .masks import ChannelMask
 from .show import Shown, bars, folded, place, strip, table
@@ -157,7 +157,8 @@ def _where(mask):
 def _record(target, jobs, rule, hashes):
     "What a file says of a transfer."
     moved = [dict(donor=str(d), lam=l, mask=m.hash, channels=m.count, total=m.total, **{k: m.meta[k] for k in ('ability', 'p', 'rank', 'without', 'made') if k in m.meta}, where=_where(m)) for d, m, l in jobs]
-    return dict(format='act-transfer-1', target=str(target), rule=rule, moved=moved, hashes={str(k): v for k, v in hashes.items()})
+    seen = sorted(trained_on(target)) if isinstance(target, (str, Path)) else []
+    return dict(format='act-transfer-1', target=str(target), rule=rule, moved=moved, hashes={str(k): v for k, v in hashes.items()}, **(dict(trained_on=seen) if seen else {}))
 
 def _moved(m): return f"{m['channels']:,} of {m['total']:,} channels from {m['donor']}, lam {m['lam']:g}"
 

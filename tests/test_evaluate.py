@@ -125,7 +125,7 @@ def test_items_that_were_trained_on_are_named(checkpoint, tmp_path, capsys):
         (folder/'act_finetune.json').write_text(json.dumps(dict(trained_on=['0'*12])))
         run()
     (folder/'act_finetune.json').write_text(json.dumps(dict(trained_on=ability.item_hashes[1:3])))
-    with pytest.warns(ActWarning, match='2 of the 4 items of ability toy-en were trained on .act_finetune.json of tuned.'): run()
+    with pytest.warns(ActWarning, match='2 of the 4 items of ability toy-en were trained on .notes of tuned.'): run()
 
 def test_bootstrap_interval_of_a_known_case():
     x = np.r_[np.ones(50), np.zeros(50)]

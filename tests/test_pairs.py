@@ -250,3 +250,14 @@ def test_a_recipe_finds_a_pair_that_does_not_fit_before_it_trains(two, tmp_path)
     assert any('rms_norm_eps' in o for o in plan(recipe).problems)
     with pytest.raises(ActError, match='rms_norm_eps'): run_recipe(recipe, tmp_path/'out')
     assert not (tmp_path/'out').exists()
+
+# what a model was trained on
+
+def test_what_a_target_was_trained_on_is_known_of_what_comes_out_of_it(two, tmp_path):
+    from act.checkpoints import trained_on
+    (two[0]/'act_finetune.json').write_text(json.dumps(dict(format='act-finetune-1', trained_on=['a1b2c3d4e5f6'])))
+    mask = top_p(weight_scores(*two), .5)
+    moved = transfer_checkpoint(*two, mask, 1., tmp_path/'moved')
+    applied = apply_delta(two[0], make_delta(*two, mask, 1., tmp_path/'d.safetensors'), tmp_path/'applied')
+    for folder in (two[0], moved, applied, transfer_checkpoint(moved, two[1], top_p(weight_scores(moved, two[1]), .1), 1., tmp_path/'again')): assert trained_on(folder) == {'a1b2c3d4e5f6'}
+    assert trained_on(two[1]) == set()
