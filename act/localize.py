@@ -145,7 +145,7 @@ class _Sums:
         return dict(zip(self.cm.paths, flat.split([m.width for m in self.cm])))
 
 # %% ../nbs/10_localize.ipynb #10-019
-FEW_TOKENS = 100 # with fewer answer tokens two samples of an ability share little more than half of their channels (see Stability)
+FEW_TOKENS = 50 # with fewer answer tokens two samples of an ability share less than about half of their channels in the lab (see Stability)
 
 @torch.no_grad()
 def localize(
