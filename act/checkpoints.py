@@ -171,7 +171,8 @@ def _no_file(folder, name):
 def _ties(folder, config):
     "Does the configuration say that embedding and head are one? What it leaves out, transformers knows."
     says = config.get('tie_word_embeddings')
-    return bool(transformers_config(folder).tie_word_embeddings if says is None else says)
+    if says is None and 'model_type' in config: says = transformers_config(folder).tie_word_embeddings
+    return bool(says)
 
 def _equal(a, b):
     "The same numbers in two tensors of checkpoints, compared block by block."

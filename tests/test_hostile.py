@@ -213,7 +213,7 @@ def test_lines_end_where_json_says(tmp_path):
     a = Ability('x', [Item('a\u2028b\x85c\x0b\x1c', '\u2029d')])
     assert read_jsonl(a.save(tmp_path/'x.jsonl')).hash == a.hash
 
-@pytest.mark.parametrize('line, word', [('{"prompt": "a", "answer": "b", "answer": "c"}', 'comes twice'), ('{"prompt": "\\ud800", "answer": "b"}', 'surrogates'), ('{"prompt": "a", "answer": "b", "choices": ["b", 1]}', 'list of texts'), ('{"prompt": "a", "answer": "b", "choices": "b"}', 'list of texts'),
+@pytest.mark.parametrize('line, word', [('{"prompt": "a", "answer": "b", "answer": "c"}', 'comes twice'), ('{"prompt": "\\ud800", "answer": "b"}', 'surrogates'), ('{"prompt": "a", "answer": "b", "choices": ["b", null]}', 'list of texts'), ('{"prompt": "a", "answer": "b", "choices": "b"}', 'list of texts'),
     ('['*100_000, 'nests too deeply'), ('{"prompt": "a", "answer": "b", "n": ' + '9'*5000 + '}', 'digits'), ('{"prompt": "a", "answer": "b", "n": NaN}', 'not a finite number')])
 def test_lines_that_are_refused(tmp_path, line, word):
     (tmp_path/'x.jsonl').write_text('{"prompt": "a", "answer": "b"}\n' + line)
