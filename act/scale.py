@@ -360,11 +360,11 @@ def _timed_cold(folders, out, *call):
 
 # %% ../nbs/36_scale.ipynb #36-042
 def _start_rates(folder, runs):
-    base, out = resolve('lab/base'), {}
+    target, donor = resolve('lab/maths-en'), resolve('lab/base')
     with tempfile.TemporaryDirectory(dir=folder, prefix='act-scale-') as d:
         mask = even_mask(enumerate_channels('lab/base'), .05).save(Path(d)/'m.safetensors')
         timed = lambda *call: [_timed_cold((), Path(d)/'out', *call) for _ in range(runs)]
-        moved, read = timed('transfer', 'transfer_checkpoint', base, base, mask, .5, Path(d)/'out'), timed('scale', '_localize', base, base, 1, 'both')
+        moved, read = timed('transfer', 'transfer_checkpoint', target, donor, mask, .5, Path(d)/'out'), timed('scale', '_localize', target, donor, 1, 'both')
     return dict(start=_spread([r['seconds'] for r in moved]), start_localize=_spread([r['seconds'] for r in read]), overhead=_spread([r['peak'] for r in moved]))
 
 # %% ../nbs/36_scale.ipynb #36-043
