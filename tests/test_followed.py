@@ -59,7 +59,7 @@ def python(installed, code, where): return subprocess.run([installed.python, '-c
 def test_the_installed_package_is_the_wheels(installed, tmp_path):
     done = python(installed, 'import act, importlib.metadata as m; print(act.__file__, m.distribution("act-transfer").locate_file(""), sep="\\n")', tmp_path)
     assert done.returncode == 0 and [Path(l).resolve() for l in done.stdout.splitlines()] == [(installed.own/'act/__init__.py').resolve(), installed.own.resolve()], done.stderr
-    assert {f.name for f in (installed.python.parent).glob('act_*')} == set(SCRIPTS)
+    assert {f.name for f in (installed.python.parent).glob('act_*')} == {*SCRIPTS, 'act_lm_eval'}
 
 def test_all_data_is_in_the_wheel(installed):
     data = {p.relative_to(ROOT) for p in (ROOT/'act').rglob('*') if p.is_file() and '__pycache__' not in p.parts}
