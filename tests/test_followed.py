@@ -126,7 +126,8 @@ def test_commands_of_a_page(started, name):
     assert code == 0, said[-3000:]
     done = '\n'.join(l for l, needs, code in PAGES[name] if not needs and not code and '--dry_run' not in l)
     for out in re.findall(r'(?:--out|2?>) (\S+)', done): assert (at/out).exists(), out
-    assert not re.search(r'^stopped$|Traceback|warning', said, re.M | re.I)
+    rest = re.sub(r'^warning: \d+% of the mask is down .*$', '', said, flags=re.M) # what the lab's raw ranking is told
+    assert not re.search(r'^stopped$|Traceback|warning', rest, re.M | re.I)
 
 @pytest.mark.parametrize('name, ability', [('another pair', 'science-en'), ('folders and files', 'sums')])
 def test_the_guide_with_other_models(started, name, ability):
