@@ -6,15 +6,15 @@
 __all__ = ['TensorInfo', 'DTYPES', 'INDEX', 'PROBES', 'VOCABULARY', 'EXTRAS', 'BLOCK', 'THREADS', 'read_header', 'Checkpoint',
            'weight_files', 'resolve', 'one_line', 'transformers_config', 'load_model', 'load_tokenizer', 'weight_hash',
            'trained_on', 'fingerprint', 'check_finite', 'check_tokenizers', 'PairReport', 'check_pair', 'fit_rows',
-           'Fitted', 'fitted', 'preflight', 'save_model', 'copy_extras', 'from_gguf', 'cache_dir', 'write_like',
-           'write_tensors', 'untie']
+           'Fitted', 'fitted', 'preflight', 'save_model', 'copy_extras', 'from_gguf', 'cache_dir', 'cached',
+           'write_like', 'write_tensors', 'untie']
 
 # %% ../nbs/01_checkpoints.ipynb #01-003
 import contextlib, hashlib, json, math, os, queue, re, shutil, struct
 from collections import Counter, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 from textwrap import shorten
@@ -640,16 +640,30 @@ def cache_dir() -> Path:
     "Where unpacked and merged models are kept: $ACT_CACHE, or ~/.cache/act."
     return Path(os.environ.get('ACT_CACHE') or Path.home()/'.cache'/'act')
 
+# %% ../nbs/01_checkpoints.ipynb #01-308
+def cached(
+    out,            # folder in the cache
+    make,           # makes it: called with `out`, which it writes whole or not at all
+    need: int = 0,  # bytes that will be written
+    work: str = '', # what there is to do, for a dry run
+) -> Path:
+    "The folder `out`, made on first use. A run that is making one of its neighbours is waited for."
+    plan, home = dict(writes={out: need}, work=f'{work} there, on first use; the rest is checked when it is done'), Path(out).parent
+    if Path(out).exists(): return Path(out)
+    if _is_dry(): begin(**plan)
+    _writable_parent(out)
+    with _alone(home, wait=3600):
+        if Path(out).exists(): return Path(out)
+        begin(**plan)
+        return make(out)
+
 # %% ../nbs/01_checkpoints.ipynb #01-306
 def _unpacked(file):
     "The folder in the cache that holds what a GGUF file holds now."
     if not file.is_file(): raise ActError(f"there is no file {file}: check the path")
-    s, home = file.stat(), cache_dir()/'gguf'
-    out = home/f'{file.stem}-{sha256(os.path.abspath(file), str(s.st_size), str(s.st_mtime_ns))[:12]}'
-    if out.exists(): return out
-    begin(writes={out: 0}, work=f'unpack {file.name} there; the rest is checked when it is done')
-    _writable_parent(home)
-    with _alone(home, wait=3600): return out if out.exists() else from_gguf(file, out)
+    s = file.stat()
+    out = cache_dir()/'gguf'/f'{file.stem}-{sha256(os.path.abspath(file), str(s.st_size), str(s.st_mtime_ns))[:12]}'
+    return cached(out, partial(from_gguf, file), work=f'unpack {file.name}')
 
 # %% ../nbs/01_checkpoints.ipynb #01-051
 BLOCK, THREADS = 1 << 20, max(1, min(4, (os.cpu_count() or 1) - 1)) # bytes of a tensor that a thread reads and changes at once; threads

@@ -510,6 +510,7 @@ def _warnings_as_lines():
     "An `ActWarning` is a line on standard error, the same one once."
     said = set()
     with warnings.catch_warnings():
+        warnings.simplefilter('ignore', FutureWarning) # of libraries, about their own next version
         warnings.simplefilter('always', ActWarning)
         other = warnings.showwarning
         def show(message, category, *args, **kwargs):

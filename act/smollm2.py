@@ -8,10 +8,11 @@ __all__ = ['RECIPES', 'ADAPTERS', 'WATCHED', 'unpack_base', 'smollm2_path', 'mer
 
 # %% ../nbs/33_smollm2.ipynb #33-003
 import importlib.util, json
+from functools import partial
 from pathlib import Path
 import pandas as pd, torch
 from .abilities import load_ability
-from .checkpoints import cache_dir, from_gguf, load_model, save_model, weight_hash
+from .checkpoints import cache_dir, cached, from_gguf, load_model, save_model, weight_hash
 from .core import PACKAGE, ActError, begin, check_absent, command, next_step, provenance
 from .evaluate import EvalResult, bootstrap_ci, evaluate, paired_bootstrap
 from .finetune import finetune
@@ -42,13 +43,10 @@ def smollm2_path(
     "The folder of SmolLM2 or of one of its specialists, made on first use."
     if name not in ('base', *RECIPES): raise ActError(f"no SmolLM2 model is called {name!r}: choose one of base, {', '.join(RECIPES)}")
     out = cache_dir()/'smollm2'/name
-    if out.exists(): return out
-    begin(writes={out: 270e6}, work=f'make smollm2/{name} there, on first use; the rest is checked when it is done')
-    if name != 'base' and RECIPES[name]['lora'] is None: raise ActError(f"smollm2/{name} does not ship with the package: make it with act_smollm2 --train {name}")
-    try: return unpack_base(out) if name == 'base' else merge_adapter(ADAPTERS/name, out)
-    except ActError:
-        if not out.exists(): raise
-        return out # another run made it meanwhile
+    ships = name == 'base' or RECIPES[name]['lora'] is not None
+    if not ships and not out.exists(): raise ActError(f"smollm2/{name} does not ship with the package: make it with act_smollm2 --train {name}")
+    make = unpack_base if name == 'base' else partial(merge_adapter, ADAPTERS/name)
+    return cached(out, make, need=270e6, work=f'make smollm2/{name}')
 
 # %% ../nbs/33_smollm2.ipynb #33-013
 def merge_adapter(

@@ -1,5 +1,5 @@
 "Folders as people have them: loaded as transformers loads them with every weight in its place, or refused in one true line."
-import json, shutil
+import json, shutil, subprocess, sys
 import pytest, torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -181,3 +181,22 @@ def test_special_tokens_come_from_the_configuration(folder):
 def test_without_a_tokenizer_that_is_said(folder):
     for f in folder.glob('tokenizer*'): f.unlink()
     with pytest.raises(ActError, match='no tokenizer that loads'): load_tokenizer(folder)
+
+def test_a_model_of_the_cache_that_another_run_makes_is_waited_for(tmp_path):
+    code = '''
+import sys, time
+from pathlib import Path
+from act.checkpoints import cached
+from act.core import atomic_folder
+def make(out):
+    with atomic_folder(out) as tmp:
+        (tmp/'log').write_text('made')
+        time.sleep(2)
+    print('made', flush=True)
+    return out
+print(cached(Path(sys.argv[1])/'cache'/'model', make)/'log')
+'''
+    runs = [subprocess.Popen([sys.executable, '-c', code, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [r.communicate(timeout=120) for r in runs]
+    assert [r.returncode for r in runs] == [0, 0], said
+    assert sorted(out.count('made\n') for out, _ in said) == [0, 1]
