@@ -69,7 +69,7 @@ def layer_mask(
 # %% ../nbs/32_baselines.ipynb #32-014
 def _layers(bench, seed, first, last):
     n = bench.target.config.num_hidden_layers
-    return transfer(bench.target, bench.donor, layer_mask(enumerate_channels(bench.target), range(round(first*n), round(last*n))), check=False)
+    return transfer(bench.target, bench.donor, layer_mask(enumerate_channels(bench.target, bench.case.tied), range(round(first*n), round(last*n))), check=False)
 
 def _blocks(ps, lams):
     ends = [(0, .25), (.75, 1), (.25, .5), (.5, .75), (0, .5), (.5, 1), (.25, .75), (0, .75)]

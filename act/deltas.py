@@ -12,7 +12,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from fastcore.script import store_true
 from .channels import EMBEDDING, HEAD, ChannelMap
-from .checkpoints import BLOCK, DTYPES, _TYPES, Checkpoint, _finite, _header, _label, _one_thread, _opened, _rows, check_pair, fitted, resolve, write_like, write_tensors
+from .checkpoints import BLOCK, DTYPES, _TYPES, Checkpoint, _finite, _header, _label, _one_thread, _opened, _rows, check_pair, fitted, write_like, write_tensors
 from .core import ActError, _alone, _flush, _writing, atomic_file, atomic_folder, begin, beside, check_absent, command, listed, next_step, origin, parse_json, provenance, sha256, write_json
 from .masks import ChannelMask
 from .show import Shown

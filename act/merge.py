@@ -50,7 +50,7 @@ class MergeBench(Bench):
             for s in case.specialists: preflight(base, self.at(s))
         self.target, self.tok = load_model(base, dtype=case.dtype, device=self.device)
         self.specialists = {s: load_model(self.at(s), dtype=case.dtype, device=self.device)[0] for s in case.specialists}
-        self.weights = {s: weight_scores(self.target, m) for s, m in self.specialists.items()}
+        self.weights = {s: weight_scores(self.target, m, tied=case.tied) for s, m in self.specialists.items()}
         self.given = {'base': self.target, **{short_name(s): m for s, m in self.specialists.items()}}
 
 # %% ../nbs/31_merge.ipynb #31-009

@@ -322,7 +322,7 @@ class Staged:
     ):
         "Use the store from now on."
         c = self.case
-        self.store, self.depends = store, dict(depends, dtype=c.dtype, max_length=c.max_length, chat=c.chat)
+        self.store, self.depends = store, dict(depends, dtype=c.dtype, max_length=c.max_length, chat=c.chat, tied=c.tied)
         self.tuned = dict(sft=c.sft, items={a.name: a.hash for a in self.sft})
         return self
 

@@ -40,6 +40,11 @@ class Options:
     batch_size: int = 64   # items at once in evaluation
     generate: int = 0      # let the models write so many tokens; 0 scores the given answers
     chat: bool = False     # prompts through the chat template
+    tied: str = 'embedding' # what one matrix for embedding and lm_head counts as: embedding or lm_head
+
+    def __post_init__(self):
+        for name, choices in dict(metric=('correct', 'bits'), tied=('embedding', 'lm_head')).items():
+            if getattr(self, name) not in choices: raise ActError(f"{name} is {getattr(self, name)!r}: choose {' or '.join(choices)}")
 
 # %% ../nbs/30_recover.ipynb #30-007
 @dataclass(frozen=True)
@@ -139,7 +144,7 @@ class Bench:
         if self.check: preflight(target, donor)
         self.target, self.tok = load_model(target, dtype=self.case.dtype, device=self.device)
         self.donor, _ = load_model(donor, dtype=self.case.dtype, device=self.device)
-        self.weights = weight_scores(self.target, self.donor)
+        self.weights = weight_scores(self.target, self.donor, tied=self.case.tied)
         self.given = dict(target=self.target, donor=self.donor)
 
     @contextmanager
@@ -157,7 +162,7 @@ def localised(
     items,     # an Ability
 ):
     "Scores of every channel: that model against the target."
-    with self.clock('localise'): return localize(self.target, self.given[name], items, self.tok, max_length=self.case.max_length, chat=self.case.chat, progress=False)
+    with self.clock('localise'): return localize(self.target, self.given[name], items, self.tok, max_length=self.case.max_length, chat=self.case.chat, tied=self.case.tied, progress=False)
 
 # %% ../nbs/30_recover.ipynb #30-030
 @patch

@@ -88,3 +88,14 @@ def test_files_that_are_no_results(tmp_path):
 def test_recorded_results_are_whole(name):
     rec = Recovery.load(RESULTS/f'{name}.json')
     assert {'target', 'donor', *ROWS} == set(rec.rows) and rec.meta['git'] and len(rec.meta['seeds']) >= 3 and min(len(r) for n, r in rec.rows.items() if n not in ('target', 'donor')) >= 3
+
+def test_a_study_can_count_the_shared_matrix_as_the_head():
+    bench = Bench(replace(CASES['lab'], tied='lm_head', n=4, items=8, others=()))
+    scores = bench.localised('donor', bench.sample(0))
+    kinds = {m.kind for m in scores.map}
+    assert 'lm_head' in kinds and 'embedding' not in kinds
+    assert bench.weights.map == scores.map
+
+@pytest.mark.parametrize('entry', ['metric', 'tied'])
+def test_a_case_says_what_it_can_be(entry):
+    with pytest.raises(ActError, match=f"{entry} is 'both'"): replace(CASES['lab'], **{entry: 'both'})
