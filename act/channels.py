@@ -213,8 +213,9 @@ def _from_name(source, tied):
     ck = _opened(source)
     if not ck.tied: config.tie_word_embeddings = False # a stored head that differs is a head of its own, whatever the configuration says
     model = _meta_model(config)
+    channels = _from_model(model, tied) # an architecture that is not covered is called so, whatever its files hold
     _check_headers(model, ck.tensors, source)
-    return _from_model(model, tied)
+    return channels
 
 # %% ../nbs/00_channels.ipynb #00-034
 def enumerate_channels(

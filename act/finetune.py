@@ -377,13 +377,16 @@ def neutral_text(
 def bits_per_byte(
     model, ability, tokenizer, # a model in memory, an Ability, its tokenizer
 ) -> float:
-    "Bits that a model needs for each byte of the answers, from a softmax in float32."
-    nats = 0.
-    for e in encode(ability, tokenizer):
-        ids = torch.tensor([e.input_ids], device=model.device)
-        logp = model(ids).logits[0].float().log_softmax(-1)
-        where = torch.tensor([i for i in e.answer if i > 0])
-        nats -= logp[where - 1, ids[0, where]].sum().item()
+    "Bits that a model needs for each byte of the answers, from a softmax in float32; texts longer than it reads come in pieces."
+    nats, encoded, (rows, context) = 0., encode(ability, tokenizer), reads(model)
+    check_fits(encoded, rows, None, _label(model))
+    for e in encoded:
+        step = context or len(e.input_ids)
+        for start in range(0, len(e.input_ids) - 1, max(step - 1, 1)): # the last token of a piece is the first of the next
+            ids = torch.tensor([e.input_ids[start:start+step]], device=model.device)
+            logp = model(ids).logits[0].float().log_softmax(-1)
+            where = torch.tensor([i - start for i in e.answer if 0 < i - start < ids.shape[1]], dtype=torch.long)
+            nats -= logp[where - 1, ids[0, where]].sum().item()
     return nats/math.log(2)/sum(len(o.answer.encode()) for o in ability)
 
 # %% ../nbs/13_finetune.ipynb #13-622

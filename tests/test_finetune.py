@@ -1,10 +1,10 @@
 "Fine-tune: answers only, masked channels only, the same for the same seed, stopped in time."
-import json, os, signal, subprocess, sys, pytest, torch
+import json, math, os, signal, subprocess, sys, pytest, torch
 from pathlib import Path
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from act import checkpoints, core, finetune as ft
-from act.abilities import Ability, Item, load_ability
+from act.abilities import Ability, Item, encode, load_ability
 from act.channels import enumerate_channels
 from act.checkpoints import load_model, weight_hash
 from act.core import ActError, ActWarning, sha256
@@ -465,3 +465,14 @@ def test_a_chain_of_trainings_names_the_items_of_all(checkpoint, items, tmp_path
 def test_the_next_step_is_not_to_score_on_what_was_learned(items, tmp_path, capsys, ability, split, proposed):
     tune('lab/maths-en', ability.format(items=items), tmp_path/'b', split=split, steps=1, lr=1e-5)
     assert capsys.readouterr().out.splitlines()[-1] == f"next: act_evaluate --model {tmp_path}/b --ability {proposed} --out {tmp_path}/b.json"
+
+def test_a_text_longer_than_the_model_reads_is_measured_in_pieces(tokenizer):
+    m = AutoModelForCausalLM.from_config(AutoConfig.for_model('gpt2', n_embd=16, n_layer=1, n_head=2, n_positions=32, vocab_size=300, bos_token_id=1, eos_token_id=2)).eval()
+    text = Ability('long', [Item('two', ' plus two is four' * 20)])
+    e = encode(text, tokenizer)[0]
+    ids, nats = torch.tensor(e.input_ids), 0.
+    assert len(ids) > 64
+    for i in e.answer:
+        first = (i - 1)//31*31 # pieces of 32 tokens; the last of one is the first of the next
+        nats -= m(ids[None, first:i]).logits[0, -1].float().log_softmax(-1)[ids[i]].item()
+    assert bits_per_byte(m, text, tokenizer) == pytest.approx(nats/math.log(2)/len(' plus two is four' * 20), rel=1e-4)

@@ -3,7 +3,7 @@ import json, shutil, subprocess, sys
 import pytest, torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from act.abilities import Ability, Item
 from act.channels import enumerate_channels
 from act.checkpoints import INDEX, Checkpoint, copy_extras, load_model, load_tokenizer, resolve, weight_hash
@@ -200,3 +200,12 @@ print(cached(Path(sys.argv[1])/'cache'/'model', make)/'log')
     said = [r.communicate(timeout=120) for r in runs]
     assert [r.returncode for r in runs] == [0, 0], said
     assert sorted(out.count('made\n') for out, _ in said) == [0, 1]
+
+@pytest.mark.parametrize('kind, word', [('gpt2', 'transformer.wte'), ('mixtral', 'mixture of experts'), ('phi3', 'fused query/key/value'), ('gpt_neox', 'gpt_neox.embed_in'), ('falcon', 'transformer.word_embeddings')])
+def test_an_architecture_that_is_not_covered_is_called_so(tmp_path, kind, word):
+    "Its files may hold a shared head once, or experts one by one: they fit their configuration all the same."
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=300, max_position_embeddings=64, pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
+    model.save_pretrained(tmp_path/'model')
+    with pytest.raises(ActError, match=word) as e: enumerate_channels(tmp_path/'model')
+    assert 'unknown' in str(e.value) and 'lacks' not in str(e.value)
