@@ -71,7 +71,7 @@ def _read_recipe(path):
     import yaml
     try: text = Path(path).read_text(encoding='utf-8'); d = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e: raise ActError(f"{path} is not a readable YAML file ({' '.join(str(e).split())[:200]}): check it") from e
-    if not isinstance(d, dict) or 'merge_method' not in d: raise ActError(f"{path} names no merge_method: write a recipe as mergekit-yaml wants it")
+    if not isinstance(d, dict) or not isinstance(d.get('merge_method'), str): raise ActError(f"{path} names no merge_method: write a recipe as mergekit-yaml wants it")
     return d, text
 
 def _where(model):
@@ -88,6 +88,8 @@ def _donors(recipe, path):
     models, shared, base = recipe.get('models'), recipe.get('parameters') or {}, recipe.get('base_model')
     if not (isinstance(base, str) and isinstance(models, list) and all(isinstance(m, dict) and isinstance(m.get('model'), str) for m in models)): raise ActError(f"{path}: act needs base_model (the target) and a list of models (the donors), not slices or modules")
     out = []
+    for where, p in [('the recipe', shared), *((m['model'], m.get('parameters') or {}) for m in models)]:
+        if not isinstance(p, dict): raise ActError(f"{path}: the parameters of {where} are not names with values: write mask: FILE and lam: NUMBER under them")
     for m in models:
         own = {**shared, **(m.get('parameters') or {})}
         if odd := sorted(own.keys() - {'mask', 'lam', 'rule'}): raise ActError(f"{path}: act has no parameter {odd[0]}: it has mask and lam for each donor, and rule for all")
@@ -101,7 +103,8 @@ def _donors(recipe, path):
 # %% ../nbs/17_neighbours.ipynb #17-021
 def _checked(recipe, path, weights):
     "What `transfer_checkpoint` would check and put on record; None where parameters vary from tensor to tensor."
-    target, found, rule = recipe['base_model'], _donors(recipe, path), (recipe.get('parameters') or {}).get('rule', 'sum')
+    found = _donors(recipe, path)
+    target, rule = recipe['base_model'], (recipe.get('parameters') or {}).get('rule', 'sum')
     if not all(isinstance(f, str) and isinstance(l, (int, float)) for _, f, l in found): return
     jobs = _jobs([d for d, _, _ in found], [_mask_of(f) for _, f, _ in found], [l for *_, l in found], rule)
     if weights:

@@ -408,3 +408,17 @@ def test_the_tasks_command(tmp_path, monkeypatch, capsys):
                         (('--ability', 'lab/science-zh', '--write', 0, '--out', tmp_path/'u'), 'one token at least')]:
         code, _, err = run(*args)
         assert code == 2 and words in err and os.listdir(tmp_path) == ['t']
+
+@mergekit
+@pytest.mark.parametrize('change, words', [
+    (lambda r: r.pop('base_model'), 'needs base_model'), (lambda r: r.pop('models'), 'a list of models'), (lambda r: r.update(models={}), 'a list of models'),
+    (lambda r: r.update(parameters=['sum']), 'parameters'), (lambda r: r['models'][0].update(parameters='mask'), 'parameters'), (lambda r: r['models'][0].pop('model'), 'a list of models'),
+    (lambda r: r.update(merge_method=['act']), 'merge_method')])
+def test_a_recipe_of_another_shape_is_refused_in_one_line(checkpoint, tmp_path, change, words):
+    t, d = folders(checkpoint, tiny_model('qwen2', 0), tiny_model('qwen2', 1))
+    mask_of(tiny_model()).save(tmp_path/'m')
+    path = recipe(tmp_path/'r.yaml', t, [(d, dict(mask=f'{tmp_path}/m'))])
+    said = json.loads(path.read_text())
+    change(said)
+    path.write_text(json.dumps(said))
+    with pytest.raises(ActError, match=words): run_mergekit(path, tmp_path/'out', '--quiet')
