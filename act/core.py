@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PACKAGE', 'JSON_LIMIT', 'ActError', 'begin', 'atomic_file', 'check_absent', 'work_folder', 'atomic_folder',
            'write_json', 'parse_json', 'read_json', 'sha256', 'git_revision', 'origin', 'provenance', 'quiet', 'bar',
-           'processes', 'gathered', 'from_first', 'ActWarning', 'warn', 'command', 'next_step', 'beside', 'listed',
-           'peak_memory']
+           'processes', 'gathered', 'from_first', 'ActWarning', 'warn', 'command', 'next_step', 'option_line',
+           'imported', 'beside', 'listed', 'peak_memory']
 
 # %% ../nbs/09_core.ipynb #09-003
-import argparse, contextlib, difflib, errno, functools, gc, hashlib, inspect, json, os, platform, resource, shlex, shutil, subprocess, sys, tempfile, time, warnings
+import argparse, contextlib, difflib, errno, functools, gc, hashlib, importlib, inspect, json, os, platform, resource, shlex, shutil, subprocess, sys, tempfile, time, warnings
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +31,7 @@ class ActError(ValueError):
 _held = {} # locks of this process: path -> how many blocks use it
 
 @contextlib.contextmanager
-def _alone(path, wait=0):
+def exclusive(path, wait=0):
     "No other process writes `path` meanwhile; ActError when one does and is not done within `wait` seconds."
     if _dry is not None:
         _place(path)
@@ -75,7 +75,7 @@ def _locked(path, until):
 def _disk_failed(e): return isinstance(e, OSError) and e.errno and not isinstance(e, (FileNotFoundError, ConnectionError, TimeoutError)) or any(o in str(e) for o in ('IoError', 'I/O error', 'PytorchStreamWriter'))
 
 @contextlib.contextmanager
-def _writing(path):
+def writing(path):
     "What the disk refuses inside the block becomes one ActError about `path`."
     try: yield
     except ActError: raise
@@ -102,7 +102,7 @@ def _check_free(path):
     finally: os.close(fd)
 
 # %% ../nbs/09_core.ipynb #09-403
-def _check_room(path, need, ours=0):
+def check_room(path, need, ours=0):
     "ActError unless `need` bytes fit on the disk of `path`, where `ours` bytes will be written over."
     free = shutil.disk_usage(_check_parent(Path(path))).free + ours
     if need > free: raise ActError(f"no room on disk for {path}: {need/1e6:,.0f} MB needed, {free/1e6:,.0f} MB free: free some space or choose another disk")
@@ -120,11 +120,11 @@ def _place(path, need=0, end=False):
     path = Path(path)
     _check_parent(path)
     _check_free(path)
-    _check_room(path, need, _bytes_in(_partial(path)))
+    check_room(path, need, _bytes_in(_partial(path)))
     if _dry is not None: _dry[str(path)] = max(need, _dry.get(str(path), 0))
     if end: begin()
 
-def _size(n, form=',.3g'): return next((f'{n/k:{form}} {u}' for k, u in ((1e12, 'TB'), (1e9, 'GB'), (1e6, 'MB'), (1e3, 'kB')) if n >= k), f'{n:,.0f} bytes')
+def size_text(n, form=',.3g'): return next((f'{n/k:{form}} {u}' for k, u in ((1e12, 'TB'), (1e9, 'GB'), (1e6, 'MB'), (1e3, 'kB')) if n >= k), f'{n:,.0f} bytes')
 
 # %% ../nbs/09_core.ipynb #09-406
 def begin(
@@ -135,11 +135,11 @@ def begin(
     "Inputs are read and checked, the work begins: the places to write are checked as well, and a dry run says what it would do and ends."
     for path, need in (writes or {}).items(): _place(path, need)
     if _dry is None: return
-    said = dict(reads=', '.join(map(str, reads)), writes=', '.join(f'{p} (about {_size(n)})' if n else p for p, n in _dry.items()), work=work)
+    said = dict(reads=', '.join(map(str, reads)), writes=', '.join(f'{p} (about {size_text(n)})' if n else p for p, n in _dry.items()), work=work)
     raise _DryRun('\n'.join(['dry run, nothing was written', *(f'{k}: {v}' for k, v in said.items() if v)]))
 
 # %% ../nbs/09_core.ipynb #09-422
-def _is_dry(): return _dry is not None
+def is_dry(): return _dry is not None
 
 # %% ../nbs/09_core.ipynb #09-013
 @contextlib.contextmanager
@@ -149,17 +149,17 @@ def atomic_file(
     "A temporary path beside `path`, renamed to it when the block ends without an error."
     path = Path(path)
     if _dry is not None: _place(path, end=True)
-    _writable_parent(path)
-    with _writing(path), _alone(path, wait=10):
+    writable_parent(path)
+    with writing(path), exclusive(path, wait=10):
         if _held[Path(os.path.abspath(path))] == 1: _sweep(path)
         fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
         os.close(fd)
         try:
             yield Path(tmp)
             os.chmod(tmp, 0o666 & ~_umask())
-            _flush(tmp)
+            flush(tmp)
             os.replace(tmp, path)
-            _flush(path.parent)
+            flush(path.parent)
         finally: Path(tmp).unlink(missing_ok=True)
 
 # %% ../nbs/09_core.ipynb #09-014
@@ -168,7 +168,7 @@ def _umask():
     os.umask(mask)
     return mask
 
-def _flush(path):
+def flush(path):
     "What was written under `path` is on the disk, not in memory only."
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
@@ -178,7 +178,7 @@ def _sweep(path):
     "Remove what killed runs left of `path`."
     for f in path.parent.glob(f'.{path.name}.*.tmp'): f.unlink(missing_ok=True)
 
-def _writable_parent(path):
+def writable_parent(path):
     _check_parent(path)
     if _dry is not None: return
     try: path.parent.mkdir(parents=True, exist_ok=True)
@@ -208,11 +208,11 @@ def work_folder(
         _place(path, need)
         yield work
         return
-    _writable_parent(path)
-    with _writing(path), _alone(path):
+    writable_parent(path)
+    with writing(path), exclusive(path):
         note = work/'key'
         if not inner and not (key and note.is_file() and note.read_text() == key): shutil.rmtree(work, ignore_errors=True)
-        _check_room(path, need, 0 if inner else _bytes_in(work))
+        check_room(path, need, 0 if inner else _bytes_in(work))
         try:
             work.mkdir(exist_ok=True)
             if key and not inner: note.write_text(key)
@@ -242,10 +242,10 @@ def atomic_folder(
         yield tmp
         for f in (*(f for f in tmp.rglob('*') if f.is_file()), tmp):
             os.chmod(f, (0o777 if f is tmp else 0o666) & ~_umask())
-            _flush(f)
+            flush(f)
         try: os.rename(tmp, path)
         except OSError as e: raise ActError(f"the output folder {path} appeared while it was being written: remove it or choose another name") from e
-        _flush(path.parent)
+        flush(path.parent)
 
 # %% ../nbs/09_core.ipynb #09-023
 def write_json(
@@ -324,13 +324,13 @@ def git_revision() -> str:
     run = lambda *a: subprocess.run(['git', '-C', str(PACKAGE), *a], capture_output=True, text=True, timeout=10)
     try:
         top, rev = run('rev-parse', '--show-toplevel'), run('rev-parse', '--short=12', 'HEAD')
-        if rev.returncode or not (Path(top.stdout.strip())/'settings.ini').exists(): return _version('act-transfer')
+        if rev.returncode or not (Path(top.stdout.strip())/'settings.ini').exists(): return version_of('act-transfer')
         return rev.stdout.strip() + ('+' if run('status', '--porcelain', '-uno').stdout.strip() else '')
-    except (OSError, subprocess.TimeoutExpired): return _version('act-transfer')
+    except (OSError, subprocess.TimeoutExpired): return version_of('act-transfer')
 
 # %% ../nbs/09_core.ipynb #09-030
 @functools.cache
-def _version(name):
+def version_of(name):
     try: return metadata.version(name)
     except metadata.PackageNotFoundError: return 'not installed'
 
@@ -345,7 +345,7 @@ def origin() -> dict:
     import torch
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     libs = 'torch transformers datasets accelerate peft safetensors lm-eval'.split()
-    return dict(git=git_revision(), versions=dict(python=platform.python_version(), act=_version('act-transfer'), **{o: _version(o) for o in libs}),
+    return dict(git=git_revision(), versions=dict(python=platform.python_version(), act=version_of('act-transfer'), **{o: version_of(o) for o in libs}),
                 machine=dict(cpu=_cpu(), cores=os.cpu_count(), gpu=gpu, system=platform.system()))
 
 # %% ../nbs/09_core.ipynb #09-110
@@ -543,9 +543,17 @@ def next_step(
     **options, # its options, as far as they are known
 ):
     "Print the command that comes next, quoted for the shell."
-    print('next:', name, _line(options))
+    print('next:', name, option_line(options))
 
-def _line(options): return shlex.join(w for k, v in options.items() if v is not None and v is not False for w in ([f'--{k}'] if v is True else [f'--{k}', str(v)]))
+def option_line(options): return shlex.join(w for k, v in options.items() if v is not None and v is not False for w in ([f'--{k}'] if v is True else [f'--{k}', str(v)]))
+
+# %% ../nbs/09_core.ipynb #09-600
+def imported(
+    where: str, # 'module:name'
+):
+    "What a registry names by a string, imported when it is first asked for."
+    module, _, name = where.partition(':')
+    return getattr(importlib.import_module(module), name)
 
 # %% ../nbs/09_core.ipynb #09-420
 def beside(

@@ -12,15 +12,15 @@ from pathlib import Path
 from fastcore.basics import patch
 from fastcore.script import store_true
 from .channels import EMBEDDING, HEAD, ChannelMap
-from .checkpoints import BLOCK, DTYPES, _TYPES, Checkpoint, _finite, _header, _label, _one_thread, _opened, _rows, check_pair, fitted, write_like, write_tensors
-from .core import ActError, _alone, _flush, _writing, atomic_file, atomic_folder, begin, beside, check_absent, command, listed, next_step, origin, parse_json, provenance, sha256, write_json
+from .checkpoints import BLOCK, DTYPES, FILE_TYPES, Checkpoint, all_finite, header_of, label_of, one_thread, opened, rows_of, check_pair, fitted, write_like, write_tensors
+from .core import ActError, exclusive, flush, writing, atomic_file, atomic_folder, begin, beside, check_absent, command, listed, next_step, origin, parse_json, provenance, sha256, write_json
 from .masks import ChannelMask
 from .show import Shown
-from .transfer import _changes, _check_masks, _jobs, _lams, _moved, _moved_parts, _record, mask_slices
+from .transfer import row_changes, check_masks, transfer_jobs, read_lams, moved_text, moved_parts, transfer_record, mask_slices
 
 # %% ../nbs/15_deltas.ipynb #15-009
 _INTS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
-_NAMES = {t: n for n, t in _TYPES.items() if n[0] == 'I'}
+_NAMES = {t: n for n, t in FILE_TYPES.items() if n[0] == 'I'}
 
 def _pick(x, axis, idx):
     "The bits of some rows or columns."
@@ -51,18 +51,18 @@ def make_delta(
     rule: str = 'sum',     # where several donors claim a channel: sum (the paper's), mean or sign
 ) -> Path:
     "Stage 2 of ACT as a file: the bits that the transfer changes in the target, and nothing else."
-    jobs = _jobs(donors, masks, lam, rule)
+    jobs = transfer_jobs(donors, masks, lam, rule)
     if check:
         for d, _, _ in jobs: check_pair(target, d)
-    hashes = _check_masks(target, jobs, check)
-    ours, theirs, mask = _opened(target), [_opened(d) for d, _, _ in jobs], jobs[0][1]
+    hashes = check_masks(target, jobs, check)
+    ours, theirs, mask = opened(target), [opened(d) for d, _, _ in jobs], jobs[0][1]
     for _, m, _ in jobs[1:]: mask = mask | m
-    slices, meta = mask_slices(mask), dict(_record(target, jobs, rule, hashes), **origin())
+    slices, meta = mask_slices(mask), dict(transfer_record(target, jobs, rule, hashes), **origin())
     bits = {f'bits.{n}': (_NAMES[_INTS[DTYPES[t.dtype]]], _stored(t.shape, *s)) for n, s in slices.items() for t in [ours.tensors[n]]}
     tensors = dict(mask=('U8', (mask.total,)), **bits, digests=('U8', (len(slices), 2, 32)))
     head = dict(format='act-delta-1', map=json.dumps(mask.map.to_dict()), meta=json.dumps(meta, ensure_ascii=False))
-    begin([target, *(d for d, _, _ in jobs)], {out: sum(_TYPES[t].itemsize*math.prod(s) for t, s in tensors.values()) + sum(map(len, head.values()))}, '; '.join(map(_moved, meta['moved'])))
-    with atomic_file(out) as tmp, _one_thread(): write_tensors(tmp, tensors, head, _stream(ours, _changes(ours, [fitted(d, ours) for d in theirs], jobs, rule), mask))
+    begin([target, *(d for d, _, _ in jobs)], {out: sum(FILE_TYPES[t].itemsize*math.prod(s) for t, s in tensors.values()) + sum(map(len, head.values()))}, '; '.join(map(moved_text, meta['moved'])))
+    with atomic_file(out) as tmp, one_thread(): write_tensors(tmp, tensors, head, _stream(ours, row_changes(ours, [fitted(d, ours) for d in theirs], jobs, rule), mask))
     return Path(out)
 
 # %% ../nbs/15_deltas.ipynb #15-015
@@ -75,7 +75,7 @@ def _stream(ours, change, mask):
         for a, b, idx, _, _ in _parts(t.shape, axis, chosen, DTYPES[t.dtype].itemsize):
             rows = ours.read(name, a, b)
             old, new = _pick(rows, axis, idx), change[name](rows, a, b)
-            if not _finite(new): raise ActError(f"tensor {name} of {ours.folder.name} holds NaN or infinity, or would after the change: target or donor is damaged, or lam is too large for {t.dtype}")
+            if not all_finite(new): raise ActError(f"tensor {name} of {ours.folder.name} holds NaN or infinity, or would after the change: target or donor is damaged, or lam is too large for {t.dtype}")
             new = _pick(new, axis, idx)
             before.update(old.numpy().data); after.update(new.numpy().data)
             yield old ^ new
@@ -99,11 +99,11 @@ class Delta(Shown):
         name, start=0, stop=None, # a parameter, and which rows of what is stored of it
     ) -> torch.Tensor:
         "The bits that differ, as integers."
-        return _rows(self.tensors[name], start, stop)
+        return rows_of(self.tensors[name], start, stop)
 
     def __repr__(self): return f"Delta: {self.mask.count:,} of {self.mask.total:,} channels of {self.meta['target']}, {self.path.stat().st_size/1e6:,.2f} MB; " + ', '.join(f"lam {m['lam']:g} from {m['donor']}" for m in self.meta['moved'])
     def _parts(self):
-        first, *_, last = _moved_parts([{**m, 'where': None} for m in self.meta['moved']], {k: v for k, v in self.meta.items() if k not in ('format', 'moved')})
+        first, *_, last = moved_parts([{**m, 'where': None} for m in self.meta['moved']], {k: v for k, v in self.meta.items() if k not in ('format', 'moved')})
         strip, bars, *_ = self.mask._parts()
         return first, strip, bars, last
     def plot(self, ax=None):
@@ -120,12 +120,12 @@ def load(
     path = Path(path)
     if not path.is_file(): raise ActError(f"there is no delta file {path}: check the path")
     try:
-        tensors, head = _header(path, {n: t for n, t in _TYPES.items() if not t.is_floating_point})
+        tensors, head = header_of(path, {n: t for n, t in FILE_TYPES.items() if not t.is_floating_point})
         if head.get('format') != 'act-delta-1': raise ValueError(f"its format is {head.get('format')!r:.80}, expected 'act-delta-1'")
         map_, meta = ChannelMap.from_dict(parse_json(head.get('map', ''))), parse_json(head.get('meta', ''))
         bits = {k.removeprefix('bits.'): t for k, t in tensors.items() if k.startswith('bits.')}
         if len(tensors) != len(bits) + 2: raise ValueError('it holds other tensors than mask, bits and digests')
-        mask, digests = _rows(tensors['mask']), _rows(tensors['digests'])
+        mask, digests = rows_of(tensors['mask']), rows_of(tensors['digests'])
         if why := _odd(map_, meta, mask, digests, bits): raise ValueError(why)
     except (OSError, ValueError, KeyError) as e: raise ActError(f"{path} is not a usable delta file ({str(e)[:300]}): get it again") from e
     mask = ChannelMask.from_flat(mask.bool(), map_, meta)
@@ -145,7 +145,7 @@ def _odd(map_, meta, mask, digests, bits):
     if not (isinstance(moved, list) and isinstance(meta.get('target'), str) and all(isinstance(m, dict) and isinstance(m.get('donor'), str) and type(m.get('lam')) in (int, float) and abs(m['lam']) < 1e9 for m in moved)): return 'it does not name its target, donors and lam'
 
 # %% ../nbs/15_deltas.ipynb #15-023
-def _verify(delta, undo, tensors, read, where):
+def verify_delta(delta, undo, tensors, read, where):
     "Raise ActError unless the chosen entries are what the delta expects, and would become what it promises. `read(name, axis, a, b, idx)` gives their bits."
     delta.mask.map.check({n: s for n, (_, s) in tensors.items()}, where)
     for name, (axis, chosen) in mask_slices(delta.mask).items():
@@ -163,7 +163,7 @@ def _verify(delta, undo, tensors, read, where):
         if then.digest() != want[1]: raise ActError(f"the bits of {name} in {delta.path} are damaged: get the delta again")
 
 # %% ../nbs/15_deltas.ipynb #15-024
-def _in_folder(ck): return {n: (DTYPES[t.dtype], t.shape) for n, t in ck.tensors.items() if not ck.is_copy(n)}, lambda n, axis, a, b, idx: _pick(ck.read(n, a, b), axis, idx) if axis else ck.rows(n, a + idx).view(_INTS[DTYPES[ck.tensors[n].dtype]])
+def bits_in_folder(ck): return {n: (DTYPES[t.dtype], t.shape) for n, t in ck.tensors.items() if not ck.is_copy(n)}, lambda n, axis, a, b, idx: _pick(ck.read(n, a, b), axis, idx) if axis else ck.rows(n, a + idx).view(_INTS[DTYPES[ck.tensors[n].dtype]])
 
 def _flips(ck, delta):
     "For `write_like`: parameter -> function that flips the bits of a block of its rows."
@@ -180,7 +180,7 @@ def _flips(ck, delta):
 
 # %% ../nbs/15_deltas.ipynb #15-026
 @torch.no_grad()
-@_one_thread()
+@one_thread()
 def apply_delta(
     target,                # a folder, hub id, lab/NAME, smollm2/NAME, or a model in memory (which stays as it is)
     delta,                 # a Delta or its file
@@ -193,8 +193,8 @@ def apply_delta(
     if isinstance(target, torch.nn.Module): return _apply_in_memory(target, delta, undo)
     if bool(out) == bool(inplace): raise ActError("say where the result goes: either a new folder (out) or inplace=True")
     if inplace: return _apply_in_place(Path(target), delta, undo)
-    out, ck = check_absent(out), _opened(target)
-    _verify(delta, undo, *_in_folder(ck), _label(target))
+    out, ck = check_absent(out), opened(target)
+    verify_delta(delta, undo, *bits_in_folder(ck), label_of(target))
     begin([target, delta.path], {out: ck.nbytes}, f'{delta.mask.count:,} of {delta.mask.total:,} channels')
     with atomic_folder(out, ck.nbytes, sha256(delta.hash, str(undo), str(ck.folder))) as tmp:
         write_like(ck, tmp, _flips(ck, delta))
@@ -206,7 +206,7 @@ def _note(delta, folder): write_json(dict(format='act-transfer-1', **{k: delta.m
 
 def _apply_in_memory(model, delta, undo):
     known = {n: p.detach() for n, p in model.named_parameters()}
-    _verify(delta, undo, {n: (p.dtype, tuple(p.shape)) for n, p in known.items()}, lambda n, axis, a, b, idx: _pick(known[n][a:b].cpu(), axis, idx), _label(model))
+    verify_delta(delta, undo, {n: (p.dtype, tuple(p.shape)) for n, p in known.items()}, lambda n, axis, a, b, idx: _pick(known[n][a:b].cpu(), axis, idx), label_of(model))
     out = copy.deepcopy(model)
     for name, p in out.named_parameters():
         if name not in delta.digests: continue
@@ -220,10 +220,10 @@ def _apply_in_place(folder, delta, undo):
     if not folder.is_dir(): raise ActError(f"{folder} is not a folder: only a folder of your own is changed in place; give a new one with out (--out)")
     folder = Path(os.path.abspath(folder))
     key, new, done = sha256(delta.hash, str(undo)), folder.with_name(f'.{folder.name}.new'), folder.with_name(f'.{folder.name}.done')
-    with _writing(folder), _alone(folder):
+    with writing(folder), exclusive(folder):
         if not new.exists():
             ck = Checkpoint(folder)
-            _verify(delta, undo, *_in_folder(ck), folder.name)
+            verify_delta(delta, undo, *bits_in_folder(ck), folder.name)
             begin([delta.path], {folder: ck.nbytes}, f'{delta.mask.count:,} of {delta.mask.total:,} channels, in place')
             with atomic_folder(new, ck.nbytes, key) as tmp:
                 write_like(ck, tmp, _flips(ck, delta))
@@ -243,13 +243,13 @@ _INDEX = 'model.safetensors.index.json'
 def _exchange(new, folder):
     "Put the weight files of `new` in place of those of `folder`, which does not load in between."
     aside = folder/f'{_INDEX}.aside'
-    if (folder/_INDEX).exists(): os.rename(folder/_INDEX, aside); _flush(folder)
+    if (folder/_INDEX).exists(): os.rename(folder/_INDEX, aside); flush(folder)
     for f in new.glob('*.safetensors'): os.replace(f, folder/f.name)
-    _flush(folder)
+    flush(folder)
     if aside.exists(): os.rename(aside, folder/_INDEX)
     if (new/'act_transfer.json').exists(): os.replace(new/'act_transfer.json', folder/'act_transfer.json')
     else: (folder/'act_transfer.json').unlink(missing_ok=True)
-    _flush(folder)
+    flush(folder)
 
 # %% ../nbs/15_deltas.ipynb #15-041
 @command
@@ -263,7 +263,7 @@ def act_delta(
     no_check: store_true = False, # do not compare shapes, weights and hashes first
 ):
     "Write the change of a transfer alone: `act_delta --target lab/maths-en --donor lab/base --mask mask.safetensors --lam 0.5 --out delta.safetensors`"
-    delta = Delta.load(make_delta(target, listed(donor), listed(mask), _lams(lam), out, not no_check, rule))
+    delta = Delta.load(make_delta(target, listed(donor), listed(mask), read_lams(lam), out, not no_check, rule))
     print(f'{delta} -> {out}')
     next_step('act_apply', target=target, delta=out, out=beside(out, 'recovered'))
 

@@ -18,7 +18,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from scipy import stats
 from .abilities import LANGUAGE_NAMES, Ability, EncodedItem, Item, batches, check_fits, encode, encode_prompts, load_ability, reads
-from .checkpoints import _check_use, _label, _opened, load_model, load_tokenizer, trained_on, weight_hash
+from .checkpoints import check_use, label_of, opened, load_model, load_tokenizer, trained_on, weight_hash
 from .core import PACKAGE, ActError, bar, begin, beside, command, gathered, listed, next_step, processes, provenance, quiet, read_json, warn, write_json
 from .show import Shown, folded, intervals, place, table
 
@@ -27,7 +27,7 @@ TASKS = PACKAGE/'tasks'
 
 # %% ../nbs/14_evaluate.ipynb #14-011
 @contextlib.contextmanager
-def _silent():
+def silent():
     "lm-eval and datasets say nothing inside the block."
     log = logging.getLogger('lm_eval')
     level = log.level
@@ -138,14 +138,14 @@ def compare_answers(
 # %% ../nbs/14_evaluate.ipynb #14-024
 def write_tasks(
     folder=TASKS, # where the two templates are
+    lab: tuple = (), # abilities of the lab, such as science-zh
 ) -> list: # names of the tasks
     "Write a task file for every ability of the lab and of the public sources."
-    from act.lab import lab_abilities
     def write(kind, source, languages, suffix=''):
         for spec in (f'{source}/{o}' for o in languages):
             name = 'act_' + spec.replace('/', '_').replace('-', '_') + suffix
             (Path(folder)/f'{name}.yaml').write_text(f'include: act_{kind}.yaml\ntask: {name}\ndataset_kwargs:\n  spec: {spec}\n')
-    write('loglikelihood', 'lab', lab_abilities())
+    write('loglikelihood', 'lab', lab)
     for source, languages in dict(gsm8k=['en'], mgsm='bn de en es fr ja ru sw te th zh'.split(), msvamp='bn de en es fr ja ru sw th zh'.split()).items():
         write('loglikelihood', source, languages)
         write('generate', source, languages, suffix='_generate')
@@ -155,7 +155,7 @@ def write_tasks(
     return sorted(p.stem for p in Path(folder).glob('act_*_*.yaml'))
 
 # %% ../nbs/14_evaluate.ipynb #14-027
-def _kind(ability, generate): return 'choices' if all(o.choices for o in ability) else 'generate' if generate else 'loglikelihood' # which template
+def task_kind(ability, generate): return 'choices' if all(o.choices for o in ability) else 'generate' if generate else 'loglikelihood' # which template
 
 def _template(kind):
     "A template as a dictionary, with the functions that it names."
@@ -168,7 +168,7 @@ def _template(kind):
     return yaml.load((TASKS/f'act_{kind}.yaml').read_text(encoding='utf-8'), Loader)
 
 @lru_cache(maxsize=256)
-def _cached_task(key, kind, eos, write):
+def cached_task(key, kind, eos, write):
     from lm_eval.api.task import ConfigurableTask
     class Task(ConfigurableTask):
         def build_all_requests(self, **kwargs):
@@ -177,7 +177,7 @@ def _cached_task(key, kind, eos, write):
     if kind == 'generate': config['generation_kwargs']['max_gen_toks'] = write
     return Task(config={**config, 'task': key.name, 'dataset_kwargs': None, 'custom_dataset': lambda **_: _dataset(key.ability, eos)})
 
-class _Key:
+class TaskKey:
     "An ability under its name, equal to any other with the same items."
     def __init__(self, name, ability): self.name, self.ability, self.id = name, ability, (name, ability.hash)
     def __eq__(self, o): return self.id == o.id
@@ -279,7 +279,7 @@ class ActLM(LM):
             prompt, = encode_prompts([self._item(r, r.args[0], '')], self.tokenizer, self.chat, self.max_length and self.max_length - min(most, self.max_length//2))
             prompts.append(prompt)
             jobs.setdefault((stop, min(most, self.room - len(prompt.input_ids)) if self.room else most), []).append(i)
-        check_fits(prompts, self.rows, self.context and self.context - 1, _label(self.model))
+        check_fits(prompts, self.rows, self.context and self.context - 1, label_of(self.model))
         work = [(b, [some[k] for k in b['index']], *job) for job, some in jobs.items() for b in batches([prompts[i] for i in some], self.tokenizer, padding_side='left', batch_size=self.batch_size)]
         out = self._shared(work, lambda b, _, stop, most: _write(self.model, self.tokenizer, b, stop, most), len(requests), 'writing')
         for r, (_, hit) in zip(requests, out): self.at_limit[r.task_name, r.doc_id] = hit
@@ -297,7 +297,7 @@ class ActLM(LM):
         return (stop,) if isinstance(stop, str) else tuple(stop), int(how.get('max_gen_toks', 256))
 
     def _score(self, encoded):
-        check_fits(encoded, self.rows, self.context, _label(self.model))
+        check_fits(encoded, self.rows, self.context, label_of(self.model))
         work = [(b, b['index']) for b in batches(encoded, self.tokenizer, batch_size=self.batch_size)]
         return self._shared(work, lambda b, _: _answer_logps(self.model, b), len(encoded), 'scoring')
 
@@ -398,17 +398,17 @@ def evaluate(
     abilities = [abilities] if isinstance(abilities, Ability) else list(abilities)
     _check_names(abilities)
     lm = ActLM(model, tokenizer, chat=chat, max_length=max_length, batch_size=batch_size, progress=progress)
-    kinds = {a.name: _kind(a, generate) for a in abilities}
+    kinds = {a.name: task_kind(a, generate) for a in abilities}
     ends = {a.name: (a.eos if eos is None else eos) and kinds[a.name] != 'generate' for a in abilities}
     encoded = {a.name: _encoded(a, tokenizer, kinds[a.name], ends[a.name], chat, max_length) for a in abilities}
-    for e in encoded.values(): check_fits(e, lm.rows, lm.context, _label(model))
+    for e in encoded.values(): check_fits(e, lm.rows, lm.context, label_of(model))
     write = 512 if generate is True else int(generate)
     if lm.room: write = min(write, lm.room//2) # the other half is for the prompt
-    with _silent():
-        tasks = {a.name: _cached_task(_Key(a.name, a), kinds[a.name], ends[a.name], write) for a in abilities}
+    with silent():
+        tasks = {a.name: cached_task(TaskKey(a.name, a), kinds[a.name], ends[a.name], write) for a in abilities}
         out = lm_eval.evaluate(lm, dict(tasks=tasks), bootstrap_iters=0)
     rows = [row for a in abilities for row in _item_rows(a, out['samples'][a.name], encoded[a.name], kinds[a.name], lm)]
-    meta = provenance(model=_label(model), abilities={a.name: dict(hash=a.hash, items=len(a), source=a.source, kind=kinds[a.name], task_version=t.VERSION, filters=sorted({s['filter'] for s in out['samples'][a.name]})) for a, t in zip(abilities, tasks.values())},
+    meta = provenance(model=label_of(model), abilities={a.name: dict(hash=a.hash, items=len(a), source=a.source, kind=kinds[a.name], task_version=t.VERSION, filters=sorted({s['filter'] for s in out['samples'][a.name]})) for a, t in zip(abilities, tasks.values())},
                       batch_size=batch_size, generate=write, dtype=str(model.dtype).removeprefix('torch.'), max_length=max_length, chat=chat, lm_eval=lm_eval.__version__)
     items = pd.DataFrame([{k: row[k] for k in _COLUMNS} for row in rows])
     if 'generate' in kinds.values(): items = items.assign(**{k: pd.Series([row.get(k) for row in rows], dtype=object) for k in _WRITTEN})
@@ -533,9 +533,9 @@ def act_evaluate(
     "Score a model on abilities: `act_evaluate --model lab/base --ability lab/multiplication-en,lab/science-zh --out base.json`"
     abilities = [load_ability(a, split, n) for a in listed(ability)]
     _check_names(abilities)
-    _check_use(dtype, device)
-    headers, first, tok = _opened(model), not processes()[0], load_tokenizer(model) # all that can be wrong is looked for before anything is loaded
-    encoded = [e for a in abilities for e in _encoded(a, tok, _kind(a, generate), a.eos, chat, max_length)]
+    check_use(dtype, device)
+    headers, first, tok = opened(model), not processes()[0], load_tokenizer(model) # all that can be wrong is looked for before anything is loaded
+    encoded = [e for a in abilities for e in _encoded(a, tok, task_kind(a, generate), a.eos, chat, max_length)]
     check_fits(encoded, *reads(headers), model)
     _warn_of_trained(model, abilities)
     begin([model, *listed(ability)], {out: 1000 + 80*len(encoded)} if out else {}, f'{len(encoded):,} items, {sum(len(e.answer) for e in encoded):,} answer tokens')

@@ -22,8 +22,8 @@ from torch.distributed.tensor import DTensor, Replicate
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from .abilities import Ability, Item, check_fits, encode, load_ability, reads
-from .checkpoints import _check_use, _finite, _label, _opened, _tensors, DTYPES, copy_extras, load_model, load_tokenizer, resolve, trained_on, weight_hash, write_like
-from .core import PACKAGE, ActError, _check_room, _flush, _size, _writing, atomic_folder, bar, begin, check_absent, command, from_first, gathered, listed, next_step, parse_json, processes, provenance, quiet, sha256, warn, work_folder, write_json
+from .checkpoints import check_use, all_finite, label_of, opened, tensors_of, DTYPES, copy_extras, load_model, load_tokenizer, resolve, trained_on, weight_hash, write_like
+from .core import PACKAGE, ActError, check_room, flush, size_text, writing, atomic_folder, bar, begin, check_absent, command, from_first, gathered, listed, next_step, parse_json, processes, provenance, quiet, sha256, warn, work_folder, write_json
 from .masks import ChannelMask
 from .show import Shown, facts, folded, strip
 from .transfer import mask_slices
@@ -49,7 +49,7 @@ def _freeze(model, mask):
     slices = mask_slices(mask)
     for name, p in model.named_parameters(): p.requires_grad_(name in slices)
 
-def _restrict(model, slices):
+def restrict_gradients(model, slices):
     "Hooks that zero the gradient outside slices of parameters, as `mask_slices` gives them; returns them for removal."
     named, hooks = _named(model), []
     for name, (axis, chosen) in slices.items():
@@ -83,7 +83,7 @@ class _Watch(TrainerCallback):
     def __init__(self, patience, mask, progress, total): self.patience, self.mask, self.hooks, self.best, self.bar = patience, mask, [], {}, bar(progress=progress, total=total, desc='fine-tuning', unit='step')
     def on_train_begin(self, args, state, control, model=None, **_):
         self.bar.update(state.global_step)
-        if self.mask is not None: self.hooks = _restrict(model, mask_slices(self.mask))
+        if self.mask is not None: self.hooks = restrict_gradients(model, mask_slices(self.mask))
     def on_step_end(self, args, state, control, **_): self.bar.update(1)
     def on_train_end(self, args, state, control, **_):
         self.bar.close()
@@ -125,7 +125,7 @@ class _Trainer(Trainer):
     def _share(self, folder): return Path(folder)/f'share-{processes()[0] if self.is_fsdp_enabled else 0}.safetensors'
     def _random(self, folder): return Path(folder)/f'random-{processes()[0]}.safetensors'
 
-    def _tensors(self):
+    def tensors_of(self):
         learning = {k: p for k, p in _named(self.model).items() if p.requires_grad}
         moments = {f'{k} {name}': v for name, p in learning.items() for k, v in self.optimizer.state[p].items()}
         weights, best = {f'weight {k}': p for k, p in learning.items()}, {f'best {k}': t for k, t in self.watch.best.items()}
@@ -138,9 +138,9 @@ def _fresh(folder):
 
 def _settle(new, done):
     "Give a state its name when all of it is on the disk; older ones go."
-    for f in (*new.iterdir(), new): _flush(f)
+    for f in (*new.iterdir(), new): flush(f)
     new.rename(done)
-    _flush(done.parent)
+    flush(done.parent)
     for f in done.parent.glob('act-state-*'):
         if f != done: shutil.rmtree(f)
 
@@ -148,7 +148,7 @@ def _newest(folder, key, need):
     "The state to go on from, if there is one; ActError unless `need` bytes fit beside it."
     Path(folder).mkdir(parents=True, exist_ok=True)
     found = sorted(Path(folder).glob(f'act-state-{key}-*'), key=lambda f: int(f.name.split('-')[-1]))
-    _check_room(folder, need, sum(f.stat().st_size for f in Path(folder).rglob('*') if f.is_file()))
+    check_room(folder, need, sum(f.stat().st_size for f in Path(folder).rglob('*') if f.is_file()))
     return str(found[-1]) if found else None
 
 # %% ../nbs/13_finetune.ipynb #13-212
@@ -157,7 +157,7 @@ def _save_checkpoint(self: _Trainer, model, trial):
     if self.control.should_training_stop: return # the next thing is the end
     rank, folder = processes()[0], Path(self.args.output_dir)
     new, done = folder/'act-state-new', folder/f'act-state-{self.key}-{self.state.global_step}'
-    with _writing(folder):
+    with writing(folder):
         from_first(lambda: _fresh(new))
         if not rank or self.is_fsdp_enabled: save_file(self._tensors(), self._share(new))
         save_file(dict(cpu=torch.get_rng_state(), **dict(cuda=torch.cuda.get_rng_state()) if self.args.device.type == 'cuda' else {}), self._random(new))
@@ -331,7 +331,7 @@ def finetune(
     data, val = (_examples(a, tokenizer, chat, max_length, prompts, model) if a else None for a in (abilities, held))
     rank, world = processes()
     meta = dict(abilities={a.name: dict(hash=a.hash, items=len(a), source=a.source) for a in abilities}, steps=steps, lr=lr, batch_size=batch_size, seed=seed, warmup=warmup, weight_decay=weight_decay, bf16=bf16,
-                mask=mask.hash if mask is not None else None, lora=lora, max_length=max_length, chat=chat, prompts=prompts, model=_label(model))
+                mask=mask.hash if mask is not None else None, lora=lora, max_length=max_length, chat=chat, prompts=prompts, model=label_of(model))
     out, key = model if inplace else copy.deepcopy(model), None
     types = {k: t.dtype for k, t in (*out.named_parameters(), *out.named_buffers())}
     if state and 0 < save_steps < steps:
@@ -379,7 +379,7 @@ def bits_per_byte(
 ) -> float:
     "Bits that a model needs for each byte of the answers, from a softmax in float32; texts longer than it reads come in pieces."
     nats, encoded, (rows, context) = 0., encode(ability, tokenizer), reads(model)
-    check_fits(encoded, rows, None, _label(model))
+    check_fits(encoded, rows, None, label_of(model))
     for e in encoded:
         step = context or len(e.input_ids)
         for start in range(0, len(e.input_ids) - 1, max(step - 1, 1)): # the last token of a piece is the first of the next
@@ -425,11 +425,11 @@ def training_memory(
 
 # %% ../nbs/13_finetune.ipynb #13-633
 def _memory_line(parts):
-    return f"memory: about {_size(sum(parts.values()))} (" + ', '.join(f'{k} {_size(v)}' for k, v in parts.items()) + ')'
+    return f"memory: about {size_text(sum(parts.values()))} (" + ', '.join(f'{k} {size_text(v)}' for k, v in parts.items()) + ')'
 
 # %% ../nbs/13_finetune.ipynb #13-642
 def _check_trained(t, name):
-    if not _finite(t): raise ActError(f"training left NaN or infinity in {name}: lower the learning rate")
+    if not all_finite(t): raise ActError(f"training left NaN or infinity in {name}: lower the learning rate")
 
 def _as_stored(new, rows, a, b, name):
     "Trained values of the rows a ... b-1 in the stored type."
@@ -464,7 +464,7 @@ def save_like(
     records: dict = None, # file name -> what to write beside it as JSON
 ) -> Path: # raises ActError when weights are NaN or infinite
     "Write a trained model with the files, the names and the types of the checkpoint that it came from."
-    ck, state = _opened(source), model.state_dict()
+    ck, state = opened(source), model.state_dict()
     alike = _alike(model, ck)
     with atomic_folder(out, ck.nbytes if alike else 4*sum(p.numel() for p in model.parameters())) as tmp, quiet():
         if alike: write_like(ck, tmp, {k: partial(_as_stored, state[k], name=k) for k in ck.tensors if k in state})
@@ -504,9 +504,9 @@ def act_finetune(
         work, _ = from_first(lambda: (held.enter_context(work_folder(out, options)), check_absent(out)))
         data, val = load(ability, split), load(validation, 'validation') if validation else None
         text, chosen = neutral_text(neutral), ChannelMask.load(mask) if mask else None
-        _check_use(device=device)
+        check_use(device=device)
         _check_settings(data, steps, lr, batch_size, chosen, lora, weight_decay, seed)
-        ck, shapes = _opened(model), {k: s for k, (s, _) in _tensors(model).items()}
+        ck, shapes = opened(model), {k: s for k, (s, _) in tensors_of(model).items()}
         if chosen: chosen.map.check(shapes, model)
         lr = lr or safe_rate(_learning(shapes, chosen), bool(lora))
         examples = _examples(data, load_tokenizer(model), chat, max_length, model=ck)
@@ -516,7 +516,7 @@ def act_finetune(
               f"{steps} steps of {batch_size} items, out of {len(examples):,} with {answers:,} answer tokens, at a peak rate of {lr:g}\n{memory}")
         if not processes()[0]: print(memory, flush=True)
         net, tok = _load(model, device)
-        _check_room(out, ck.nbytes)
+        check_room(out, ck.nbytes)
         before = None if processes()[0] else bits_per_byte(net, text, tok)
         report = finetune(net, data, tok, steps, lr, batch_size, chosen, val, seed=seed, max_length=max_length, weight_decay=weight_decay, state=work/'state', save_steps=save_steps,
                           lora=lora, chat=chat, bf16=bf16, inplace=True)

@@ -14,27 +14,26 @@ from fastcore.script import store_true
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from .abilities import batches, check_fits, encode, load_ability, reads, render
-from .channels import enumerate_channels
-from .checkpoints import DTYPES, _check_use, _label, _opened, check_finite, check_pair, fingerprint, load_model, load_tokenizer, weight_hash
-from .core import ActError, _writing, atomic_file, bar, begin, beside, command, from_first, gathered, next_step, origin, processes, sha256, warn, work_folder
+from .checkpoints import DTYPES, check_use, label_of, opened, channels_of, check_finite, check_pair, fingerprint, load_model, load_tokenizer, weight_hash
+from .core import ActError, writing, atomic_file, bar, begin, beside, command, from_first, gathered, next_step, origin, processes, sha256, warn, work_folder
 from .masks import ChannelScores, ItemScores, by_kind, one_sided, top_p
 
 # %% ../nbs/10_localize.ipynb #10-014
-def _answers(out, at):
+def answer_rows(out, at):
     "Rows of a module's output at the answer positions `at` (row of each in the flattened batch, width of the batch): (tokens, channels) or (tokens, heads, channels)."
     if out.ndim == 4 and out.shape[1] != at[1]: out = out.transpose(1, 2)
     return out.flatten(0, 1).index_select(0, at[0].to(out.device))
 
-def _keep(store, path, at, module, args, out): store[path] = _answers(out, at)
+def _keep(store, path, at, module, args, out): store[path] = answer_rows(out, at)
 
 def _subtract(store, add, path, at, order, module, args, out):
-    ours, theirs = store.pop(path).to(out.device), _answers(out, at).float()
+    ours, theirs = store.pop(path).to(out.device), answer_rows(out, at).float()
     shared = min(ours.shape[-1], theirs.shape[-1]) # of a head with more rows of vocabulary only those that both have
     diff = (theirs[..., :shared] - (ours if order is None else ours[order])[..., :shared]).abs_()
     if shared < ours.shape[-1]: diff = torch.nn.functional.pad(diff, (0, ours.shape[-1] - shared))
     add(path, diff.mean(1) if diff.ndim == 3 else diff)
 
-def _pass(model, batch, cm, hook, whole):
+def forward_pass(model, batch, cm, hook, whole):
     "One forward pass with `hook(path)` on every module of the map; the head is left out unless `whole`."
     hooks = [attrgetter(p)(model).register_forward_hook(hook(p)) for p in cm.paths]
     try:
@@ -44,7 +43,7 @@ def _pass(model, batch, cm, hook, whole):
         for h in hooks: h.remove()
 
 # %% ../nbs/10_localize.ipynb #10-016
-def _checked(batch, config):
+def readable_batch(batch, config):
     "A batch that the model can read, with `at`: the row of every answer token in the flattened batch, and the width."
     heads = {config.num_attention_heads, getattr(config, 'num_key_value_heads', None)}
     if batch['input_ids'].shape[1] in heads: batch = {k: torch.nn.functional.pad(v, (0, 1)) if torch.is_tensor(v) else v for k, v in batch.items()}
@@ -55,14 +54,14 @@ def _compare(target, donor, work, cm, add, shuffle=None, shown=None):
     "Run both models on every batch; `add(path, differences (tokens, channels), row of each token, item of each row)`."
     g, whole = torch.Generator().manual_seed(shuffle or 0), 'lm_head' in cm
     for batch in work:
-        batch, store = _checked(batch, target.config), {}
+        batch, store = readable_batch(batch, target.config), {}
         at = batch['at']
         order = None if shuffle is None else torch.randperm(len(at[0]), generator=g).to(target.device)
-        _pass(target, batch, cm, lambda p: partial(_keep, store, p, at), whole)
-        _pass(donor, batch, cm, lambda p: partial(_subtract, store, partial(add, rows=at[0]//at[1], index=torch.tensor(batch['index'])), p, at, order), whole)
+        forward_pass(target, batch, cm, lambda p: partial(_keep, store, p, at), whole)
+        forward_pass(donor, batch, cm, lambda p: partial(_subtract, store, partial(add, rows=at[0]//at[1], index=torch.tensor(batch['index'])), p, at, order), whole)
         if shown: shown(batch)
 
-def _finite(sums, models=()):
+def check_sums(sums, models=()):
     for path, s in sums.items():
         if torch.isfinite(s).all(): continue
         for m in models: check_finite(m)
@@ -75,8 +74,8 @@ def _compare_in_turn(load, work, cm, add, folder, room, shown=None):
     while work:
         model, size, waiting = load(0), 0, []
         while work and (not waiting or size*(1 + 1/len(waiting)) <= room):
-            batch, store, file = _checked(work.pop(0), model.config), {}, Path(folder)/f'{len(waiting)}.safetensors'
-            _pass(model, batch, cm, lambda p: partial(_keep, store, p, batch['at']), whole)
+            batch, store, file = readable_batch(work.pop(0), model.config), {}, Path(folder)/f'{len(waiting)}.safetensors'
+            forward_pass(model, batch, cm, lambda p: partial(_keep, store, p, batch['at']), whole)
             save_file({k: v.cpu().contiguous() for k, v in store.items()}, file)
             waiting.append((batch, file)); size += file.stat().st_size
         model = None
@@ -84,7 +83,7 @@ def _compare_in_turn(load, work, cm, add, folder, room, shown=None):
         model = load(1)
         for batch, file in waiting:
             store, put = load_file(file), partial(add, rows=batch['at'][0]//batch['at'][1], index=torch.tensor(batch['index']))
-            _pass(model, batch, cm, lambda p: partial(_subtract, store, put, p, batch['at'], None), whole)
+            forward_pass(model, batch, cm, lambda p: partial(_subtract, store, put, p, batch['at'], None), whole)
             file.unlink()
             if shown: shown(batch)
         model = None
@@ -102,7 +101,7 @@ def _type_of(model, dtype):
     "The type that a model's weights have, or will have in memory."
     if isinstance(model, PreTrainedModel): return model.dtype
     if dtype not in (None, 'auto'): return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
-    ck = _opened(model)
+    ck = opened(model)
     stored = getattr(torch, str(ck.config.get('dtype') or ck.config.get('torch_dtype')), None)
     return stored if isinstance(stored, torch.dtype) else DTYPES[next(iter(ck.tensors.values())).dtype]
 
@@ -113,7 +112,7 @@ def _free_memory(device):
     return psutil.virtual_memory().available
 
 def _both_fit(models, dtype, device, work, cm):
-    size = lambda m: sum(math.prod(t.shape) for t in _opened(m).tensors.values())*_type_of(m, dtype).itemsize
+    size = lambda m: sum(math.prod(t.shape) for t in opened(m).tensors.values())*_type_of(m, dtype).itemsize
     kept = max((int(b['positions'].sum()) for b in work), default=0)*cm.total*_type_of(models[0], dtype).itemsize
     return 1.1*sum(map(size, models)) + 2*kept < .9*_free_memory(device)
 
@@ -172,7 +171,7 @@ def localize(
     models, ours = (target, donor), [isinstance(m, PreTrainedModel) for m in (target, donor)]
     if hold not in ('auto', 'both', 'one'): raise ActError(f"hold is {hold!r}: choose 'both', 'one' or 'auto'")
     if hold == 'one' and any(ours): raise ActError("hold='one' takes models by name or folder: those in memory are there already")
-    _check_use(dtype, device)
+    check_use(dtype, device)
     rank, world = processes()
     load = lambda i: models[i] if ours[i] else load_model(models[i], dtype, device, device_map)[0]
     if tokenizer is None:
@@ -181,12 +180,12 @@ def localize(
     if not hasattr(ability, 'items'): ability = load_ability(ability, 'localize')
     encoded = encode(ability, tokenizer, positions, chat, max_length, eos)
     if check: check_pair(target, donor, texts=[''.join(render(o, tokenizer, chat)) for o in ability], special=not chat)
-    for m, here in zip(models, ours): check_fits(encoded, *reads(m if here else _opened(m)), _label(m))
-    cm, tokens = enumerate_channels(target, tied), sum(len(e.positions) for e in encoded)
+    for m, here in zip(models, ours): check_fits(encoded, *reads(m if here else opened(m)), label_of(m))
+    cm, tokens = channels_of(target, tied), sum(len(e.positions) for e in encoded)
     prints = fingerprint(target), fingerprint(donor)
-    if prints[0] == prints[1] and weight_hash(target) == weight_hash(donor): raise ActError(f"{_label(target)} and {_label(donor)} have the same weights: there is nothing to move")
+    if prints[0] == prints[1] and weight_hash(target) == weight_hash(donor): raise ActError(f"{label_of(target)} and {label_of(donor)} have the same weights: there is nothing to move")
     if tokens < FEW_TOKENS: warn(f"{tokens} answer tokens from {len(encoded)} items: the channels found with fewer than {FEW_TOKENS} depend much on the sample, use more items")
-    meta = dict(target=_label(target), donor=_label(donor), target_print=prints[0], donor_print=prints[1], ability=ability.name, ability_hash=ability.hash, source=ability.source, items=len(encoded), tokens=tokens,
+    meta = dict(target=label_of(target), donor=label_of(donor), target_print=prints[0], donor_print=prints[1], ability=ability.name, ability_hash=ability.hash, source=ability.source, items=len(encoded), tokens=tokens,
                 positions=positions, dtype=str(_type_of(target, dtype)).removeprefix('torch.'), batch_tokens=batch_tokens, max_length=max_length, chat=chat, eos=eos, provenance=origin())
     work = list(batches(encoded, tokenizer, batch_tokens))[rank::world]
     if hold == 'auto': hold = 'both' if any(ours) or device_map or all(gathered(_both_fit(models, dtype, device, work, cm))) else 'one'
@@ -197,9 +196,9 @@ def localize(
         def done(batch): sums.done(); shown.update(len(batch['index']))
         if hold == 'both': _compare(load(0), load(1), work[sums.batches:], cm, sums.add, shown=done)
         else:
-            with tempfile.TemporaryDirectory(dir=state) as tmp, _writing(tmp): _compare_in_turn(load, work[sums.batches:], cm, sums.add, tmp, disk or shutil.disk_usage(tmp).free//2//world, done)
+            with tempfile.TemporaryDirectory(dir=state) as tmp, writing(tmp): _compare_in_turn(load, work[sums.batches:], cm, sums.add, tmp, disk or shutil.disk_usage(tmp).free//2//world, done)
     total = sums.total()
-    _finite(total, models)
+    check_sums(total, models)
     if not any(t.any() for t in total.values()): raise ActError(f"{meta['target']} and {meta['donor']} do the same on every answer token of {ability.name}: there is nothing to find, use items on which they differ")
     scores = ChannelScores({p: (s/tokens).float() for p, s in total.items()}, cm, meta)
     scores.hold = hold # not part of the file, which is the same either way
@@ -219,14 +218,14 @@ def localize_items(
     progress: bool = True,       # show a bar
 ) -> ItemScores: # items x channels, float32
     "Stage 1 with every item's own sums; `.pool()` of all items is what `localize` returns."
-    encoded, cm, sums = encode(ability, tokenizer, positions, max_length=max_length), enumerate_channels(target, tied), {}
-    for m in (target, donor): check_fits(encoded, *reads(m), _label(m))
+    encoded, cm, sums = encode(ability, tokenizer, positions, max_length=max_length), channels_of(target, tied), {}
+    for m in (target, donor): check_fits(encoded, *reads(m), label_of(m))
     def add(path, diff, rows, index):
         if path not in sums: sums[path] = torch.zeros(len(encoded), diff.shape[1])
         sums[path].index_add_(0, index[rows], diff.cpu())
     with bar(progress=progress, total=len(encoded), desc='localising', unit='item') as shown: _compare(target, donor, batches(encoded, tokenizer, batch_tokens), cm, add, shuffle, lambda b: shown.update(len(b['index'])))
-    _finite(sums)
-    meta = dict(target=_label(target), donor=_label(donor), ability=ability.name, ability_hash=ability.hash, source=ability.source, positions=positions, max_length=max_length, shuffle=shuffle)
+    check_sums(sums)
+    meta = dict(target=label_of(target), donor=label_of(donor), ability=ability.name, ability_hash=ability.hash, source=ability.source, positions=positions, max_length=max_length, shuffle=shuffle)
     return ItemScores(torch.cat([sums[p] for p in cm.paths], 1), torch.tensor([len(e.positions) for e in encoded]), cm, meta)
 
 # %% ../nbs/10_localize.ipynb #10-040
@@ -254,7 +253,7 @@ def act_localize(
     "Score every channel by how much two models differ there: `act_localize --target lab/maths-en --donor lab/base --ability lab/science-zh --out scores.safetensors`"
     ability, options = load_ability(ability, split, n), dict(positions=positions, batch_tokens=batch_tokens, max_length=max_length, chat=chat, tied=tied, dtype=dtype, device=device, device_map=device_map)
     with contextlib.ExitStack() as stack:
-        work = from_first(lambda: stack.enter_context(work_folder(out, sha256(json.dumps([target, donor, ability.hash, options])), 4*enumerate_channels(target, tied).total + 10_000)))
+        work = from_first(lambda: stack.enter_context(work_folder(out, sha256(json.dumps([target, donor, ability.hash, options])), 4*channels_of(target, tied).total + 10_000)))
         scores = localize(target, donor, ability, check=not no_check, hold=hold, disk=disk_gb and int(disk_gb*1e9), state=work, save_seconds=save_seconds, **options)
         if processes()[0]: return
         scores.save(out)

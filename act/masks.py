@@ -11,8 +11,8 @@ import json, math
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
-from .channels import KINDS, ChannelMap, enumerate_channels
-from .checkpoints import _TYPES, _header, _label, _tensors, _values, fit_rows, write_tensors
+from .channels import KINDS, ChannelMap
+from .checkpoints import FILE_TYPES, channels_of, header_of, label_of, tensors_of, values_of, fit_rows, write_tensors
 from .core import ActError, atomic_file, begin, beside, command, listed, next_step, parse_json, sha256, warn
 from .show import Shown, bars, folded, strip, table
 
@@ -351,7 +351,7 @@ def weight_scores(
     tied: str = 'embedding',  # tie policy, as in `enumerate_channels`
 ) -> ChannelScores:
     "L2 norm of the weight change of each channel (row and bias, norm entry, or embedding column), one tensor in memory at a time."
-    cm, a, b = enumerate_channels(target, tied), _tensors(target), _tensors(donor)
+    cm, a, b = channels_of(target, tied), tensors_of(target), tensors_of(donor)
     data = {}
     for m in cm:
         change = size = 0
@@ -361,7 +361,7 @@ def weight_scores(
             x, y = (t.double().movedim(axis, 0).reshape(m.width, -1) for t in (ours, theirs))
             change, size = change + (y - x).square().sum(1), size + x.square().sum(1)
         data[m.path] = ((change/size.clamp(min=1e-30)) if relative else change).sqrt().float()
-    return ChannelScores(data, cm, dict(made='relative weight change' if relative else 'weight change', target=_label(target), donor=_label(donor)))
+    return ChannelScores(data, cm, dict(made='relative weight change' if relative else 'weight change', target=label_of(target), donor=label_of(donor)))
 
 # %% ../nbs/11_masks.ipynb #11-049
 @patch
@@ -397,10 +397,10 @@ def load(
     path = Path(path)
     if not path.is_file(): raise ActError(f"there is no {cls.noun} file {path}: check the path")
     try:
-        tensors, head = _header(path, _TYPES)
+        tensors, head = header_of(path, FILE_TYPES)
         if head.get('format') != cls.format: raise ValueError(f"its format is {head.get('format')!r:.80}, expected {cls.format!r}")
         map_, meta = parse_json(head.get('map', '')), parse_json(head.get('meta', ''), nan=True)
-        data = {k: _values(t, t.start, t.end).reshape(t.shape) for k, t in tensors.items()}
+        data = {k: values_of(t, t.start, t.end).reshape(t.shape) for k, t in tensors.items()}
         if why := _impossible(data, torch.uint8 if cls.dtype is torch.bool else cls.dtype, meta): raise ValueError(why)
         return cls(data, ChannelMap.from_dict(map_), meta)
     except (OSError, ValueError) as e: raise ActError(f"{path} is not a usable {cls.noun} file ({str(e)[:300]}): make it again") from e

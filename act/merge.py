@@ -16,7 +16,7 @@ from .baselines import merge_with_mergekit
 from .checkpoints import load_model, preflight
 from .core import ActError, beside, check_absent, command, next_step
 from .masks import ChannelMask, iou, random_mask, top_p, weight_scores
-from .recover import Bench, Method, Options, Recovery, _meta, _ready, by_p_and_lam, by_p_and_rank, choose, interval, measure
+from .recover import Bench, Method, Options, Recovery, study_meta, ready_bench, by_p_and_lam, by_p_and_rank, choose, interval, measure
 from .transfer import mask_slices, transfer
 
 # %% ../nbs/31_merge.ipynb #31-006
@@ -215,7 +215,7 @@ def merge_study(
         case = MERGES[case]
     if out: check_absent(out)
     start = time.time()
-    if bench is None: bench = _ready(MergeBench(case, device, progress), [(case.base, s) for s in case.specialists], rows, methods, seeds, {out: 12_000*len(rows)} if out else {})
+    if bench is None: bench = ready_bench(MergeBench(case, device, progress), [(case.base, s) for s in case.specialists], rows, methods, seeds, {out: 12_000*len(rows)} if out else {})
     grid, best = choose(bench, rows, methods, seeds[0])
     values = measure(bench, best, seeds, rows, methods)
     values = {'oracle': oracle(values, bench.names, case.metric), **values}
@@ -223,7 +223,7 @@ def merge_study(
     masks = {s: top_p(o, setting['p'], setting['rank']) for s, o in bench.scores(seeds[0]).items()}
     extra = dict(setting=setting, claims=claims(masks).rename(columns=str).reset_index().to_dict('records'), conflicts=conflicts(bench.target, bench.specialists, masks).to_dict('records'),
                  interference=interference(bench, setting, seeds).to_dict('records'))
-    rec = Merged(case, values, grid, best, _meta(bench, seeds, start, **extra))
+    rec = Merged(case, values, grid, best, study_meta(bench, seeds, start, **extra))
     if out: rec.save(out)
     return rec
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from fastcore.script import store_true
 from . import evaluate as _scoring
 from .abilities import load_ability
-from .checkpoints import VOCABULARY, _label, _opened, check_pair, fit_rows, resolve
+from .checkpoints import MODELS, VOCABULARY, label_of, opened, check_pair, fit_rows, resolve
 from .core import ActError, atomic_folder, begin, command, listed, next_step, provenance, write_json
-from .evaluate import TASKS, _kind
+from .evaluate import TASKS, task_kind
 from .masks import ChannelMask
-from .transfer import RULES, _check_masks, _jobs, _lams, _record, blend, mask_slices
+from .transfer import RULES, check_masks, transfer_jobs, read_lams, transfer_record, blend, mask_slices
 
 # %% ../nbs/17_neighbours.ipynb #17-011
 def _mergekit():
@@ -76,7 +76,7 @@ def _read_recipe(path):
 
 def _where(model):
     "A folder in place of a name that mergekit does not know."
-    return str(resolve(model)) if isinstance(model, str) and re.match(r'(lab/|smollm2(/|$))', model) else model
+    return str(resolve(model)) if isinstance(model, str) and model.partition('/')[0] in MODELS else model
 
 def _for_mergekit(recipe):
     models = {'models': [{**m, 'model': _where(m['model'])} if isinstance(m, dict) and 'model' in m else m for m in recipe['models']]} if isinstance(recipe.get('models'), list) else {}
@@ -96,7 +96,7 @@ def _donors(recipe, path):
         if m['model'] == base: continue
         if 'mask' not in own: raise ActError(f"{path}: the donor {m['model']} has no mask: add mask: FILE to its parameters")
         lam = own.get('lam', 1.)
-        out.append((m['model'], own['mask'], _lams(lam)[0] if isinstance(lam, str) else lam))
+        out.append((m['model'], own['mask'], read_lams(lam)[0] if isinstance(lam, str) else lam))
     if not out: raise ActError(f"{path}: there is no donor: list one under models, with its mask")
     return out
 
@@ -106,10 +106,10 @@ def _checked(recipe, path, weights):
     found = _donors(recipe, path)
     target, rule = recipe['base_model'], (recipe.get('parameters') or {}).get('rule', 'sum')
     if not all(isinstance(f, str) and isinstance(l, (int, float)) for _, f, l in found): return
-    jobs = _jobs([d for d, _, _ in found], [_mask_of(f) for _, f, _ in found], [l for *_, l in found], rule)
+    jobs = transfer_jobs([d for d, _, _ in found], [_mask_of(f) for _, f, _ in found], [l for *_, l in found], rule)
     if weights:
         for d, _, _ in jobs: check_pair(target, d)
-    return _record(target, jobs, rule, _check_masks(target, jobs, weights))
+    return transfer_record(target, jobs, rule, check_masks(target, jobs, weights))
 
 # %% ../nbs/17_neighbours.ipynb #17-023
 def run_mergekit(
@@ -129,7 +129,7 @@ def run_mergekit(
     record = _checked(d, recipe, check) if d['merge_method'] == 'act' else None
     try: how, config = MergeOptions(**{k: v for k, v in main.make_context('mergekit-yaml', [str(recipe), str(out), *shlex.split(options)]).params.items() if k in MergeOptions.model_fields}), MergeConfiguration.model_validate(_for_mergekit(d))
     except (click.ClickException, ValueError, RuntimeError) as e: raise ActError(f"mergekit does not take this recipe or these options ({' '.join(str(e).split())[:300]}): see mergekit-yaml --help") from e
-    need = _opened(d['base_model']).nbytes if record else 0
+    need = opened(d['base_model']).nbytes if record else 0
     begin([str(m) for m in config.referenced_models()] if not record else [d['base_model'], *(o['donor'] for o in record['moved'])], {out: need}, f"mergekit, merge_method {d['merge_method']}")
     with atomic_folder(out, need) as tmp:
         how.apply_global_options()
@@ -209,10 +209,10 @@ def mask_gradients(
 ) -> InsideMask: # raises ActError for a mask of another model, and for a model that is spread over devices
     "From now on only the channels of a mask learn, whatever the optimiser; an adapter's rows outside the mask become zero."
     from torch.optim.optimizer import register_optimizer_step_post_hook
-    from act.finetune import DTensor, _restrict
+    from act.finetune import DTensor, restrict_gradients
     named = dict(model.named_parameters())
     if any(isinstance(p, DTensor) for p in named.values()): raise ActError("the model is spread over devices: train it with act.finetune.finetune(mask=...)")
-    mask.map.check({_plain(n): tuple(p.shape) for n, p in named.items() if '.lora_' not in n and '.trainable_tokens_' not in n}, _label(model))
+    mask.map.check({_plain(n): tuple(p.shape) for n, p in named.items() if '.lora_' not in n and '.trainable_tokens_' not in n}, label_of(model))
     learning = _inside(model, mask)
     if not learning: raise ActError("nothing that learns lies inside the mask: it is empty, or the adapter is on other modules (peft_config makes one that fits)")
     frozen, slices = [p for n, p in named.items() if p.requires_grad and n not in learning], {n: s for n, s in learning.items() if s}
@@ -220,7 +220,7 @@ def mask_gradients(
     with torch.no_grad():
         for n, (axis, chosen) in slices.items():
             if '.lora_' in n: named[n].index_fill_(axis, (~chosen).nonzero()[:, 0].to(named[n].device), 0)
-    hooks = _restrict(model, slices)
+    hooks = restrict_gradients(model, slices)
     if keep:
         hooks.append(register_optimizer_step_post_hook(_kept(model, slices)))
         weakref.finalize(model, hooks[-1].remove) # the hook is torch's, not the model's
@@ -274,7 +274,7 @@ def _task_files(abilities, write):
         name = 'act_' + re.sub(r'[^A-Za-z0-9]+', '_', a.name)
         if f'{name}.jsonl' in files: raise ActError(f"two abilities would both be the task {name}: give them different names")
         files[f'{name}.jsonl'] = ''.join(json.dumps(dict(prompt=o.prompt, answer=o.answer, id=o.id or str(i), choices=o.choices), ensure_ascii=False) + '\n' for i, o in enumerate(a))
-        for kind in dict.fromkeys((_kind(a, False), _kind(a, True))):
+        for kind in dict.fromkeys((task_kind(a, False), task_kind(a, True))):
             task = name + '_generate'*(kind == 'generate')
             files[f'{task}.yaml'] = _task_yaml(task, kind, a, write)
     return files

@@ -12,7 +12,7 @@ import numpy as np, torch
 from .abilities import batches, encode, load_ability
 from .channels import enumerate_channels
 from .core import ActError
-from .localize import _answers, _checked, _pass
+from .localize import answer_rows, readable_batch, forward_pass
 from .masks import ChannelScores
 
 # %% ../nbs/04_picture.ipynb #04-007
@@ -26,11 +26,11 @@ def activity(
     "Mean |activation| of every channel over the answer tokens of an ability: one model, no comparison."
     cm, sums, n = enumerate_channels(model), {}, 0
     def add(path, at, module, args, out):
-        a = _answers(out, at).float().abs()
+        a = answer_rows(out, at).float().abs()
         sums[path] = sums.get(path, 0) + (a.mean(1) if a.ndim == 3 else a).sum(0).cpu()
     for b in batches(encode(load_ability(ability, split), tokenizer), tokenizer):
-        b = _checked(b, model.config)
-        _pass(model, b, cm, lambda p: partial(add, p, b['at']), 'lm_head' in cm)
+        b = readable_batch(b, model.config)
+        forward_pass(model, b, cm, lambda p: partial(add, p, b['at']), 'lm_head' in cm)
         n += len(b['at'][0])
     return ChannelScores({p: s/n for p, s in sums.items()}, cm, dict(ability=str(ability), tokens=n, made='mean |activation|'))
 

@@ -15,16 +15,16 @@ from huggingface_hub import EvalResult as Result, HfApi, ModelCard, ModelCardDat
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from fastcore.basics import patch
 from fastcore.script import store_true
-from .abilities import SHARES, SOURCES, _hub_is_off, skill_language
-from .checkpoints import BLOCK, _TYPES, _fill, _gguf_header, _header, _opened, _read_json, resolve, weight_hash, write_like, write_tensors
+from .abilities import SHARES, SOURCES, hub_is_off, skill_language
+from .checkpoints import BLOCK, FILE_TYPES, read_into, gguf_header, header_of, opened, checkpoint_json, resolve, weight_hash, write_like, write_tensors
 from ._modidx import d as _site
-from .core import ActError, _line, atomic_folder, begin, check_absent, command, next_step, write_json, listed
-from .deltas import Delta, _in_folder, _verify, act_apply, act_delta
+from .core import ActError, option_line, atomic_folder, begin, check_absent, command, next_step, write_json, listed
+from .deltas import Delta, bits_in_folder, verify_delta, act_apply, act_delta
 from .evaluate import EvalResult, act_evaluate
 from .finetune import act_finetune
 from .localize import act_localize
 from .masks import ChannelMask, act_mask
-from .transfer import _cells, act_transfer
+from .transfer import mask_cells, act_transfer
 
 # %% ../nbs/16_publish.ipynb #16-010
 _PATH = re.compile(r'(?<![\w.:/~-])(?:~|[A-Za-z]:)?[\\/](?:[^\s\\/,;:"\'()]+[\\/])+([^\s\\/,;:"\'()]+)') # inside a longer text
@@ -53,7 +53,7 @@ def history(
 ) -> list: # of Step
     "The steps that led to a model, oldest first, as far as their records are on this machine."
     folder = Path(model)
-    if folder.suffix == '.gguf': return [Step('gguf', _shown(model), _gguf_header(folder)[0])]
+    if folder.suffix == '.gguf': return [Step('gguf', _shown(model), gguf_header(folder)[0])]
     if not folder.is_dir() or folder.resolve() in seen: return []
     own = sorted((Step(k, _shown(model), _record(folder, k), folder.resolve()) for k in ('gguf', 'transfer', 'finetune') if (folder/f'act_{k}.json').exists()), key=lambda s: str(_made(s).get('time', '')))
     if [s.kind for s in own[-2:]] == ['transfer', 'finetune']: own[-2] = own[-2]._replace(name=_shown(m := _began(own[-1])[0]), path=Path(m).resolve()) # a note that the fine-tuning took along
@@ -62,7 +62,7 @@ def history(
 
 # %% ../nbs/16_publish.ipynb #16-014
 def _record(folder, kind):
-    r = _read_json(folder/f'act_{kind}.json')
+    r = checkpoint_json(folder/f'act_{kind}.json')
     if kind == 'transfer' and not _fine(r): raise ActError(f"{folder.name}/act_transfer.json does not name target, donors and lam as act_transfer writes them: publish what it wrote")
     if kind == 'finetune' and not (_strings(r.get('abilities')) and isinstance(_made(Step(kind, '', r)).get('model', r.get('model')), str)): raise ActError(f"{folder.name}/act_finetune.json does not name model and abilities as act_finetune writes them: publish what it wrote")
     return r
@@ -86,14 +86,14 @@ def licence_of(
     "The licence of a model, and where that is said."
     folder, name, head = Path(model), _shown(model), str(model).split('/')[0]
     if folder.suffix == '.gguf':
-        says = _gguf_header(folder)[0]['license']
+        says = gguf_header(folder)[0]['license']
         return Licence(says, f'general.license of {name}') if says else _silent(name)
     if folder.is_dir():
         readme, files = folder/'README.md', sorted(f for f in folder.iterdir() if re.match(r'(?i)licen[cs]e', f.name) and f.is_file())
         found = _of_card(readme, f'README.md of {name}') if readme.is_file() else None
         return found or (_of_text(files[0], name) if files else None) or _inherited(folder) or _silent(name)
     if head in ('lab', 'smollm2'): return Licence('apache-2.0', dict(lab='ships with act-transfer', smollm2='SmolLM2-135M-Instruct and the adapters of act-transfer')[head])
-    if _hub_is_off(): return Licence(None, f'not stated by {name} on this machine, and the hub is switched off: look before you share')
+    if hub_is_off(): return Licence(None, f'not stated by {name} on this machine, and the hub is switched off: look before you share')
     return _of_card(str(model), f'model card of {name}') or _silent(name)
 
 # %% ../nbs/16_publish.ipynb #16-018
@@ -214,9 +214,9 @@ def prepare(
     licences = [(_shown(m), licence_of(m)) for m in ([model] if kind == 'gguf' else _roots(steps))]
     if license and not re.fullmatch(r'[a-z0-9][a-z0-9.+-]{1,60}', license): raise ActError(f"license is {license!r:.80}: give the hub's name for it, such as apache-2.0, mit, llama3.1 or other")
     agreed = licences[0][1] if len({l[::2] for _, l in licences}) == 1 else Licence(None, 'the parents do not say the same')
-    files = _opened(model).files if kind == 'model' else [Path(model).name]
+    files = opened(model).files if kind == 'model' else [Path(model).name]
     pub = Publication(model, kind, steps, delta, masks, {}, licences, Licence(license, 'decided by whoever publishes this') if license else agreed, list(base_model) or _hub_names(kind, licences),
-                      weight_hash(model) if kind == 'model' else None, _opened(model).nbytes if kind == 'model' else Path(model).stat().st_size, ', '.join(files))
+                      weight_hash(model) if kind == 'model' else None, opened(model).nbytes if kind == 'model' else Path(model).stat().st_size, ', '.join(files))
     for f in [scores] if isinstance(scores, (str, Path, EvalResult)) else scores: pub._add(f)
     return pub
 
@@ -238,7 +238,7 @@ def _add(self: Publication, file):
 def _applied(self: Publication, model, weights):
     "Is it the delta's target after the delta?"
     if not model or not Path(model).is_dir() or weight_hash(model) != weights: return False
-    try: _verify(self.delta, True, *_in_folder(_opened(model)), model)
+    try: verify_delta(self.delta, True, *bits_in_folder(opened(model)), model)
     except ActError: return False
     return True
 
@@ -286,7 +286,7 @@ def _lie(pub):
     "A frame of kind, layer, chosen and width, from the mask or from the note of one donor's transfer; None where neither tells."
     if pub.mask is not None: return pub.mask.frame().rename(columns=dict(sum='chosen')).assign(layer=lambda d: d.layer.astype(object).where(d.layer.notna(), 'outside'))
     moved = pub.last.record['moved'] if pub.last else []
-    cells = _cells(moved[0].get('where')) if len(moved) == 1 else []
+    cells = mask_cells(moved[0].get('where')) if len(moved) == 1 else []
     return pd.DataFrame([(k, 'outside' if l == '-' else l, a, n) for k, l, a, n in cells], columns='kind layer chosen width'.split()) if cells else None
 
 def _alt(mask):
@@ -341,7 +341,7 @@ pip install act-transfer
 def _call(f, **options):
     "A command line, with the options that differ from what `f` takes by default."
     params = inspect.signature(f).parameters
-    return f'{f.__name__} ' + _line({k: v if v is None or isinstance(v, bool) else _plain(v) for k, v in options.items() if k not in params or params[k].default != v})
+    return f'{f.__name__} ' + option_line({k: v if v is None or isinstance(v, bool) else _plain(v) for k, v in options.items() if k not in params or params[k].default != v})
 
 def _spec(name, source):
     "(what `load_ability` took, split, n) from an ability's name and source; None when they do not say."
@@ -463,23 +463,23 @@ _FILES = ('config.json', 'generation_config.json', 'tokenizer*', 'special_tokens
 
 def _write_model(source, tmp):
     "Weights, configuration and tokenizer of a folder, without paths and without anything else."
-    write_like(_opened(source), tmp)
+    write_like(opened(source), tmp)
     for f in tmp.iterdir():
         if not any(fnmatch(f.name, p) for p in _FILES): f.unlink()
     for f in (tmp/n for n in ('config.json', 'generation_config.json', 'tokenizer_config.json')):
         if not f.exists(): continue
-        old = _read_json(f)
+        old = checkpoint_json(f)
         new = {k: _scrub(v) if isinstance(v, str) and re.search('name_or_path|_file$|_dir$|_path$', k) else v for k, v in old.items()}
         if new != old: write_json(new, f)
 
 def _write_delta(delta, path):
     "The same delta, with a header that holds no paths."
-    tensors, head = _header(delta.path, _TYPES)
+    tensors, head = header_of(delta.path, FILE_TYPES)
     def data():
         for t in tensors.values():
             for a in range(t.start, t.end, BLOCK):
                 buf = torch.empty(min(BLOCK, t.end - a), dtype=torch.uint8)
-                _fill(t.file, buf, (a, 0, len(buf)))
+                read_into(t.file, buf, (a, 0, len(buf)))
                 yield buf
     write_tensors(path, {n: (t.dtype, t.shape) for n, t in tensors.items()}, dict(head, meta=json.dumps(_scrub(delta.meta), ensure_ascii=False)), data())
 
@@ -499,7 +499,7 @@ def publish(
     "Write a folder for others: weights or delta, tokenizer, card, picture, mask and records."
     out = check_absent(out)
     pub = model if isinstance(model, Publication) else prepare(model, **more)
-    if pub.kind == 'gguf': pub = replace(pub, steps=history(resolve(pub.source)), weights=weight_hash(pub.source), nbytes=_opened(pub.source).nbytes)
+    if pub.kind == 'gguf': pub = replace(pub, steps=history(resolve(pub.source)), weights=weight_hash(pub.source), nbytes=opened(pub.source).nbytes)
     with atomic_folder(out, pub.nbytes) as tmp:
         if pub.delta: _write_delta(pub.delta, tmp/'delta.safetensors')
         else: _write_model(resolve(pub.source), tmp)
@@ -525,7 +525,7 @@ def _check_push(repo, licence, token=None):
     try: validate_repo_id(repo if repo.count('/') == 1 else '')
     except HFValidationError as e: raise ActError(f"push is {repo!r:.200}: give OWNER/NAME, of letters, digits, -, _ and .") from e
     if not licence: raise ActError("the licences of the parents do not settle under which one this may be shared (see the card): look, decide, and give --license")
-    if _hub_is_off(): raise ActError("HF_HUB_OFFLINE is set, so nothing can be pushed: unset it")
+    if hub_is_off(): raise ActError("HF_HUB_OFFLINE is set, so nothing can be pushed: unset it")
     if not (token or get_token()): raise ActError("there is no token for the hub: log in with hf auth login, or set HF_TOKEN")
 
 # %% ../nbs/16_publish.ipynb #16-065

@@ -16,16 +16,16 @@ from fastcore.basics import patch
 from fastcore.script import store_true
 from filelock import FileLock, Timeout
 from transformers import AutoConfig
-from .abilities import _hub_is_off, load_ability
+from .abilities import hub_is_off, load_ability
 from .baselines import BASELINES, BASELINE_ROWS
-from .channels import _meta_model, enumerate_channels
-from .checkpoints import check_pair, load_model, resolve, weight_hash
-from .core import ActError, PACKAGE, _version, atomic_file, atomic_folder, begin, check_absent, command, next_step, provenance, read_json, sha256, write_json
-from .evaluate import _Key, _cached_task, _kind, _silent
+from .channels import meta_model, enumerate_channels
+from .checkpoints import check_pair, is_here, load_model, resolve, weight_hash
+from .core import ActError, PACKAGE, version_of, atomic_file, atomic_folder, begin, check_absent, command, next_step, provenance, read_json, sha256, write_json
+from .evaluate import TaskKey, cached_task, task_kind, silent
 from .finetune import finetune, save_like
 from .masks import ChannelScores
 from .merge import MERGERS, MERGE_ROWS, MergeBench, MergeCase, merge_study, plot_merged
-from .recover import METHODS, ROWS, Bench, Case, _write_all, _write_tables, grid_of, points, recover
+from .recover import METHODS, ROWS, Bench, Case, write_study, write_tables, grid_of, points, recover
 
 # %% ../nbs/35_recipes.ipynb #35-106
 RECIPE_FILES = PACKAGE/'recipe_files'
@@ -58,13 +58,13 @@ class Recipe:
 
 # %% ../nbs/35_recipes.ipynb #35-010
 def _write_merged(rec, bench, out):
-    _write_tables(rec, out)
+    write_tables(rec, out)
     ax = plot_merged(rec)
     ax.figure.savefig(out/'rows.svg', bbox_inches='tight'); ax.figure.savefig(out/'rows.png', dpi=200, bbox_inches='tight')
     plt.close(ax.figure)
 
 _Kind = namedtuple('_Kind', 'case bench rows methods plain study report') # plain: the rows of a recipe that names none
-_KINDS = dict(recover=_Kind(Case, Bench, {**BASELINE_ROWS, **ROWS}, {**BASELINES, **METHODS}, ROWS, recover, _write_all),
+_KINDS = dict(recover=_Kind(Case, Bench, {**BASELINE_ROWS, **ROWS}, {**BASELINES, **METHODS}, ROWS, recover, write_study),
               merge=_Kind(MergeCase, MergeBench, MERGE_ROWS, MERGERS, MERGE_ROWS, merge_study, _write_merged))
 _OURS = 'ACT (module-normalised)' # the row that reports compare with the others
 
@@ -121,8 +121,8 @@ def shape_of(
     source = recipe.train[model[6:]]['model'] if model.startswith('train/') else model
     noted = recipe.shapes.get(source)
     try:
-        local = _local(source)
-        config, where = AutoConfig.from_pretrained(resolve(source) if local else source, trust_remote_code=False, local_files_only=_hub_is_off()), 'folder' if local else 'hub'
+        local = is_here(source)
+        config, where = AutoConfig.from_pretrained(resolve(source) if local else source, trust_remote_code=False, local_files_only=hub_is_off()), 'folder' if local else 'hub'
     except ActError: raise
     except Exception as e:
         if not noted: raise ActError(f"{source} has no configuration here, on the hub ({type(e).__name__}) or under shapes: check the name, or note its config.json under shapes") from e
@@ -142,12 +142,11 @@ def pair_problems(
     first, *others = dict.fromkeys(map(source, recipe.models))
     found = []
     for other in others:
-        if not fetch and not all(_local(m) for m in (first, other)): continue
+        if not fetch and not all(is_here(m) for m in (first, other)): continue
         try: check_pair(first, other)
         except ActError as e: found.append(str(e))
     return found
 
-def _local(model): return Path(model).exists() or model.split('/')[0] in ('lab', 'smollm2')
 def _body(map): return [(m.path, m.width) for m in map if m.kind != 'lm_head'] # a head may be padded
 
 # %% ../nbs/35_recipes.ipynb #35-018
@@ -199,8 +198,8 @@ def _resolve_data(recipe, problems):
     for (a, split), n in _abilities(recipe).items():
         try:
             ability = load_ability(a, split, n if split != 'localize' else None) # of which each seed takes so many
-            kind = _kind(ability, recipe.case.generate)
-            with _silent(): task = _cached_task(_Key(ability.name, ability), kind, '', recipe.case.generate) if split in ('validation', 'test') else None
+            kind = task_kind(ability, recipe.case.generate)
+            with silent(): task = cached_task(TaskKey(ability.name, ability), kind, '', recipe.case.generate) if split in ('validation', 'test') else None
             size = lambda o: len((o.prompt + ''.join(o.choices or [o.answer])).encode())
             rows.append(dict(ability=a, split=split, items=len(ability), tokens=sum(map(size, ability))//3, task=f'{kind} {task.VERSION}' if task else ''))
         except ActError as e: problems.append(str(e))
@@ -252,7 +251,7 @@ def plan(
     for m in dict.fromkeys([*recipe.models, *(t['model'] for t in recipe.train.values())]):
         try:
             config, where = shape_of(recipe, m)
-            net = _meta_model(config)
+            net = meta_model(config)
             maps[m], n = enumerate_channels(net), sum(p.numel() for p in net.parameters())
             rows.append(dict(model=m, origin=where, type=config.model_type, layers=config.num_hidden_layers, parameters=n, channels=maps[m].total))
         except ActError as e: problems.append(str(e))
@@ -304,7 +303,7 @@ class Store:
 _CODE = 'channels checkpoints abilities localize masks transfer finetune evaluate weights recover baselines merge'.split()
 
 def _code():
-    return dict(act=sha256(*[(PACKAGE/f'{m}.py').read_text(encoding='utf-8') for m in _CODE])[:16], **{o: _version(o) for o in ('torch', 'transformers', 'peft', 'lm-eval', 'mergekit')})
+    return dict(act=sha256(*[(PACKAGE/f'{m}.py').read_text(encoding='utf-8') for m in _CODE])[:16], **{o: version_of(o) for o in ('torch', 'transformers', 'peft', 'lm-eval', 'mergekit')})
 
 def _identity(store, model):
     "Hash of weights and tokenizer; weights are read once for each state of their files."

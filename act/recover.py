@@ -17,7 +17,7 @@ from typing import Callable
 import numpy as np, pandas as pd, matplotlib.pyplot as plt, seaborn as sns
 from fastcore.basics import patch
 from .abilities import load_ability, short_name
-from .checkpoints import _check_use, check_pair, load_model, preflight, weight_hash
+from .checkpoints import check_use, check_pair, load_model, preflight, weight_hash
 from .core import PACKAGE, ActError, atomic_folder, bar, begin, beside, check_absent, command, next_step, provenance, read_json, write_json, peak_memory
 from .evaluate import evaluate, holm, mcnemar as paired_test
 from .finetune import finetune
@@ -431,16 +431,16 @@ def load(
     return read_json(path, 'act-recovery-2', 'recovery result', 'act_reproduce', make)
 
 # %% ../nbs/30_recover.ipynb #30-056
-def _meta(bench, seeds, start, **more):
+def study_meta(bench, seeds, start, **more):
     "What a result's file says of its making: time, memory, cost of each row, data, and what `provenance` knows."
     costs = {r: dict(seconds=round(np.mean([s for s, _ in c]), 2), tokens=round(np.mean([t for _, t in c]))) for r, c in bench.costs.items()}
     return provenance(seconds=round(time.time() - start), peak_memory_mb=peak_memory() >> 20, seeds=list(seeds),
                       stages={k: round(sum(v)/len(v), 2) for k, v in bench.seconds.items()}, costs=costs, data={x.name: x.hash for x in bench.test}, **more)
 
 # %% ../nbs/30_recover.ipynb #30-401
-def _ready(bench, pairs, rows, methods, seeds, writes):
+def ready_bench(bench, pairs, rows, methods, seeds, writes):
     "A bench whose pairs of models fit; here a dry run ends."
-    _check_use(device=bench.device)
+    check_use(device=bench.device)
     if bench.check:
         for p in pairs: check_pair(*p)
     tries = {(m, sft, str(s)) for _, m, sft, s in points(bench.case, rows, methods)}
@@ -467,12 +467,12 @@ def recover(
         case = CASES[case]
     if out: check_absent(out)
     start = time.time()
-    if bench is None: bench = _ready(Bench(case, device, progress), [(case.target, case.donor)], rows, methods, seeds, {out: 500_000 + 20_000*len(rows)} if out else {})
+    if bench is None: bench = ready_bench(Bench(case, device, progress), [(case.target, case.donor)], rows, methods, seeds, {out: 500_000 + 20_000*len(rows)} if out else {})
     grid, best = choose(bench, rows, methods, seeds[0])
     rows = measure(bench, best, seeds, rows, methods)
-    rec = Recovery(case, rows, grid, best, _meta(bench, seeds, start, target_hash=weight_hash(bench.target), donor_hash=weight_hash(bench.donor)))
+    rec = Recovery(case, rows, grid, best, study_meta(bench, seeds, start, target_hash=weight_hash(bench.target), donor_hash=weight_hash(bench.donor)))
     if out:
-        with atomic_folder(out) as tmp: _write_all(rec, bench, tmp)
+        with atomic_folder(out) as tmp: write_study(rec, bench, tmp)
     return rec
 
 # %% ../nbs/30_recover.ipynb #30-059
@@ -525,17 +525,17 @@ def _svg(ax):
     ax.figure.savefig(buf, format='svg')
     return buf.getvalue()[buf.getvalue().index('<svg'):]
 
-def _write_tables(rec, out):
+def write_tables(rec, out):
     rec.save(out/'result.json')
     rec.table().to_csv(out/'table.csv')
     (out/'table.txt').write_text(rec.table().to_string() + '\n')
     rec.numbers().to_csv(out/'numbers.csv', index=False); rec.grid.to_csv(out/'grid.csv', index=False); rec.against().to_csv(out/'against.csv', index=False)
 
-def _write_all(rec, bench, out):
+def write_study(rec, bench, out):
     scores, best = bench.scores(rec.meta['seeds'][0]), rec.best['ACT (module-normalised)']
     mask = top_p(scores, best['p'], best['rank'])
     scores.save(out/'scores.safetensors'); mask.save(out/'mask.safetensors')
-    _write_tables(rec, out)
+    write_tables(rec, out)
     figures = {}
     for name, draw in dict(rows=lambda: plot_rows(rec), grid=lambda: plot_grid(rec), scores=scores.plot, mask=mask.plot).items():
         ax = draw()

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 import torch
-from .abilities import _hub_is_off
+from .abilities import hub_is_off
 from fastcore.script import store_true
-from .channels import _meta_model, enumerate_channels
-from .checkpoints import BLOCK, DTYPES, THREADS, Checkpoint, TensorInfo, _label, _opened, _tensors, check_pair, resolve, write_like
-from .core import ActError, PACKAGE, _size as _sized, atomic_folder, begin, command, listed, next_step, provenance, read_json, write_json
+from .channels import meta_model, enumerate_channels
+from .checkpoints import BLOCK, DTYPES, THREADS, Checkpoint, TensorInfo, channels_of, is_here, label_of, opened, tensors_of, check_pair, resolve, write_like
+from .core import ActError, PACKAGE, size_text as _sized, atomic_folder, begin, command, listed, next_step, provenance, read_json, write_json
 from .masks import ChannelMask
-from .transfer import _jobs, _lams, mask_slices
+from .transfer import transfer_jobs, read_lams, mask_slices
 
 # %% ../nbs/36_scale.ipynb #36-007
 _ENTRIES = 'model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size tie_word_embeddings'.split()
@@ -48,9 +48,9 @@ def config_of(
     entries, name = source if isinstance(source, dict) else SHAPES.get(str(source).lower()), str(source)
     try:
         if entries: return AutoConfig.for_model(**entries)
-        folder = resolve(source) if Path(source).is_dir() or name.split('/')[0] in ('lab', 'smollm2') else None
+        folder = resolve(source) if is_here(source) else None
         if folder is None and '/' not in name: raise ValueError('neither a folder nor a hub id')
-        return AutoConfig.from_pretrained(folder or name, trust_remote_code=False, local_files_only=_hub_is_off())
+        return AutoConfig.from_pretrained(folder or name, trust_remote_code=False, local_files_only=hub_is_off())
     except ActError: raise
     except Exception as e: raise ActError(f"no configuration for {source} ({str(e).splitlines()[0][:160]}): pass a folder, a hub id while online, or one of {', '.join(SHAPES)}") from e
 
@@ -71,7 +71,7 @@ def layout(
 ) -> dict: # file name -> (header, its tensors with their places in the file)
     "The files of a checkpoint of that shape."
     size, shards = getattr(torch, dtype).itemsize, [[]]
-    for name, p in _meta_model(config_of(source)).named_parameters():
+    for name, p in meta_model(config_of(source)).named_parameters():
         at, n = shards[-1][-1].end if shards[-1] else 0, p.numel()*size
         if at and at + n > shard_bytes: shards.append([]); at = 0
         shards[-1].append(TensorInfo(name, _CODES[getattr(torch, dtype)], tuple(p.shape), None, at, at + n))
@@ -190,13 +190,13 @@ def plan_transfer(
     check: bool = True, # the pair fits
 ) -> TransferPlan: # raises ActError for a pair or a mask that does not fit
     "What `transfer_checkpoint` would do, from headers and masks alone."
-    jobs = _jobs(donors, masks, lam, 'sum')
+    jobs = transfer_jobs(donors, masks, lam, 'sum')
     for d, mask, _ in jobs:
         if check: check_pair(target, d)
-        mask.map.check({n: s for n, (s, _) in _tensors(target).items()}, _label(target))
-    ours = _opened(target)
+        mask.map.check({n: s for n, (s, _) in tensors_of(target).items()}, label_of(target))
+    ours = opened(target)
     copy = 'lm_head.weight' if 'lm_head.weight' in ours.tensors and ours.tied else None
-    return _tally(_label(target), list(ours.tensors.values()), sum((ours.folder/f).stat().st_size for f in ours.files), len(ours.files), [(_label(d), _opened(d).tensors, m, l) for d, m, l in jobs], copy)
+    return _tally(label_of(target), list(ours.tensors.values()), sum((ours.folder/f).stat().st_size for f in ours.files), len(ours.files), [(label_of(d), opened(d).tensors, m, l) for d, m, l in jobs], copy)
 
 # %% ../nbs/36_scale.ipynb #36-028
 def even_mask(
@@ -249,7 +249,7 @@ def plan_localize(
 ) -> LocalizePlan:
     "What `localize` would take, from a configuration."
     config, size = config_of(source), getattr(torch, dtype).itemsize
-    net = _meta_model(config)
+    net = meta_model(config)
     cm, n = enumerate_channels(net), sum(p.numel() for p in net.parameters())
     embedding, whole, batch = net.get_input_embeddings().weight.numel(), 'lm_head' in cm, min(tokens, batch_tokens)
     wide = getattr(config, 'head_dim', None) or config.hidden_size//config.num_attention_heads
@@ -362,7 +362,7 @@ def _timed_cold(folders, out, *call):
 def _start_rates(folder, runs):
     target, donor = resolve('lab/maths-en'), resolve('lab/base')
     with tempfile.TemporaryDirectory(dir=folder, prefix='act-scale-') as d:
-        mask = even_mask(enumerate_channels('lab/base'), .05).save(Path(d)/'m.safetensors')
+        mask = even_mask(channels_of('lab/base'), .05).save(Path(d)/'m.safetensors')
         timed = lambda *call: [_timed_cold((), Path(d)/'out', *call) for _ in range(runs)]
         moved, read = timed('transfer', 'transfer_checkpoint', target, donor, mask, .5, Path(d)/'out'), timed('scale', '_localize', target, donor, 1, 'both')
     return dict(start=_spread([r['seconds'] for r in moved]), start_localize=_spread([r['seconds'] for r in read]), overhead=_spread([r['peak'] for r in moved]))
@@ -406,7 +406,7 @@ def trial(
     rows = []
     with tempfile.TemporaryDirectory(dir=folder, prefix='act-scale-') as d:
         pair, out = [sparse_checkpoint(source, Path(d)/f'{i}', seed=i) for i in range(2)], Path(d)/'out'
-        mask = random_mask(even_mask(enumerate_channels(pair[0]), .05)).save(Path(d)/'mask.safetensors')
+        mask = random_mask(even_mask(channels_of(pair[0]), .05)).save(Path(d)/'mask.safetensors')
         plan, label = plan_transfer(*pair, mask, .5), source if isinstance(source, str) else 'own'
         for _ in range(runs):
             got = _timed_cold(pair, out, 'transfer', 'transfer_checkpoint', *pair, mask, .5, out)
@@ -489,7 +489,7 @@ def act_plan(
     where = f"{known['machine']['gpu'] or known['machine']['cpu']}, {known['machine']['cores']} cores"
     if model: print('\n'.join(f'{k}: {v:,.4g}' if isinstance(v, float) else f'{k}: {v:,}' if isinstance(v, int) else f'{k}: {v}' for k, v in predict(model, known).items()), f'constants: {where}', sep='\n')
     if target:
-        plan = plan_transfer(target, listed(donor), listed(mask), _lams(lam), not no_check)
+        plan = plan_transfer(target, listed(donor), listed(mask), read_lams(lam), not no_check)
         slow, fast = (plan.seconds(known, k) for k in ('least', 'most'))
         print(plan, f'time: {plan.seconds(known):,.0f} s ({fast:,.0f} to {slow:,.0f}) on {where}', sep='\n')
         next_step('act_transfer', target=target, donor=donor, mask=mask, lam=lam, out='recovered')

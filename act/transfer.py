@@ -13,7 +13,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from fastcore.script import store_true
 from .channels import EMBEDDING, HEAD, KINDS
-from .checkpoints import VOCABULARY, _label, _opened, _tensors, check_pair, fingerprint, fit_rows, fitted, preflight, trained_on, weight_hash, write_like
+from .checkpoints import VOCABULARY, label_of, opened, tensors_of, check_pair, fingerprint, fit_rows, fitted, preflight, trained_on, weight_hash, write_like
 from .core import ActError, atomic_folder, begin, beside, check_absent, command, listed, next_step, provenance, read_json, sha256, write_json
 from .masks import ChannelMask
 from .show import Shown, bars, folded, place, strip, table
@@ -63,7 +63,7 @@ def blend(
 # %% ../nbs/12_transfer.ipynb #12-017
 def _as_list(x): return list(x) if isinstance(x, (list, tuple)) else [x]
 
-def _jobs(donors, masks, lam, rule):
+def transfer_jobs(donors, masks, lam, rule):
     "[(donor, union of its masks, lam)] from single values or lists."
     if rule not in RULES: raise ActError(f"rule is {rule!r}: choose one of {', '.join(RULES)}")
     donors, masks, lams = _as_list(donors), _as_list(masks), _as_list(lam)
@@ -82,20 +82,20 @@ def _jobs(donors, masks, lam, rule):
 
 def _shapes(model, target):
     "Shapes of a model's parameters by name, its vocabulary counted as the target's."
-    own, ours = ({n: s for n, (s, _) in _tensors(m).items()} for m in (model, target))
+    own, ours = ({n: s for n, (s, _) in tensors_of(m).items()} for m in (model, target))
     return {n: ours[n] if n in VOCABULARY and n in ours and s[1:] == ours[n][1:] else s for n, s in own.items()}
 
-def _check_masks(target, jobs, weights=True):
+def check_masks(target, jobs, weights=True):
     "Each mask fits the channels of its models and, if `weights`, was made for just these; returns the hashes that were computed."
     hashes = {}
     for donor, mask, _ in jobs:
         for role, m in (('target', target), ('donor', donor)):
-            mask.map.check(_shapes(m, target), _label(m))
+            mask.map.check(_shapes(m, target), label_of(m))
             kind, name = next(((k, f) for k, f in (('print', fingerprint), ('hash', weight_hash)) if mask.meta.get(f'{role}_{k}')), (None, None))
             if kind is None or not weights: continue
             want, key = mask.meta[f'{role}_{kind}'], (kind, id(m) if isinstance(m, torch.nn.Module) else str(m))
             if key not in hashes: hashes[key] = name(m)
-            if hashes[key] != want: raise ActError(f"the mask was made for another {role} than {_label(m)}: its weights have {name.__name__} {hashes[key][:12]}, the mask expects {want[:12]}; localise again, or pass check=False (--no_check) if you are sure")
+            if hashes[key] != want: raise ActError(f"the mask was made for another {role} than {label_of(m)}: its weights have {name.__name__} {hashes[key][:12]}, the mask expects {want[:12]}; localise again, or pass check=False (--no_check) if you are sure")
     return {m: h for (_, m), h in hashes.items()}
 
 # %% ../nbs/12_transfer.ipynb #12-019
@@ -108,10 +108,10 @@ def transfer(
     rule: str = 'sum',    # where several donors claim a channel: sum (the paper's), mean or sign
 ): # a new model
     "Stage 2 of ACT, in memory: the target with the donors' parameters on the masked channels."
-    jobs = _jobs(donors, masks, lam, rule)
+    jobs = transfer_jobs(donors, masks, lam, rule)
     if check:
         for d, _, _ in jobs: preflight(target, d)
-    _check_masks(target, jobs, check)
+    check_masks(target, jobs, check)
     out, slices = copy.deepcopy(target), [mask_slices(m) for _, m, _ in jobs]
     ours, theirs = dict(out.named_parameters()), [dict(d.named_parameters()) for d, _, _ in jobs]
     for name in {n for s in slices for n in s}:
@@ -124,7 +124,7 @@ def transfer(
     return out
 
 # %% ../nbs/12_transfer.ipynb #12-028
-def _changes(ours, theirs, jobs, rule):
+def row_changes(ours, theirs, jobs, rule):
     "For `write_like`: the name of every parameter that moves -> function of a block of its rows."
     moves = {}
     for (_, mask, lam), donor in zip(jobs, theirs):
@@ -154,13 +154,13 @@ def _where(mask):
         cell[0] += int(mask[m.path].sum()); cell[1] += m.width
     return {kind: ' '.join(f'{layer}:{a}/{n}' for layer, (a, n) in by.items()) for kind, by in cells.items()}
 
-def _record(target, jobs, rule, hashes):
+def transfer_record(target, jobs, rule, hashes):
     "What a file says of a transfer."
     moved = [dict(donor=str(d), lam=l, mask=m.hash, channels=m.count, total=m.total, **{k: m.meta[k] for k in ('ability', 'p', 'rank', 'without', 'made') if k in m.meta}, where=_where(m)) for d, m, l in jobs]
     seen = sorted(trained_on(target)) if isinstance(target, (str, Path)) else []
     return dict(format='act-transfer-1', target=str(target), rule=rule, moved=moved, hashes={str(k): v for k, v in hashes.items()}, **(dict(trained_on=seen) if seen else {}))
 
-def _moved(m): return f"{m['channels']:,} of {m['total']:,} channels from {m['donor']}, lam {m['lam']:g}"
+def moved_text(m): return f"{m['channels']:,} of {m['total']:,} channels from {m['donor']}, lam {m['lam']:g}"
 
 # %% ../nbs/12_transfer.ipynb #12-029
 def transfer_checkpoint(
@@ -172,14 +172,14 @@ def transfer_checkpoint(
     rule: str = 'sum',  # where several donors claim a channel: sum (the paper's), mean or sign
 ) -> Path:
     "Stage 2 of ACT, streamed: from checkpoint folders to a new checkpoint folder, in memory of a few blocks of rows."
-    jobs, out = _jobs(donors, masks, lam, rule), check_absent(out)
+    jobs, out = transfer_jobs(donors, masks, lam, rule), check_absent(out)
     if check:
         for d, _, _ in jobs: check_pair(target, d)
-    hashes = _check_masks(target, jobs, check)
-    ours, theirs = _opened(target), [_opened(d) for d, _, _ in jobs]
-    change = _changes(ours, [fitted(d, ours) for d in theirs], jobs, rule)
-    record = _record(target, jobs, rule, hashes)
-    begin([target, *(d for d, _, _ in jobs)], {out: ours.nbytes}, '; '.join(map(_moved, record['moved'])))
+    hashes = check_masks(target, jobs, check)
+    ours, theirs = opened(target), [opened(d) for d, _, _ in jobs]
+    change = row_changes(ours, [fitted(d, ours) for d in theirs], jobs, rule)
+    record = transfer_record(target, jobs, rule, hashes)
+    begin([target, *(d for d, _, _ in jobs)], {out: ours.nbytes}, '; '.join(map(moved_text, record['moved'])))
     record['provenance'] = provenance()
     with atomic_folder(out, ours.nbytes, _key(ours, theirs, jobs, rule)) as tmp:
         write_like(ours, tmp, change, finite=check)
@@ -203,16 +203,16 @@ class TransferReport(Shown):
     def frame(self):
         "Channels that moved by donor, kind and layer; empty for notes that do not say."
         import pandas as pd
-        rows = [(m['donor'], kind, layer, a, n) for m in self.moved for kind, layer, a, n in _cells(m.get('where'))]
+        rows = [(m['donor'], kind, layer, a, n) for m in self.moved for kind, layer, a, n in mask_cells(m.get('where'))]
         return pd.DataFrame(rows, columns='donor kind layer channels total'.split())
 
-    def _parts(self): return _moved_parts(self.moved, dict(target=self.target, **self.meta))
+    def _parts(self): return moved_parts(self.moved, dict(target=self.target, **self.meta))
     def __repr__(self): return f"TransferReport: {place(self.target)} <- " + ', '.join(f"{m['channels']:,} of {m['total']:,} channels of {place(m['donor'])}, lam {m['lam']:g}" for m in self.moved)
 
 # %% ../nbs/12_transfer.ipynb #12-106
 _LINE = r'(?:-|[0-9]{1,5}):[0-9]{1,9}/[1-9][0-9]{0,9}'
 
-def _cells(where):
+def mask_cells(where):
     "[(kind, layer, chosen, all)] of what `_where` wrote, by kind and layer; nothing where that cannot be read."
     if not isinstance(where, dict) or not all(isinstance(v, str) and re.fullmatch(rf'{_LINE}(?: {_LINE})*', v) for v in where.values()): return []
     rows = [(kind, '-' if l == '-' else int(l), *map(int, cell.split('/'))) for kind, line in where.items() for l, _, cell in (c.partition(':') for c in line.split())]
@@ -226,13 +226,13 @@ def _reported(d):
     return TransferReport(str(d['target']), d['moved'], {k: v for k, v in d.items() if k not in ('format', 'target', 'moved')})
 
 # %% ../nbs/12_transfer.ipynb #12-107
-def _moved_parts(moved, meta):
+def moved_parts(moved, meta):
     "Pieces that show a note's list of what moved."
     import pandas as pd
     keys = [k for k in ('donor', 'lam', 'channels', 'total', 'ability', 'p', 'rank', 'without', 'made') if any(k in m for m in moved)]
     yield table(pd.DataFrame([{k: m.get(k) for k in keys} | dict(donor=place(m['donor'])) for m in moved], columns=keys), 'what moved')
     for m in moved[:4]:
-        if not (cells := _cells(m.get('where'))): continue
+        if not (cells := mask_cells(m.get('where'))): continue
         kinds, layers = (list(dict.fromkeys(c[i] for c in o)) for i, o in ((0, cells), (1, sorted(cells, key=lambda c: math.inf if c[1] == '-' else c[1]))))
         at = {(k, l): 100*a/n for k, l, a, n in cells}
         count, every = ({k: sum(c[i] for c in cells if c[0] == k) for k in kinds} for i in (2, 3))
@@ -259,7 +259,7 @@ def plot(
     return ax
 
 # %% ../nbs/12_transfer.ipynb #12-102
-def _lams(lam):
+def read_lams(lam):
     "Numbers from what the command line says."
     try: return [float(l) for l in lam.split(',')]
     except ValueError as e: raise ActError(f"lam is {lam!r}: give a number, or numbers separated by commas") from e
@@ -276,6 +276,6 @@ def act_transfer(
     no_check: store_true = False, # do not compare shapes, weights and hashes first
 ):
     "Move masked channels: `act_transfer --target lab/maths-en --donor lab/base --mask mask.safetensors --lam 1 --out recovered`"
-    folder = transfer_checkpoint(target, listed(donor), listed(mask), _lams(lam), out, not no_check, rule)
-    for m in json.loads((folder/'act_transfer.json').read_text(encoding='utf-8'))['moved']: print(f'{_moved(m)} -> {out}')
+    folder = transfer_checkpoint(target, listed(donor), listed(mask), read_lams(lam), out, not no_check, rule)
+    for m in json.loads((folder/'act_transfer.json').read_text(encoding='utf-8'))['moved']: print(f'{moved_text(m)} -> {out}')
     next_step('act_finetune', model=out, ability='ABILITY', out=beside(out, 'tuned'))

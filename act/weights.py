@@ -16,7 +16,7 @@ from .channels import enumerate_channels
 from .concentration import noise_twin
 from .core import bar
 from .findings import Finding, WIDTH, about, estimate, family, load_pair, show
-from .localize import _answers, _checked, _finite, _pass, localize_items
+from .localize import answer_rows, readable_batch, check_sums, forward_pass, localize_items
 from .masks import ChannelScores, ItemScores, overlap, random_mask, top_p, weight_scores
 from .sufficiency import areas, bench_of, doses, responses, unit
 
@@ -35,16 +35,16 @@ def own_items(
     encoded, cm, norms = encode(ability, tokenizer, max_length=max_length), enumerate_channels(target), {}
     own = {m.path: torch.zeros(len(encoded), m.width) for m in cm}
     def note(path, at, rows, module, args, out):
-        diff = (_answers(donor.get_submodule(path)(*args), at).float() - _answers(out, at).float()).abs()
+        diff = (answer_rows(donor.get_submodule(path)(*args), at).float() - answer_rows(out, at).float()).abs()
         own[path].index_add_(0, rows, (diff.mean(1) if diff.ndim == 3 else diff).cpu())
         if isinstance(module, torch.nn.Linear):
-            size = (_answers(args[0], at).float().square().sum(-1) + (module.bias is not None)).sqrt()
+            size = (answer_rows(args[0], at).float().square().sum(-1) + (module.bias is not None)).sqrt()
             norms.setdefault(path, torch.zeros(len(encoded))).index_add_(0, rows, size.cpu())
     for batch in bar(list(batches(encoded, tokenizer, batch_tokens)), progress, desc='own change', unit='batch'):
-        batch = _checked(batch, target.config)
+        batch = readable_batch(batch, target.config)
         rows = torch.tensor(batch['index'])[batch['at'][0]//batch['at'][1]]
-        _pass(target, batch, cm, lambda p: partial(note, p, batch['at'], rows), 'lm_head' in cm)
-    _finite(own)
+        forward_pass(target, batch, cm, lambda p: partial(note, p, batch['at'], rows), 'lm_head' in cm)
+    check_sums(own)
     tokens, change = torch.tensor([len(e.positions) for e in encoded]), change or weight_scores(target, donor)
     bound = {p: norms[p][:, None]*change[p] if p in norms else v for p, v in own.items()}
     make = lambda data, made: ItemScores(torch.cat([data[p] for p in cm.paths], 1), tokens, cm, dict(ability=ability.name, made=made))

@@ -12,8 +12,7 @@ import argparse, hashlib, json, os, random, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import torch
-from act.channels import enumerate_channels
-from act.checkpoints import load_model
+from act.checkpoints import channels_of, load_model
 from act.core import provenance, write_json
 from act.deltas import make_delta
 from act.masks import ChannelMask
@@ -25,7 +24,7 @@ def shards(here):
     for name, model in dict(base='smollm2', maths='smollm2/maths').items():
         net, tok = load_model(model)
         for part in (net, tok): part.save_pretrained(here/name, max_shard_size='40MB')
-    cm = enumerate_channels(here/'base')
+    cm = channels_of(here/'base')
     ChannelMask.from_flat(torch.rand(cm.total, generator=torch.Generator().manual_seed(0)) < .05, cm).save(here/'mask')
     make_delta(here/'maths', here/'base', here/'mask', .5, here/'delta')
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen2Config
-from act.channels import enumerate_channels
-from act.checkpoints import Checkpoint, fingerprint
+from act.checkpoints import channels_of, Checkpoint, fingerprint
 from act.core import provenance, write_json
 from act.lab import lab_path
 from act.masks import ChannelMask, random_mask
@@ -54,7 +53,7 @@ def main(folder, out, layers, rounds):
     a, b, mask, recipe = (folder/n for n in ('target', 'donor', 'mask.safetensors', 'mergekit.yaml'))
     for f, seed in ((a, 0), (b, 1)):
         if not f.exists(): f.mkdir(parents=True); make(f, seed, layers)
-    cm = enumerate_channels(a)
+    cm = channels_of(a)
     m = random_mask(ChannelMask.from_flat(torch.arange(cm.total) < .05*cm.total, cm), 1)
     m.meta.update(target_print=fingerprint(a), donor_print=fingerprint(b))
     m.save(mask)

@@ -3,6 +3,7 @@ import json, pytest, torch
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig
+from act.checkpoints import channels_of
 from act.channels import KINDS, ChannelMap, enumerate_channels
 from act.core import ActError
 from conftest import SIZES, VOCAB, tiny_config, tiny_model
@@ -29,7 +30,7 @@ def test_model_config_and_folder_agree(family, tied, checkpoint):
     model = tiny_model(family)
     folder = checkpoint('m', model)
     cm = enumerate_channels(model, tied)
-    assert cm == enumerate_channels(model.config, tied) == enumerate_channels(folder, tied) == enumerate_channels(str(folder), tied)
+    assert cm == enumerate_channels(model.config, tied) == channels_of(folder, tied) == channels_of(str(folder), tied)
 
 @pytest.mark.parametrize('tied', ['embedding', 'lm_head'])
 def test_every_stored_tensor_is_claimed_once_with_its_width(family, tied, checkpoint):
@@ -116,20 +117,20 @@ def test_headers_must_fit_the_config(checkpoint):
     folder = checkpoint('m')
     raw = json.loads((folder/'config.json').read_text())
     (folder/'config.json').write_text(json.dumps(raw | dict(intermediate_size=32)))
-    with pytest.raises(ActError, match=r'proj\.weight.*shape'): enumerate_channels(folder)
+    with pytest.raises(ActError, match=r'proj\.weight.*shape'): channels_of(folder)
     (folder/'config.json').write_text(json.dumps(raw | dict(num_hidden_layers=3, layer_types=['full_attention'] * 3)))
-    with pytest.raises(ActError, match=r'lacks the tensor model\.layers\.2'): enumerate_channels(folder)
+    with pytest.raises(ActError, match=r'lacks the tensor model\.layers\.2'): channels_of(folder)
     (folder/'config.json').write_text(json.dumps(raw | dict(num_hidden_layers=1, layer_types=['full_attention'])))
-    with pytest.raises(ActError, match=r'holds the tensor model\.layers\.1'): enumerate_channels(folder)
+    with pytest.raises(ActError, match=r'holds the tensor model\.layers\.1'): channels_of(folder)
     (folder/'config.json').write_text(json.dumps({'model_type': 'no-such-thing'}))
-    with pytest.raises(ActError, match='the configuration of m cannot be read'): enumerate_channels(folder)
+    with pytest.raises(ActError, match='the configuration of m cannot be read'): channels_of(folder)
     (folder/'config.json').write_text('{')
-    with pytest.raises(ActError, match='the configuration of m cannot be read'): enumerate_channels(folder)
+    with pytest.raises(ActError, match='the configuration of m cannot be read'): channels_of(folder)
 
 def test_bad_sources_are_refused(tmp_path):
     for bad in (None, 3, {}): pytest.raises(ActError, enumerate_channels, bad)
     with pytest.raises(ActError, match='tied'): enumerate_channels(tiny_config('qwen2'), tied='twice')
-    with pytest.raises(ActError): enumerate_channels(tmp_path)
+    with pytest.raises(ActError): channels_of(tmp_path)
     with pytest.raises(ActError, match='no channels under'): enumerate_channels(tiny_config('qwen2'))['model.layers.9.mlp.up_proj']
 
 def test_the_map_of_a_big_model_needs_no_memory():

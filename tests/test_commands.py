@@ -181,7 +181,7 @@ def test_what_a_dry_run_expects_is_about_what_comes(run, files):
         assert code == 0 and .5 < float(number)*dict(bytes=1, kB=1e3, MB=1e6)[unit]/size < 2, line
 
 def test_a_dry_run_sees_another_run(files):
-    holder = subprocess.Popen([sys.executable, '-c', f"from act.core import _alone\nwith _alone('{files}/x'): print('in', flush=True); input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen([sys.executable, '-c', f"from act.core import exclusive\nwith exclusive('{files}/x'): print('in', flush=True); input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == 'in\n'
     for line in (f'act_transfer --target lab/maths-en --donor lab/base --mask {files}/m --out {files}/x', f'act_mask --scores {files}/s --out {files}/x'):
         done = subprocess.run([BIN/line.split()[0], *line.split()[1:], '--dry_run'], capture_output=True, text=True)

@@ -118,6 +118,6 @@ def test_files_that_a_killed_run_left_are_swept_away(tmp_path):
 
 def test_a_lock_that_was_just_given_back_is_taken_anew(tmp_path):
     with atomic_file(tmp_path/'a') as t: t.write_text('1')
-    with core._alone(tmp_path/'a'):
+    with core.exclusive(tmp_path/'a'):
         with atomic_file(tmp_path/'a') as t: t.write_text('2') # the same process may
     assert (tmp_path/'a').read_text() == '2' and os.listdir(tmp_path) == ['a']

@@ -2,7 +2,7 @@
 import os, random, signal, subprocess, sys, time
 import pytest, torch
 from act.abilities import Ability, Item
-from act.checkpoints import Checkpoint, save_model
+from act.checkpoints import channels_of, Checkpoint, save_model
 from act.core import ActError
 from act.deltas import apply_delta, make_delta
 from act.localize import localize
@@ -55,7 +55,7 @@ def test_a_disk_that_fills_up(made, small_disk, tmp_path, monkeypatch):
     a, b, m = made
     disk = small_disk('16k') # room for a shard or two
     with pytest.raises(ActError, match='no room on disk'): transfer_checkpoint(a, b, m, .5, disk/'out')
-    monkeypatch.setattr('act.core._check_room', lambda *_: None) # or it fills up meanwhile
+    monkeypatch.setattr('act.core.check_room', lambda *_: None) # or it fills up meanwhile
     d = make_delta(a, b, m, .5, tmp_path/'d')
     scores = ChannelScores.from_flat(torch.rand(m.total), m.map, dict(note='x'*20000))
     for write in (lambda: transfer_checkpoint(a, b, m, .5, disk/'out'), lambda: apply_delta(a, d, disk/'out'), lambda: make_delta(a, b, m, .5, disk/'d'),
@@ -80,10 +80,10 @@ def test_a_second_run_into_one_place_is_refused_at_once(command, tmp_path):
     m, out = tmp_path/'m', tmp_path/'out'
     from act.channels import enumerate_channels
     from act.masks import ChannelMask
-    cm = enumerate_channels('lab/base')
+    cm = channels_of('lab/base')
     ChannelMask.from_flat(torch.arange(cm.total) % 20 == 0, cm).save(m)
     name, *args = command.format(m=m, out=out).split()
-    holder = subprocess.Popen([sys.executable, '-c', f"from act.core import _alone\nwith _alone('{out}'): print('in', flush=True); input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen([sys.executable, '-c', f"from act.core import exclusive\nwith exclusive('{out}'): print('in', flush=True); input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == 'in\n'
     done = subprocess.run([os.path.join(os.path.dirname(sys.executable), name), '--target', 'lab/maths-en', '--donor', 'lab/base', *args], capture_output=True, text=True)
     assert done.returncode == 2 and 'another run is writing' in done.stderr and not out.exists()

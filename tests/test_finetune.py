@@ -208,7 +208,7 @@ def test_a_disk_that_fills_up(small_disk, monkeypatch, kw, size):
     disk = small_disk(size)
     with pytest.raises(ActError, match='no room on disk'): act_finetune(**{**SMALL, **kw}, out=disk/'out')
     assert os.listdir(disk) == []
-    for m in (core, ft): monkeypatch.setattr(m, '_check_room', lambda *_: None)
+    for m in (core, ft): monkeypatch.setattr(m, 'check_room', lambda *_: None)
     with pytest.raises(ActError, match='cannot write .*No space left'): act_finetune(**{**SMALL, **kw}, out=disk/'out')
     assert os.listdir(disk) == []
 

@@ -2,8 +2,8 @@
 import json, pickle, struct, pytest, torch
 from safetensors.torch import load_file, save_file
 from act.abilities import Ability, Item, read_jsonl
-from act.channels import ChannelMap, enumerate_channels
-from act.checkpoints import Checkpoint, load_model, preflight, read_header
+from act.channels import ChannelMap
+from act.checkpoints import channels_of, Checkpoint, load_model, preflight, read_header
 from act.core import JSON_LIMIT, ActError, parse_json, read_json
 from act.deltas import Delta, apply_delta
 from act.masks import ChannelMask, ChannelScores
@@ -90,7 +90,7 @@ def test_links_to_shards_are_fine(shards, tmp_path):
 
 def test_missing_tensors_are_named(checkpoint, tmp_path):
     a, b = checkpoint('a'), checkpoint('b', tiny_model(seed=1))
-    mask = ChannelMask.from_flat(torch.ones(preflight(a, b).channels, dtype=torch.bool), enumerate_channels(a))
+    mask = ChannelMask.from_flat(torch.ones(preflight(a, b).channels, dtype=torch.bool), channels_of(a))
     for folder in (b, a):
         w = load_file(folder/'model.safetensors')
         del w['model.layers.1.mlp.up_proj.weight']
@@ -101,7 +101,7 @@ def test_missing_tensors_are_named(checkpoint, tmp_path):
 @pytest.mark.parametrize('value', [float('nan'), float('-inf')])
 def test_no_half_written_model_of_weights_with_nan(checkpoint, tmp_path, value):
     a, b = checkpoint('a'), checkpoint('b', tiny_model(seed=1))
-    cm = enumerate_channels(a)
+    cm = channels_of(a)
     w = load_file(b/'model.safetensors')
     w['model.norm.weight'][3] = value
     save_file(w, b/'model.safetensors', metadata=dict(format='pt'))
@@ -160,7 +160,7 @@ def test_scores_without_a_name_can_be_shown():
 
 def test_a_wide_mask_meets_the_model(checkpoint, tmp_path):
     a, b = checkpoint('a'), checkpoint('b', tiny_model(seed=1))
-    d = enumerate_channels(a).to_dict()
+    d = channels_of(a).to_dict()
     d['modules'][3]['width'] += 1
     cm = ChannelMap.from_dict(d)
     f = ChannelMask.from_flat(torch.ones(cm.total, dtype=torch.bool), cm).save(tmp_path/'wide.safetensors')

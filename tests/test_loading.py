@@ -5,8 +5,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM
 from act.abilities import Ability, Item
-from act.channels import enumerate_channels
-from act.checkpoints import INDEX, Checkpoint, copy_extras, load_model, load_tokenizer, resolve, weight_hash
+from act.checkpoints import channels_of, Checkpoint, copy_extras, INDEX, load_model, load_tokenizer, resolve, weight_hash
 from act.core import ActError
 from act.evaluate import act_evaluate
 from act.finetune import act_finetune
@@ -47,7 +46,7 @@ NAMES = dict(compiled=(lambda k: f'_orig_mod.{k}', 'torch.compile'), parallel=(l
 def test_weights_that_are_not_found_are_refused_with_the_reason(folder, change, word):
     rename(folder, change)
     with pytest.raises(ActError, match=word): load_model(folder)
-    with pytest.raises(ActError, match=word): enumerate_channels(folder)
+    with pytest.raises(ActError, match=word): channels_of(folder)
 
 @pytest.mark.parametrize('command', ['evaluate', 'finetune', 'localize'])
 def test_every_command_refuses_random_weights(folder, data, tmp_path, checkpoint, command):
@@ -207,5 +206,5 @@ def test_an_architecture_that_is_not_covered_is_called_so(tmp_path, kind, word):
     sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=300, max_position_embeddings=64, pad_token_id=0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
     model.save_pretrained(tmp_path/'model')
-    with pytest.raises(ActError, match=word) as e: enumerate_channels(tmp_path/'model')
+    with pytest.raises(ActError, match=word) as e: channels_of(tmp_path/'model')
     assert 'unknown' in str(e.value) and 'lacks' not in str(e.value)

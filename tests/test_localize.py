@@ -200,6 +200,6 @@ def test_two_processes_give_what_one_gives(launch, tmp_path):
     assert torch.allclose(one, two, rtol=1e-6, atol=0) and out[1].read_bytes() == out[2].read_bytes()
 
 def test_two_processes_refuse_together(launch, tmp_path):
-    with core._alone(tmp_path/'s'):
+    with core.exclusive(tmp_path/'s'):
         done = launch('act_localize', *f'--target lab/maths-en --donor lab/base --ability lab/science-zh --out {tmp_path}/s'.split())
     assert done.returncode and done.stderr.count('another run is writing') == 1 and not (tmp_path/'s').exists()

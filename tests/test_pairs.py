@@ -5,8 +5,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from transformers import AutoModelForCausalLM
 from act.abilities import Ability, Item
-from act.channels import EMBEDDING, HEAD, enumerate_channels
-from act.checkpoints import Checkpoint, check_pair, fitted, load_model, load_tokenizer, preflight, untie
+from act.channels import EMBEDDING, HEAD
+from act.checkpoints import channels_of, check_pair, Checkpoint, fitted, load_model, load_tokenizer, preflight, untie
 from act.core import ActError, ActWarning
 from act.deltas import apply_delta, make_delta
 from act.localize import act_localize, localize
@@ -93,7 +93,7 @@ def test_a_first_token_that_one_tokenizer_adds_is_refused(make):
 def test_buffers_are_not_weights(two): # Llama-2 on the hub stores them, nothing saved since does
     file = two[1]/'model.safetensors'
     save_file(load_file(file) | {f'model.layers.{i}.self_attn.rotary_emb.inv_freq': torch.ones(2) for i in range(2)}, file, metadata=dict(format='pt'))
-    assert preflight(*two).channels == enumerate_channels(two[0]).total
+    assert preflight(*two).channels == channels_of(two[0]).total
 
 # what is refused
 
@@ -194,7 +194,7 @@ def heads(folder, seed, equal=False):
 def test_a_stored_head_that_differs_is_untied_in_all_that_is_done(make, tmp_path):
     target, donor = (heads(make(n, tiny_model('qwen2', i)), 5 + i) for i, n in enumerate('td'))
     scores = localize(target, donor, ABILITY, progress=False)
-    assert scores.map == enumerate_channels(target) and scores.map.tied is None
+    assert scores.map == channels_of(target) and scores.map.tied is None
     mask = top_p(scores, .3, 'module')
     assert 0 < mask['lm_head'].sum() < 300
     out = transfer_checkpoint(target, donor, mask, 1., tmp_path/'out')
@@ -210,7 +210,7 @@ def test_a_stored_head_that_differs_is_untied_in_all_that_is_done(make, tmp_path
 def test_a_stored_head_that_is_the_embedding_is_a_copy(make):
     target, donor = heads(make('t', tiny_model('qwen2', 0)), 0, equal=True), make('d', tiny_model('qwen2', 1))
     check_pair(target, donor)
-    assert enumerate_channels(target).tied == 'embedding'
+    assert channels_of(target).tied == 'embedding'
 
 def test_what_the_configuration_leaves_out_transformers_knows(make): # Gemma is tied by default
     target, donor = heads(make('t', tiny_model('gemma3', 0)), 0, equal=True), make('d', tiny_model('gemma3', 1))
@@ -231,7 +231,7 @@ def test_without_a_tie_a_head_that_is_nowhere_is_missed(make):
     del t[HEAD]
     save_file(t, folder/'model.safetensors', metadata=dict(format='pt'))
     with pytest.raises(ActError, match='lacks the tensor lm_head.weight'): load_model(folder)
-    with pytest.raises(ActError, match='lacks the tensor lm_head.weight'): enumerate_channels(folder)
+    with pytest.raises(ActError, match='lacks the tensor lm_head.weight'): channels_of(folder)
 
 # recipes
 

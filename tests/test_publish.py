@@ -8,8 +8,7 @@ from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForCausalLM
 from act import checkpoints, publish as P
 from act.abilities import load_ability
-from act.channels import enumerate_channels
-from act.checkpoints import from_gguf, load_model, load_tokenizer, resolve, weight_hash
+from act.checkpoints import channels_of, from_gguf, load_model, load_tokenizer, resolve, weight_hash
 from act.core import ActError, quiet
 from act.deltas import Delta, apply_delta, make_delta
 from act.evaluate import EvalResult, evaluate
@@ -161,11 +160,11 @@ def test_a_folders_licence_is_where_its_makers_wrote_it(tmp_path, files, id, sai
 @pytest.mark.parametrize('t, d, id, words', [('mit', 'mit', 'mit', 'as its parents'), ('mit', 'llama3.1', None, 'do not state one and the same'), ('mit', None, None, 'look before you share')])
 def test_parents_have_to_agree_or_somebody_to_decide(tmp_path, t, d, id, words, monkeypatch):
     a, b = (parent(tmp_path, n, readme=f'---\nlicense: {l}\n---\n' if l else None) for n, l in (('t', t), ('d', d)))
-    mask = ChannelMask.from_flat(torch.arange(6400) < 9, enumerate_channels(a))
+    mask = ChannelMask.from_flat(torch.arange(6400) < 9, channels_of(a))
     moved = transfer_checkpoint(a, b, mask, 1., tmp_path/'moved')
     pub = prepare(moved)
     assert pub.licence.id == id and words in pub.card().text and ModelCard(str(pub.card())).data.license == id
-    monkeypatch.setattr(P, '_hub_is_off', lambda: False)
+    monkeypatch.setattr(P, 'hub_is_off', lambda: False)
     if id is None:
         publish(pub, tmp_path/'o')
         with pytest.raises(ActError, match='give --license'): push(tmp_path/'o', 'me/x', token='t')
@@ -347,7 +346,7 @@ class Hub:
 def hub(monkeypatch):
     h = Hub()
     for k, v in dict(HF_HUB_OFFLINE=False, HF_HUB_DISABLE_XET=True).items(): monkeypatch.setattr(constants, k, v)
-    monkeypatch.setattr(P, '_hub_is_off', lambda: False)
+    monkeypatch.setattr(P, 'hub_is_off', lambda: False)
     yield h
     h.server.shutdown()
 
@@ -362,7 +361,7 @@ def test_what_arrives_is_the_folder_to_the_byte(hub, out, private):
 @pytest.mark.parametrize('set_up, why', [
     (lambda h, m: h.fail.update({'/api/repos/create': 401}), 'the token is not accepted'), (lambda h, m: h.fail.update({'/api/repos/create': 403}), 'no right to write there'), (lambda h, m: h.fail.update({'/commit/': 403}), 'no right to write there'),
     (lambda h, m: h.fail.update({'/info/lfs': 500}), 'the hub answers 500'), (lambda h, m: h.repos.update({'me/x': dict(private=False, files=['pytorch_model.bin'])}), 'holds other weights .pytorch_model.bin'),
-    (lambda h, m: (h.server.shutdown(), h.server.server_close()), 'cannot be reached'), (lambda h, m: m.setattr(P, 'get_token', lambda: None), 'no token for the hub'), (lambda h, m: m.setattr(P, '_hub_is_off', lambda: True), 'HF_HUB_OFFLINE is set')])
+    (lambda h, m: (h.server.shutdown(), h.server.server_close()), 'cannot be reached'), (lambda h, m: m.setattr(P, 'get_token', lambda: None), 'no token for the hub'), (lambda h, m: m.setattr(P, 'hub_is_off', lambda: True), 'HF_HUB_OFFLINE is set')])
 def test_what_the_hub_refuses_is_one_line(hub, out, set_up, why, monkeypatch):
     monkeypatch.setattr(P, 'get_token', lambda: 'hf_secret')
     monkeypatch.setattr('time.sleep', lambda s: None) # between tries

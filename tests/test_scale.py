@@ -3,8 +3,8 @@ import os, sys, pytest, torch
 from pathlib import Path
 from safetensors.torch import load_file, save_file
 from act import scale
-from act.channels import _meta_model, enumerate_channels
-from act.checkpoints import Checkpoint, load_model, load_tokenizer, preflight
+from act.channels import meta_model, enumerate_channels
+from act.checkpoints import channels_of, Checkpoint, load_model, load_tokenizer, preflight
 from act.core import ActError, write_json
 from act import localize as localizing
 from act.deltas import make_delta
@@ -25,14 +25,14 @@ def filled(folder, source, value, **kw):
     sparse_checkpoint(source, folder, **kw)
     for f in Checkpoint(folder).files: save_file({k: torch.full_like(v, value) for k, v in load_file(folder/f).items()}, folder/f, metadata=dict(format='pt'))
     return folder
-def some(folder, p=.3, seed=0, tied='embedding'): return random_mask(even_mask(enumerate_channels(folder, tied), p), seed)
+def some(folder, p=.3, seed=0, tied='embedding'): return random_mask(even_mask(channels_of(folder, tied), p), seed)
 def delta_size(a, b, mask, lam=1.):
     raw = make_delta(a, b, mask, lam, a.parent/'m.delta').read_bytes()
     return len(raw) - 8 - int.from_bytes(raw[:8], 'little')
 def differing(a, b): return sum(sum(x != y for x, y in zip((a/f).read_bytes(), (b/f).read_bytes(), strict=True)) for f in Checkpoint(a).files)
 
 def test_known_parameter_counts():
-    assert {k: sum(p.numel() for p in _meta_model(config_of(k)).parameters()) for k in SHAPES} == KNOWN
+    assert {k: sum(p.numel() for p in meta_model(config_of(k)).parameters()) for k in SHAPES} == KNOWN
     assert config_of('QWEN2.5-7B').hidden_size == 3584 and config_of('lab/base').hidden_size == 128
 
 def test_recipes_note_the_same_shapes():
@@ -50,7 +50,7 @@ def test_sparse_folders_take_no_place_and_read_as_zeros(tmp_path):
     assert ck.nbytes == 2*KNOWN['llama-2-70b'] and len(ck.files) == len(layout('llama-2-70b')) > 20 and all((folder/f).stat().st_size < 5.1e9 for f in ck.files)
     assert sum(f.stat().st_blocks*512 for f in folder.iterdir()) < 2e6
     assert not ck.read('lm_head.weight', 31990).any() and ck.read('model.layers.79.mlp.up_proj.weight', 7, 9).shape == (2, 8192)
-    assert enumerate_channels(folder).total == 80*(5*8192 + 2*1024 + 2*28672) + 2*8192 + 32000
+    assert channels_of(folder).total == 80*(5*8192 + 2*1024 + 2*28672) + 2*8192 + 32000
     with pytest.raises(ActError, match='exists already'): sparse_checkpoint(TINY, folder)
 
 def test_nothing_is_left_of_a_checkpoint_that_fails(tmp_path, monkeypatch):
@@ -71,7 +71,7 @@ def test_layout_is_that_of_a_saved_model(family, dtype, tmp_path):
     tiny_model(family, dtype=getattr(torch, dtype)).save_pretrained(tmp_path/'real')
     sparse_checkpoint(tiny_config(family), tmp_path/'sparse', dtype)
     x, y = ({k: (t.dtype, t.shape) for k, t in Checkpoint(tmp_path/n).tensors.items()} for n in ('real', 'sparse'))
-    assert x == y and enumerate_channels(tmp_path/'real') == enumerate_channels(tmp_path/'sparse')
+    assert x == y and channels_of(tmp_path/'real') == channels_of(tmp_path/'sparse')
 
 class Counted:
     "Bytes that are read from files of a folder."
@@ -127,7 +127,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
 
 def test_the_shape_alone_gives_the_plan_of_the_folders(tmp_path):
     a, b = (sparse_checkpoint(TINY, tmp_path/n) for n in 'ab')
-    plan, row = plan_transfer(a, b, even_mask(enumerate_channels(a), .25), .5), predict(TINY, CONSTANTS, p=.25)
+    plan, row = plan_transfer(a, b, even_mask(channels_of(a), .25), .5), predict(TINY, CONSTANTS, p=.25)
     assert row['delta_gb'] == plan.delta/1e9 and row['checkpoint_gb'] == plan.nbytes/1e9 and row['transfer_s'] == plan.seconds(CONSTANTS) and row['disk_gb'] == 3*plan.out/1e9
 
 def test_seconds_follow_from_the_constants(tmp_path):
