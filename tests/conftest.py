@@ -56,6 +56,17 @@ def checkpoint(tmp_path, tokenizer):
     return _save
 
 @pytest.fixture
+def run(monkeypatch, capsys):
+    "Run a command as from a shell: (exit code, stdout, stderr)."
+    from helpers import function
+    def _run(line):
+        name, *args = line.split()
+        monkeypatch.setattr(sys, 'argv', [name, *args])
+        code = function(name)()
+        return (code or 0, *capsys.readouterr())
+    return _run
+
+@pytest.fixture
 def small_disk(tmp_path):
     "A function that mounts a disk of a size ('4m'), read-only if asked; where mounting is not allowed the test is skipped and says so."
     made = []

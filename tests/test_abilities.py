@@ -1,8 +1,8 @@
 "Abilities: answer positions by character offsets, padding on either side, files and sources that say what is wrong."
 import json, warnings, pytest, torch
-from act.abilities import SHARES, SPLIT_FROM, Ability, Item, batches, encode, load_ability, read_jsonl, render, short_name
+from act.abilities import SHARES, SPLIT_FROM, Ability, Item, batches, encode, load_ability, read_jsonl, short_name
 from act.core import ActError, ActWarning, sha256
-from conftest import tiny_model, toy_tokenizer
+from conftest import tiny_model
 
 ITEMS = [Item('two plus two is', ' four'), Item('五和六', '共十一'), Item('q:', ' ocho')]
 

@@ -1,28 +1,14 @@
 "Commands: from the lab's models to a recovered, evaluated checkpoint, and one clear line for everything that can be wrong."
-import configparser, fcntl, importlib, json, os, shlex, shutil, signal, subprocess, sys, time, pytest
+import json, os, shlex, shutil, signal, subprocess, sys, time, pytest
 from pathlib import Path
 from act.checkpoints import load_model, weight_hash
 from act import core
-from act.core import ActError, bar, quiet
+from act.core import bar, quiet
 from act.masks import ChannelMask, ChannelScores
 from conftest import tiny_model
+from helpers import SCRIPTS, check_call, function
 
-SETTINGS = configparser.ConfigParser(delimiters=['='])
-SETTINGS.read('settings.ini')
 BIN = Path(sys.executable).parent
-SCRIPTS = dict(l.split('=') for l in SETTINGS['DEFAULT']['console_scripts'].split('\n'))
-LM_EVAL = SCRIPTS.pop('act_lm_eval') # has lm-eval's options; see test_neighbours
-
-def function(name):
-    module, f = SCRIPTS[name].split(':')
-    return getattr(importlib.import_module(module), f)
-
-def check_call(line):
-    "A whole command line of ours: known options alone, and all that are required."
-    name, *args = shlex.split(line)
-    options, extra = function(name).parser().parse_known_args(args)
-    assert not extra, line
-    core._ask(function(name).__wrapped__, vars(options))
 
 def check_next(out):
     "Where a command says what comes next, that can be given as it is."
@@ -32,16 +18,6 @@ def check_next(out):
     return lines
 
 def tree(folder): return sorted((str(p.relative_to(folder)), p.stat().st_size) for p in Path(folder).rglob('*'))
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    "Run a command as from a shell: (exit code, stdout, stderr)."
-    def _run(line):
-        name, *args = line.split()
-        monkeypatch.setattr(sys, 'argv', [name, *args])
-        code = function(name)()
-        return (code or 0, *capsys.readouterr())
-    return _run
 
 @pytest.mark.parametrize('name', list(SCRIPTS))
 def test_help(name, run, capsys, monkeypatch):

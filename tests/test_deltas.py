@@ -1,17 +1,14 @@
 "Deltas: applied they give the transfer, undone the target, to the byte; anything else is refused before a byte is written."
-import os, subprocess, sys, pytest, torch
+import subprocess, sys, pytest, torch
 from safetensors.torch import load_file, save_file
 from act import checkpoints, deltas
 from act.checkpoints import Checkpoint, load_model, weight_hash
 from act.core import ActError
 from act.deltas import Delta, apply_delta, make_delta
 from act.masks import ChannelMask
-from act.transfer import RULES, transfer, transfer_checkpoint
+from act.transfer import RULES, transfer_checkpoint
 from conftest import tiny_model
-from test_commands import run
-from test_transfer import full, some
-
-def files(folder): return {p.name: p.read_bytes() for p in folder.iterdir() if p.name.endswith(('.safetensors', '.index.json'))}
+from helpers import files, full, some
 
 @pytest.fixture
 def made(checkpoint, tmp_path):

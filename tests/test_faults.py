@@ -1,16 +1,15 @@
 "Kills, full and read-only disks, two runs into one place: transfer, deltas and localisation leave nothing wrong and nothing behind."
-import os, random, signal, subprocess, sys, time
+import os, random, subprocess, sys
 import pytest, torch
 from act.abilities import Ability, Item
-from act.checkpoints import channels_of, Checkpoint, save_model
+from act.checkpoints import channels_of, save_model
 from act.core import ActError
 from act.deltas import apply_delta, make_delta
 from act.localize import localize
 from act.masks import ChannelScores
 from act.transfer import transfer_checkpoint
 from conftest import tiny_model
-from test_deltas import files
-from test_transfer import some
+from helpers import files, some
 
 @pytest.fixture
 def made(checkpoint):
@@ -78,7 +77,6 @@ def test_the_disk_of_waiting_activations_fills_up(checkpoint, small_disk):
 @pytest.mark.parametrize('command', ['act_transfer --mask {m} --out {out}', 'act_localize --ability lab/science-zh --out {out}', 'act_delta --mask {m} --out {out}'])
 def test_a_second_run_into_one_place_is_refused_at_once(command, tmp_path):
     m, out = tmp_path/'m', tmp_path/'out'
-    from act.channels import enumerate_channels
     from act.masks import ChannelMask
     cm = channels_of('lab/base')
     ChannelMask.from_flat(torch.arange(cm.total) % 20 == 0, cm).save(m)

@@ -1,5 +1,5 @@
 "Fine-tune: answers only, masked channels only, the same for the same seed, stopped in time."
-import json, math, os, signal, subprocess, sys, pytest, torch
+import json, math, os, subprocess, sys, pytest, torch
 from pathlib import Path
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -11,7 +11,8 @@ from act.core import ActError, ActWarning, sha256
 from act.finetune import _collate, _examples, act_finetune, bits_per_byte, finetune, item_hashes, neutral_text, safe_rate, save_like, training_memory
 from act.masks import ChannelMask, random_mask
 from act.transfer import mask_slices
-from conftest import SIZES, tiny_model, toy_tokenizer
+from conftest import SIZES, tiny_model
+from helpers import HARD, hard
 
 ABILITY = Ability('toy-en', [Item(f'{a} plus {b} is', f' {a+b}') for a in range(6) for b in range(4)], eos=True)
 run = lambda model, tok, **kw: finetune(model, ABILITY, tok, **{**dict(steps=6, lr=1e-2, batch_size=4, progress=False), **kw})
@@ -112,13 +113,6 @@ open(f'{sys.argv[1]}/rank%dof%d' % processes(), 'w').write(f'{weight_hash(report
     (a, before), (b, _) = (f.read_text().split() for f in files)
     assert a == b != before
 
-HARD = dict(plain={}, lora=dict(lora=dict(r=2, target_modules='all-linear')), masked=dict(mask=True), stopped=dict(validation=True, eval_steps=2, patience=2, lr=2e-3))
-def hard(model, tok, mask, kind, batch_size=4, **kw):
-    kw = {**HARD[kind], **kw}
-    if kw.pop('mask', 0): kw['mask'] = mask
-    if kw.pop('validation', 0): kw['validation'] = load_ability('lab/science-zh', 'validation', 16)
-    return finetune(model, load_ability('lab/science-zh', 'sft', 24), tok, **{**dict(steps=8, batch_size=batch_size, progress=False), **kw})
-
 def test_a_spread_model_learns_the_same(tmp_path, launch):
     "Plain, with an adapter, masked, stopped early, and stopped by a crash and resumed: two processes with FSDP against one process with twice the batches a step. The second process never reads the weights."
     model, tok = load_model('lab/maths-en', dtype='float32')
@@ -130,7 +124,7 @@ from safetensors.torch import save_file
 from act import finetune as ft
 from act.core import processes
 from act.masks import ChannelMask
-from test_finetune import HARD, hard
+from helpers import HARD, hard
 to, mask = sys.argv[1], ChannelMask.load(sys.argv[1] + '/mask.safetensors')
 def save(kind, name, **kw):
     model, tok = ft._load('lab/maths-en', None)

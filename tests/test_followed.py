@@ -7,7 +7,7 @@ import pytest
 from act import core
 from act.abilities import load_ability
 from act.lab import lab_path
-from test_commands import SCRIPTS, check_call, function
+from helpers import SCRIPTS, check_call, function
 
 ROOT = Path(__file__).parent.parent
 NEEDS = re.compile(r'# needs (a clone|the hub)\b')

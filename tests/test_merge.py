@@ -1,6 +1,5 @@
 "Merging: claims, conflicts and rules by hand, order of donors, oracle, interference, a whole small study."
-import numpy as np, pandas as pd, pytest, torch
-from dataclasses import replace
+import numpy as np, pytest, torch
 from act.channels import ChannelMap, ModuleChannels, enumerate_channels
 from act.checkpoints import weight_hash
 from act.core import ActError
@@ -8,7 +7,6 @@ from act.masks import ChannelMask, ChannelScores, random_mask, top_p
 from act.merge import MERGE_ROWS, MERGERS, MERGES, MergeBench, MergeCase, Merged, claims, conflicts, interference, merge, merge_study, oracle, plot_interference, priority
 from act.transfer import transfer
 from conftest import tiny_model
-from test_commands import run
 
 FOUR = ChannelMap([ModuleChannels('n', 'norm', None, 4, (('n.weight', 0),))], tied=None)
 def masks(**kw): return {n: ChannelMask.from_flat(torch.tensor(v).bool(), FOUR) for n, v in kw.items()}

@@ -4,7 +4,6 @@ from pathlib import Path
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
-from act import neighbours as nb
 from act.abilities import Ability, Item, load_ability
 from act.channels import ChannelMap, ModuleChannels, enumerate_channels
 from act.checkpoints import load_model, resolve

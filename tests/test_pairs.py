@@ -6,7 +6,7 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM
 from act.abilities import Ability, Item
 from act.channels import EMBEDDING, HEAD
-from act.checkpoints import channels_of, check_pair, Checkpoint, fitted, load_model, load_tokenizer, preflight, untie
+from act.checkpoints import channels_of, check_pair, Checkpoint, fitted, load_model, preflight, untie
 from act.core import ActError, ActWarning
 from act.deltas import apply_delta, make_delta
 from act.localize import act_localize, localize

@@ -1,6 +1,5 @@
 "Publishing: what is written loads back, the card says what the records say and nothing else, and the hub gets what the folder holds."
-import base64, hashlib, json, os, re, shlex, shutil, subprocess, sys, threading
-from dataclasses import replace
+import base64, hashlib, json, os, re, shutil, subprocess, sys, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import pytest, torch, yaml
@@ -16,8 +15,7 @@ from act.localize import localize
 from act.masks import ChannelMask, top_p
 from act.publish import Card, history, licence_of, prepare, publish, push
 from act.transfer import transfer, transfer_checkpoint
-from conftest import tiny_model, toy_tokenizer
-from test_commands import run
+from conftest import tiny_model
 
 LAB = 'lab/maths-en', 'lab/base'
 

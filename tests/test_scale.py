@@ -4,7 +4,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from act import scale
 from act.channels import meta_model, enumerate_channels
-from act.checkpoints import channels_of, Checkpoint, load_model, load_tokenizer, preflight
+from act.checkpoints import channels_of, Checkpoint, load_model, load_tokenizer
 from act.core import ActError, write_json
 from act import localize as localizing
 from act.deltas import make_delta

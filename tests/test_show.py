@@ -8,16 +8,16 @@ from html.parser import HTMLParser
 from matplotlib.axes import Axes
 from act.channels import ChannelMap, ModuleChannels
 from act.checkpoints import PairReport
-from act.core import ActError, read_json, write_json
+from act.core import ActError, write_json
 from act.deltas import Delta, apply_delta, make_delta
 from act.evaluate import EvalResult, Paired
 from act.findings import Finding
 from act.finetune import FinetuneReport
-from act.masks import ChannelMask, ChannelScores, ItemScores, Overlap, compare, iou, overlap, random_mask, top_p
+from act.masks import ChannelMask, ChannelScores, ItemScores, compare, iou, overlap, random_mask, top_p
 from act.merge import MergeCase, Merged
 from act.recover import Case, Recovery
 from act.scale import load_constants
-from act.show import _COLOURS, Part, bars, facts, folded, intervals, number, page, strip, strip_text, table
+from act.show import _COLOURS, bars, facts, folded, intervals, number, page, strip, strip_text, table
 from act.transfer import TransferReport, transfer_checkpoint
 from conftest import tiny_model
 

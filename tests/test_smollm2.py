@@ -5,7 +5,6 @@ from act.core import ActError, sha256
 from act.evaluate import EvalResult
 from act.recover import RESULTS
 from act.smollm2 import ADAPTERS, RECIPES, WATCHED, gains, smollm2_manifest, smollm2_path, train_smollm2
-from test_commands import run
 
 @pytest.fixture(scope='module')
 def cache(tmp_path_factory):

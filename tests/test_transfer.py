@@ -3,16 +3,12 @@ import shutil, pytest, torch
 from safetensors.torch import load_file, save_file
 from act import checkpoints
 from act.checkpoints import Checkpoint, fingerprint, load_model, weight_hash
-from act.channels import enumerate_channels
 from act.core import ActError
-from act.masks import ChannelMask, random_mask
+from act.masks import ChannelMask
 from act.transfer import RULES, blend, mask_slices, transfer, transfer_checkpoint
 from conftest import tiny_model
+from helpers import full, some
 
-def full(model, tied='embedding'):
-    cm = enumerate_channels(model, tied)
-    return ChannelMask.from_flat(torch.ones(cm.total, dtype=torch.bool), cm)
-def some(model, seed=0, p=.3): return random_mask(ChannelMask.from_flat(torch.arange(full(model).total) < p*full(model).total, full(model).map), seed)
 def same(a, b): return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
 def bits(folder): return {k: Checkpoint(folder).read(k) for k in Checkpoint(folder).tensors}
 
