@@ -18,15 +18,16 @@ from .core import ActError, atomic_file, imported, parse_json, quiet, sha256, wa
 @dataclass(frozen=True)
 class Item:
     "A prompt and its answer; the text is their plain concatenation."
+
     prompt: str
     answer: str
-    id: str = None      # where it comes from
-    choices: tuple = () # answers to choose from, the right one among them; none for an open question
+    id: str = None  # where it comes from
+    choices: tuple = ()  # answers to choose from, the right one among them; none for an open question
 
 # %% ../nbs/02_abilities.ipynb #02-009
 def skill_language(
-    name: str, # of an ability: 'skill-language', or a skill alone
-) -> tuple: # (skill, language or None)
+    name: str,  # of an ability: 'skill-language', or a skill alone
+) -> tuple:  # (skill, language or None)
     "The two halves of an ability's name; a language has two or three letters."
     skill, _, lang = name.rpartition('-')
     return (skill, lang) if skill and len(lang) in (2, 3) else (name, None)
@@ -34,42 +35,83 @@ def skill_language(
 # %% ../nbs/02_abilities.ipynb #02-011
 class Ability:
     "Items under a name `skill-language`; slices and sums are abilities again."
-    def __init__(self,
-        name: str,        # 'skill' or 'skill-language'
-        items: list,      # of Item
-        source: str = '', # where the items come from
-        eos: bool = False, # an answer ends the text: fine-tuning and evaluation add the end-of-text token
-    ): # raises ActError when there are no items, or an item has no answer
+
+    def __init__(
+        self,
+        name: str,  # 'skill' or 'skill-language'
+        items: list,  # of Item
+        source: str = '',  # where the items come from
+        eos: bool = False,  # an answer ends the text: fine-tuning and evaluation add the end-of-text token
+    ):  # raises ActError when there are no items, or an item has no answer
         self.name, self.items, self.source, self.eos = name, list(items), source or name, eos
-        if not self.items: raise ActError(f"ability {name} ({self.source}) has no items: check the file, the split or the filter")
+        if not self.items:
+            raise ActError(f"ability {name} ({self.source}) has no items: check the file, the split or the filter")
         empty = next((i for i, o in enumerate(self.items) if not o.answer.strip()), None)
-        if empty is not None: raise ActError(f"item {empty} of ability {name} has an empty answer: every item needs one")
+        if empty is not None:
+            raise ActError(f"item {empty} of ability {name} has an empty answer: every item needs one")
 
     @property
-    def skill(self): return skill_language(self.name)[0]
+    def skill(self):
+        return skill_language(self.name)[0]
+
     @property
-    def language(self): return skill_language(self.name)[1]
+    def language(self):
+        return skill_language(self.name)[1]
+
     @property
-    def hash(self): return sha256(*[s for o in self.items for s in (o.prompt, o.answer, *o.choices)])
+    def hash(self):
+        return sha256(*[s for o in self.items for s in (o.prompt, o.answer, *o.choices)])
+
     @property
-    def item_hashes(self): return [sha256(o.prompt, o.answer)[:12] for o in self.items] # short names of the items: the same item has the same anywhere
-    def __len__(self): return len(self.items)
-    def __iter__(self): return iter(self.items)
-    def __getitem__(self, i): return Ability(self.name, self.items[i], self.source, self.eos) if isinstance(i, slice) else self.items[i]
-    def __add__(self, o): return Ability(self.name if self.name == o.name else f'{self.name}+{o.name}', self.items + o.items, f'{self.source} + {o.source}', self.eos and o.eos)
+    def item_hashes(self):
+        return [
+            sha256(o.prompt, o.answer)[:12] for o in self.items
+        ]  # short names of the items: the same item has the same anywhere
+
+    def __len__(self):
+        return len(self.items)
+
+    def __iter__(self):
+        return iter(self.items)
+
+    def __getitem__(self, i):
+        return Ability(self.name, self.items[i], self.source, self.eos) if isinstance(i, slice) else self.items[i]
+
+    def __add__(self, o):
+        return Ability(
+            self.name if self.name == o.name else f'{self.name}+{o.name}',
+            self.items + o.items,
+            f'{self.source} + {o.source}',
+            self.eos and o.eos,
+        )
 
     def sample(self, n, seed=0):
         "`n` items of a seeded shuffle, or ActError when there are fewer."
-        if not 0 < n <= len(self): raise ActError(f"{n} items asked of ability {self.name}, which has {len(self)}: ask for fewer")
-        return Ability(self.name, random.Random(seed).sample(self.items, n), f'{self.source}, {n} of {len(self)}, seed {seed}', self.eos)
+        if not 0 < n <= len(self):
+            raise ActError(f"{n} items asked of ability {self.name}, which has {len(self)}: ask for fewer")
+        return Ability(
+            self.name,
+            random.Random(seed).sample(self.items, n),
+            f'{self.source}, {n} of {len(self)}, seed {seed}',
+            self.eos,
+        )
 
     def save(self, path):
         "Write a jsonl file that `load_ability` reads."
-        line = lambda o: json.dumps(dict(prompt=o.prompt, answer=o.answer, **(dict(choices=o.choices) if o.choices else {})), ensure_ascii=False) + '\n'
-        with atomic_file(path) as tmp: tmp.write_text(''.join(map(line, self.items)), encoding='utf-8')
+        line = lambda o: (
+            json.dumps(
+                dict(prompt=o.prompt, answer=o.answer, **(dict(choices=o.choices) if o.choices else {})),
+                ensure_ascii=False,
+            )
+            + '\n'
+        )
+        with atomic_file(path) as tmp:
+            tmp.write_text(''.join(map(line, self.items)), encoding='utf-8')
         return Path(path)
 
-    def __repr__(self): return f'Ability {self.name}: {len(self)} items, {self.source}'
+    def __repr__(self):
+        return f'Ability {self.name}: {len(self)} items, {self.source}'
+
     def _repr_html_(self):
         cut = lambda s: html.escape(s if len(s) < 160 else s[:157] + '...')
         rows = ''.join(f'<tr><td>{cut(o.prompt)}</td><td>{cut(o.answer)}</td></tr>' for o in self.items[:3])
@@ -77,105 +119,222 @@ class Ability:
 
 # %% ../nbs/02_abilities.ipynb #02-014
 def read_jsonl(
-    path, # file with {"prompt": ..., "answer": ...} a line
-) -> Ability: # named after the file
+    path,  # file with {"prompt": ..., "answer": ...} a line
+) -> Ability:  # named after the file
     "An ability from a jsonl file; ActError names file and line when one cannot be read."
     path, items = Path(path), []
-    try: lines = path.read_text(encoding='utf-8-sig').split('\n')
-    except (OSError, UnicodeDecodeError) as e: raise ActError(f"{path} cannot be read as UTF-8 text ({e}): check the path and the encoding") from e
+    try:
+        lines = path.read_text(encoding='utf-8-sig').split('\n')
+    except (OSError, UnicodeDecodeError) as e:
+        raise ActError(f"{path} cannot be read as UTF-8 text ({e}): check the path and the encoding") from e
     for n, line in enumerate(lines, 1):
-        if not line.strip(): continue
-        def bad(why): return ActError(f'{path}, line {n}: {why}: each line must be {{"prompt": "...", "answer": "..."}}')
-        try: d = parse_json(line)
-        except ValueError as e: raise bad(f"not JSON ({getattr(e, 'msg', e)})") from e
-        if not isinstance(d, dict) or not isinstance(d.get('prompt'), str) or not _is_text(d.get('answer')): raise bad('no text under "prompt" and "answer"')
-        if not isinstance(d.get('choices') or [], list) or not all(map(_is_text, d.get('choices') or [])): raise bad('"choices" is not a list of texts that holds the answer')
-        d = json.loads(line, parse_int=str, parse_float=str) # numbers as they are written
-        if not d['answer'].strip(): raise bad('the answer is empty')
+        if not line.strip():
+            continue
+
+        def bad(why):
+            return ActError(f'{path}, line {n}: {why}: each line must be {{"prompt": "...", "answer": "..."}}')
+
+        try:
+            d = parse_json(line)
+        except ValueError as e:
+            raise bad(f"not JSON ({getattr(e, 'msg', e)})") from e
+        if not isinstance(d, dict) or not isinstance(d.get('prompt'), str) or not _is_text(d.get('answer')):
+            raise bad('no text under "prompt" and "answer"')
+        if not isinstance(d.get('choices') or [], list) or not all(map(_is_text, d.get('choices') or [])):
+            raise bad('"choices" is not a list of texts that holds the answer')
+        d = json.loads(line, parse_int=str, parse_float=str)  # numbers as they are written
+        if not d['answer'].strip():
+            raise bad('the answer is empty')
         choices = d.get('choices') or []
-        if choices and d['answer'] not in choices: raise bad('"choices" is not a list of texts that holds the answer')
+        if choices and d['answer'] not in choices:
+            raise bad('"choices" is not a list of texts that holds the answer')
         items.append(Item(d['prompt'], d['answer'], f'{path.name}:{n}', tuple(choices)))
-    if not items: raise ActError(f"{path} holds no items: each line must be {{\"prompt\": \"...\", \"answer\": \"...\"}}")
+    if not items:
+        raise ActError(f"{path} holds no items: each line must be {{\"prompt\": \"...\", \"answer\": \"...\"}}")
     return Ability(path.stem, items, path.name)
 
 # %% ../nbs/02_abilities.ipynb #02-213
-def _is_text(o): return isinstance(o, (str, int, float)) and not isinstance(o, bool) # or a number, which stands for its digits
+def _is_text(o):
+    return isinstance(o, (str, int, float)) and not isinstance(o, bool)  # or a number, which stands for its digits
 
 # %% ../nbs/02_abilities.ipynb #02-017
 def _gsm8k(r):
     answer = r['answer']
-    while '<<' in answer: answer = answer[:answer.index('<<')] + answer[answer.index('>>')+2:]
+    while '<<' in answer:
+        answer = answer[: answer.index('<<')] + answer[answer.index('>>') + 2 :]
     return f"Question: {r['question']}\nAnswer:", ' ' + answer.replace('\n', ' ')
 
-def _mgsm(r): return f"{r['question']}\n", str(r.get('answer_number', r['answer']))
 
-def _msvamp(r): return f"{r['m_query'].strip()}\n", f"{float(r['response']):g}"
+def _mgsm(r):
+    return f"{r['question']}\n", str(r.get('answer_number', r['answer']))
 
-def _xquad(r): return f"{r['context'].strip()}\n\n{r['question'].strip()}\n", r['answers']['text'][0] if isinstance(r.get('answers'), dict) else r['answers'][0]
+
+def _msvamp(r):
+    return f"{r['m_query'].strip()}\n", f"{float(r['response']):g}"
+
+
+def _xquad(r):
+    return f"{r['context'].strip()}\n\n{r['question'].strip()}\n", (
+        r['answers']['text'][0] if isinstance(r.get('answers'), dict) else r['answers'][0]
+    )
+
 
 def _text(r):
     text = r['context'].strip().lstrip('\ufeff')
-    cut = text.rfind(' ', 0, len(text)//3)
-    cut = cut if cut > 0 else len(text)//3
+    cut = text.rfind(' ', 0, len(text) // 3)
+    cut = cut if cut > 0 else len(text) // 3
     return text[:cut], text[cut:]
 
+
 def _exams(r):
-    q = r['question'] if isinstance(r['question'], dict) else dict(stem=r['question'], choices=dict(label=r['labels'], text=r['choices']))
+    q = (
+        r['question']
+        if isinstance(r['question'], dict)
+        else dict(stem=r['question'], choices=dict(label=r['labels'], text=r['choices']))
+    )
     labels, texts = q['choices']['label'], q['choices']['text']
     return _listed(q['stem'], labels, texts, r.get('answerKey', r.get('answer')))
+
 
 def _arc(r):
     labels = [o for o in 'ABCDE' if r.get(f'option_{o.lower()}')]
     return _listed(r['instruction'], labels, [r[f'option_{o.lower()}'] for o in labels], r['answer'])
 
+
 def _listed(stem, labels, texts, right):
     choices = [f'{a}. {t}' for a, t in zip(labels, texts)]
-    return f"{stem}\n" + ''.join(f'{c}\n' for c in choices), choices[labels.index(right)] if right in labels else '', tuple(choices)
+    return (
+        f"{stem}\n" + ''.join(f'{c}\n' for c in choices),
+        choices[labels.index(right)] if right in labels else '',
+        tuple(choices),
+    )
 
 # %% ../nbs/02_abilities.ipynb #02-018
-LANGUAGE_NAMES = dict(ar='Arabic', bg='Bulgarian', de='German', es='Spanish', fr='French', hr='Croatian', hu='Hungarian', it='Italian', lt='Lithuanian', mk='Macedonian', # as EXAMS names them
-                      pl='Polish', pt='Portuguese', sq='Albanian', sr='Serbian', tr='Turkish', vi='Vietnamese')
-SOURCES = { # name -> where rows come from and what they become; {lang} is replaced
-    'gsm8k':      dict(hub=('openai/gsm8k', 'main'), local='gsm8k/{file}.jsonl', files=dict(test='test', other='train'), item=_gsm8k, group='question'),
-    'mgsm':       dict(hub=('juletxara/mgsm', '{lang}'), local='mgsm/{lang}.jsonl', files=dict(test='test', other='test'), item=_mgsm, group=None,
-                       shares=dict(train=0., localize=0.2, sft=0.1, validation=0.2, test=0.5)),
-    'xquad':      dict(hub=('google/xquad', 'xquad.{lang}'), local='xquad/{lang}.jsonl', files=dict(test='validation', other='validation'), item=_xquad, group='context'),
-    'xquad-text': dict(hub=('google/xquad', 'xquad.{lang}'), local='xquad/{lang}.jsonl', files=dict(test='validation', other='validation'), item=_text, group='context', once=True, splits='xquad'),
-    'exams':      dict(hub=('mhardalov/exams', 'multilingual'), local='exams/{file}.jsonl', files=dict(test='test', validation='dev', other='train'), item=_exams, group='question', lang='lang'),
-    'msvamp':     dict(hub=('Mathoctopus/MSVAMP', '{lang}'), local='msvamp/{lang}.jsonl', files=dict(test='test', other='test'), item=_msvamp, group=None,
-                       shares=dict(train=0., localize=0.2, sft=0.1, validation=0.2, test=0.5)),
-    'arc':        dict(hub=('alexandrainst/m_arc', '{lang}'), local='arc/{lang}/{file}.jsonl', files=dict(test='test', validation='val', other='train'), item=_arc, group='id', ids=True)}
-SOURCES['exams-science'] = dict(SOURCES['exams'], splits='exams', only=('Biology', 'Chemistry', 'Physics', 'Geology', 'Science')) # the natural sciences among the subjects
-SHARES = dict(train=0.6, localize=0.1, sft=0.1, validation=0.08, test=0.12) # of the groups, where a source has one file for all
+LANGUAGE_NAMES = dict(
+    ar='Arabic',
+    bg='Bulgarian',
+    de='German',
+    es='Spanish',
+    fr='French',
+    hr='Croatian',
+    hu='Hungarian',
+    it='Italian',
+    lt='Lithuanian',
+    mk='Macedonian',  # as EXAMS names them
+    pl='Polish',
+    pt='Portuguese',
+    sq='Albanian',
+    sr='Serbian',
+    tr='Turkish',
+    vi='Vietnamese',
+)
+SOURCES = {  # name -> where rows come from and what they become; {lang} is replaced
+    'gsm8k': dict(
+        hub=('openai/gsm8k', 'main'),
+        local='gsm8k/{file}.jsonl',
+        files=dict(test='test', other='train'),
+        item=_gsm8k,
+        group='question',
+    ),
+    'mgsm': dict(
+        hub=('juletxara/mgsm', '{lang}'),
+        local='mgsm/{lang}.jsonl',
+        files=dict(test='test', other='test'),
+        item=_mgsm,
+        group=None,
+        shares=dict(train=0.0, localize=0.2, sft=0.1, validation=0.2, test=0.5),
+    ),
+    'xquad': dict(
+        hub=('google/xquad', 'xquad.{lang}'),
+        local='xquad/{lang}.jsonl',
+        files=dict(test='validation', other='validation'),
+        item=_xquad,
+        group='context',
+    ),
+    'xquad-text': dict(
+        hub=('google/xquad', 'xquad.{lang}'),
+        local='xquad/{lang}.jsonl',
+        files=dict(test='validation', other='validation'),
+        item=_text,
+        group='context',
+        once=True,
+        splits='xquad',
+    ),
+    'exams': dict(
+        hub=('mhardalov/exams', 'multilingual'),
+        local='exams/{file}.jsonl',
+        files=dict(test='test', validation='dev', other='train'),
+        item=_exams,
+        group='question',
+        lang='lang',
+    ),
+    'msvamp': dict(
+        hub=('Mathoctopus/MSVAMP', '{lang}'),
+        local='msvamp/{lang}.jsonl',
+        files=dict(test='test', other='test'),
+        item=_msvamp,
+        group=None,
+        shares=dict(train=0.0, localize=0.2, sft=0.1, validation=0.2, test=0.5),
+    ),
+    'arc': dict(
+        hub=('alexandrainst/m_arc', '{lang}'),
+        local='arc/{lang}/{file}.jsonl',
+        files=dict(test='test', validation='val', other='train'),
+        item=_arc,
+        group='id',
+        ids=True,
+    ),
+}
+SOURCES['exams-science'] = dict(
+    SOURCES['exams'], splits='exams', only=('Biology', 'Chemistry', 'Physics', 'Geology', 'Science')
+)  # the natural sciences among the subjects
+SHARES = dict(
+    train=0.6, localize=0.1, sft=0.1, validation=0.08, test=0.12
+)  # of the groups, where a source has one file for all
 
 # %% ../nbs/02_abilities.ipynb #02-019
-def hub_is_off(): return os.environ.get('HF_HUB_OFFLINE', '0') not in ('', '0', 'false') # now, not when huggingface_hub was imported
+def hub_is_off():
+    return os.environ.get('HF_HUB_OFFLINE', '0') not in ('', '0', 'false')  # now, not when huggingface_hub was imported
+
 
 def _rows(name, src, lang, file):
     fill = lambda s: s.format(lang=lang, file=file)
     root, hub = os.environ.get('ACT_DATA'), src['hub']
-    local = Path(root)/fill(src['local']) if root else None
+    local = Path(root) / fill(src['local']) if root else None
     if local and local.is_file():
-        with open(local, encoding='utf-8') as f: return [json.loads(l) for l in f if l.strip()], f"{fill(src['local'])}"
-    ways = f"put {fill(src['local'])} under the folder that ACT_DATA names, or let the hub id {hub[0]} ({fill(hub[1])}) be reached"
-    if hub_is_off(): raise ActError(f"no local copy of {name}/{lang} and the hub is switched off: {ways}")
+        with open(local, encoding='utf-8') as f:
+            return [json.loads(l) for l in f if l.strip()], f"{fill(src['local'])}"
+    ways = (
+        f"put {fill(src['local'])} under the folder that ACT_DATA names, or let the hub id {hub[0]} ({fill(hub[1])}) be"
+        " reached"
+    )
+    if hub_is_off():
+        raise ActError(f"no local copy of {name}/{lang} and the hub is switched off: {ways}")
     from datasets import load_dataset
+
     try:
-        with quiet(): return list(load_dataset(hub[0], fill(hub[1]), split=file)), f'{hub[0]} {fill(hub[1])} {file}'
-    except Exception as e: raise ActError(f"{name}/{lang} is neither here nor on the hub ({type(e).__name__}): {ways}") from e
+        with quiet():
+            return list(load_dataset(hub[0], fill(hub[1]), split=file)), f'{hub[0]} {fill(hub[1])} {file}'
+    except Exception as e:
+        raise ActError(f"{name}/{lang} is neither here nor on the hub ({type(e).__name__}): {ways}") from e
+
 
 def _groups(src, rows):
     "A group's number (or name) for each row; parallel rows of other languages get the same."
-    if not src['group']: return list(range(len(rows)))
-    if src.get('ids'): return [r[src['group']] for r in rows]
+    if not src['group']:
+        return list(range(len(rows)))
+    if src.get('ids'):
+        return [r[src['group']] for r in rows]
     seen = {}
     return [seen.setdefault(json.dumps(r[src['group']], ensure_ascii=False), len(seen)) for r in rows]
 
+
 def _split_of(name, group, shares):
-    u, start = int(sha256(name, str(group))[:12], 16)/16**12*sum(shares.values()), 0.
+    u, start = int(sha256(name, str(group))[:12], 16) / 16**12 * sum(shares.values()), 0.0
     for split, share in shares.items():
         start += share
-        if u < start: return split
+        if u < start:
+            return split
     return split
 
 # %% ../nbs/02_abilities.ipynb #02-021
@@ -183,116 +342,169 @@ def _public(name, lang, split):
     src = SOURCES[name]
     own = src['files'].get(split)
     rows, origin = _rows(name, src, lang, own or src['files']['other'])
-    shared = [s for s in SHARES if src['files'].get(s, src['files']['other']) == (own or src['files']['other'])] # splits that live in this file
+    shared = [
+        s for s in SHARES if src['files'].get(s, src['files']['other']) == (own or src['files']['other'])
+    ]  # splits that live in this file
     shares = {s: src.get('shares', SHARES)[s] for s in shared}
     items, last = [], set()
     for i, (r, g) in enumerate(zip(rows, _groups(src, rows))):
-        if src.get('lang') and r.get('lang', r.get('info', {}).get('language')).removeprefix('North ') != LANGUAGE_NAMES.get(lang, lang): continue
-        if src.get('only') and r.get('subject', r.get('info', {}).get('subject')) not in src['only']: continue
-        if _split_of(src.get('splits', name), g, shares) != split or (src.get('once') and g in last): continue
+        if src.get('lang') and r.get('lang', r.get('info', {}).get('language')).removeprefix(
+            'North '
+        ) != LANGUAGE_NAMES.get(lang, lang):
+            continue
+        if src.get('only') and r.get('subject', r.get('info', {}).get('subject')) not in src['only']:
+            continue
+        if _split_of(src.get('splits', name), g, shares) != split or (src.get('once') and g in last):
+            continue
         last.add(g)
         prompt, answer, *choices = src['item'](r)
-        if answer.strip(): items.append(Item(prompt, answer, f'{name}/{lang}/{i}', *choices))
+        if answer.strip():
+            items.append(Item(prompt, answer, f'{name}/{lang}/{i}', *choices))
     return items, origin
 
 # %% ../nbs/02_abilities.ipynb #02-351
 def short_name(
-    spec: str, # of an ability, or of a model
+    spec: str,  # of an ability, or of a model
 ) -> str:
     "What an ability or a model is called in tables."
     return Path(spec).stem if spec.endswith('.jsonl') else spec.removeprefix('lab/').replace('/', '-')
 
 # %% ../nbs/02_abilities.ipynb #02-214
-SPLIT_FROM = 100 # items of a file that is split; a smaller one is used whole
+SPLIT_FROM = 100  # items of a file that is split; a smaller one is used whole
+
 
 def split_items(
-    ability: Ability, # read from a file
-    split: str,       # train, localize, sft, validation or test; all for the whole of it
+    ability: Ability,  # read from a file
+    split: str,  # train, localize, sft, validation or test; all for the whole of it
 ) -> Ability:
     "A split of a file's items by a hash of their prompts."
-    if split == 'all': return ability
-    if len(ability) < SPLIT_FROM:
-        warn(f"{ability.source} has fewer than {SPLIT_FROM} items ({len(ability)}) and is used whole as split {split}: training and test then share items, so keep them in files of their own")
+    if split == 'all':
         return ability
-    return Ability(ability.name, [o for o in ability if _split_of('jsonl', o.prompt, SHARES) == split], f'{ability.source} {split}', ability.eos)
+    if len(ability) < SPLIT_FROM:
+        warn(
+            f"{ability.source} has fewer than {SPLIT_FROM} items ({len(ability)}) and is used whole as split {split}:"
+            " training and test then share items, so keep them in files of their own"
+        )
+        return ability
+    return Ability(
+        ability.name,
+        [o for o in ability if _split_of('jsonl', o.prompt, SHARES) == split],
+        f'{ability.source} {split}',
+        ability.eos,
+    )
 
 # %% ../nbs/02_abilities.ipynb #02-600
-FAMILIES = {'lab': 'act.lab:lab_ability'} # first part of a name -> module and function that turns the rest, and a split, into an Ability
+FAMILIES = {
+    'lab': 'act.lab:lab_ability'
+}  # first part of a name -> module and function that turns the rest, and a split, into an Ability
 
 # %% ../nbs/02_abilities.ipynb #02-023
 def load_ability(
-    spec,                # an Ability, a .jsonl file, lab/NAME, or SOURCE/LANGUAGE such as mgsm/sw
-    split: str = 'test', # train, localize, sft, validation or test, or all (not of the lab); an Ability has none
-    n: int = None,       # take n items of a seeded shuffle; all by default
-    seed: int = 0,       # of that shuffle
-) -> Ability: # raises ActError when the name, the split or the data is not there
+    spec,  # an Ability, a .jsonl file, lab/NAME, or SOURCE/LANGUAGE such as mgsm/sw
+    split: str = 'test',  # train, localize, sft, validation or test, or all (not of the lab); an Ability has none
+    n: int = None,  # take n items of a seeded shuffle; all by default
+    seed: int = 0,  # of that shuffle
+) -> Ability:  # raises ActError when the name, the split or the data is not there
     "An ability by name or from a file."
     head, _, tail = str(spec).partition('/')
-    if isinstance(spec, Ability): out = spec
-    elif head in FAMILIES and not str(spec).endswith('.jsonl'): out = imported(FAMILIES[head])(tail, split)
-    elif not str(spec).endswith('.jsonl') and not (head in SOURCES and tail): raise ActError(f"no ability is called {spec!r}: pass a .jsonl file, lab/SKILL-LANGUAGE, or one of {', '.join(f'{s}/LANGUAGE' for s in SOURCES)}")
-    elif split not in (*SHARES, 'all'): raise ActError(f"no split is called {split!r}: choose one of {', '.join(SHARES)} or all")
-    elif str(spec).endswith('.jsonl'): out = split_items(read_jsonl(spec), split)
+    if isinstance(spec, Ability):
+        out = spec
+    elif head in FAMILIES and not str(spec).endswith('.jsonl'):
+        out = imported(FAMILIES[head])(tail, split)
+    elif not str(spec).endswith('.jsonl') and not (head in SOURCES and tail):
+        raise ActError(
+            f"no ability is called {spec!r}: pass a .jsonl file, lab/SKILL-LANGUAGE, or one of"
+            f" {', '.join(f'{s}/LANGUAGE' for s in SOURCES)}"
+        )
+    elif split not in (*SHARES, 'all'):
+        raise ActError(f"no split is called {split!r}: choose one of {', '.join(SHARES)} or all")
+    elif str(spec).endswith('.jsonl'):
+        out = split_items(read_jsonl(spec), split)
     else:
         parts = [_public(head, tail, s) for s in (SHARES if split == 'all' else [split])]
-        out = Ability(f'{head}-{tail}', [o for items, _ in parts for o in items], f"{', '.join(dict.fromkeys(o for _, o in parts))} {split}")
+        out = Ability(
+            f'{head}-{tail}',
+            [o for items, _ in parts for o in items],
+            f"{', '.join(dict.fromkeys(o for _, o in parts))} {split}",
+        )
     return out if n is None or n >= len(out) else out.sample(n, seed)
 
 # %% ../nbs/02_abilities.ipynb #02-030
 @dataclass(frozen=True)
 class EncodedItem:
     "Token ids of prompt and answer, and the positions whose activations count."
+
     input_ids: list
-    positions: list # where answer tokens are read, or predicted
-    answer: list    # positions of the answer tokens themselves
+    positions: list  # where answer tokens are read, or predicted
+    answer: list  # positions of the answer tokens themselves
     text: str = ''  # the answer as it stands in the text
     name: str = ''  # what an error calls the item
 
 # %% ../nbs/02_abilities.ipynb #02-031
 def render(
-    item: Item, tokenizer, # what to write out, for which model
-    chat: bool = False,    # through the tokenizer's chat template
-    name: str = None,      # what an error calls the item, by default by its id
-) -> tuple: # (text before the answer, the answer as it stands there, text behind it); raises ActError when the template does not keep the answer
+    item: Item,
+    tokenizer,  # what to write out, for which model
+    chat: bool = False,  # through the tokenizer's chat template
+    name: str = None,  # what an error calls the item, by default by its id
+) -> tuple:  # (text before the answer, the answer as it stands there, text behind it); raises ActError when the template does not keep the answer
     "The three strings whose concatenation the model sees."
-    if not chat: return item.prompt, item.answer, ''
+    if not chat:
+        return item.prompt, item.answer, ''
     mark = _SENTINEL
-    while mark in f'{tokenizer.chat_template}{item.prompt}{item.answer}': mark += _SENTINEL
+    while mark in f'{tokenizer.chat_template}{item.prompt}{item.answer}':
+        mark += _SENTINEL
     full, marked = (_chat(tokenizer, item, name, o) for o in (item.answer, mark))
-    if marked.count(mark) != 1: raise _template_error(tokenizer, item, name, 'drops the answer' if mark not in marked else 'repeats the answer')
+    if marked.count(mark) != 1:
+        raise _template_error(tokenizer, item, name, 'drops the answer' if mark not in marked else 'repeats the answer')
     before, after = marked.split(mark)
-    answer = full[len(before):len(full) - len(after)]
-    if before + answer + after != full or answer.strip() != item.answer.strip(): raise _template_error(tokenizer, item, name, 'changes the answer')
-    if item.prompt.strip() not in before: raise _template_error(tokenizer, item, name, 'drops or changes the prompt')
+    answer = full[len(before) : len(full) - len(after)]
+    if before + answer + after != full or answer.strip() != item.answer.strip():
+        raise _template_error(tokenizer, item, name, 'changes the answer')
+    if item.prompt.strip() not in before:
+        raise _template_error(tokenizer, item, name, 'drops or changes the prompt')
     return before, answer, after
 
 # %% ../nbs/02_abilities.ipynb #02-203
 _SENTINEL = 'qxzjvkw'
 
+
 def _chat(tokenizer, item, name, answer=None):
     "The conversation as text: with an answer, or up to where the model is to answer."
-    if not getattr(tokenizer, 'chat_template', None): raise ActError("the tokenizer has no chat template: leave chat off, or use an instruction-tuned model")
+    if not getattr(tokenizer, 'chat_template', None):
+        raise ActError("the tokenizer has no chat template: leave chat off, or use an instruction-tuned model")
     turns = [dict(role='user', content=item.prompt)]
-    if answer is not None: turns.append(dict(role='assistant', content=answer))
-    try: return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None)
-    except Exception as e: raise _template_error(tokenizer, item, name, f"fails ({' '.join(str(e).split())[:200]})") from e # whatever a template raises
+    if answer is not None:
+        turns.append(dict(role='assistant', content=answer))
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None)
+    except Exception as e:
+        raise _template_error(
+            tokenizer, item, name, f"fails ({' '.join(str(e).split())[:200]})"
+        ) from e  # whatever a template raises
+
 
 def _template_error(tokenizer, item, name, what):
     where = Path(getattr(tokenizer, 'name_or_path', '') or 'this tokenizer').name
-    return ActError(f"{name or f'item {item.id or repr(item.prompt[:40])}'}: the chat template of {where} {what}: leave chat off, or write prompt and answer as the template leaves them (plain text, no think block)")
+    return ActError(
+        f"{name or f'item {item.id or repr(item.prompt[:40])}'}: the chat template of {where} {what}: leave chat off,"
+        " or write prompt and answer as the template leaves them (plain text, no think block)"
+    )
 
 # %% ../nbs/02_abilities.ipynb #02-032
 def encode(
-    ability, tokenizer,       # an Ability or a list of items; a fast tokenizer
+    ability,
+    tokenizer,  # an Ability or a list of items; a fast tokenizer
     positions: str = 'read',  # 'read': where answer tokens are read; 'predict': where they are predicted
-    chat: bool = False,       # through the chat template
-    max_length: int = None,   # cut longer texts
-    eos: bool = False,        # the end-of-text token belongs to the answer; with chat, the special token that ends the turn
-    cut: str = 'right',       # 'right', or 'left': the prompt loses its beginning, the answer nothing
-) -> list: # of EncodedItem; items without a position left are dropped; ActError when none is left
+    chat: bool = False,  # through the chat template
+    max_length: int = None,  # cut longer texts
+    eos: bool = False,  # the end-of-text token belongs to the answer; with chat, the special token that ends the turn
+    cut: str = 'right',  # 'right', or 'left': the prompt loses its beginning, the answer nothing
+) -> list:  # of EncodedItem; items without a position left are dropped; ActError when none is left
     "Token ids and answer positions of every item, by character offsets."
-    if positions not in ('read', 'predict'): raise ActError(f"positions is {positions!r}: choose 'read' or 'predict'")
-    if cut not in ('right', 'left'): raise ActError(f"cut is {cut!r}: choose 'right' or 'left'")
+    if positions not in ('read', 'predict'):
+        raise ActError(f"positions is {positions!r}: choose 'read' or 'predict'")
+    if cut not in ('right', 'left'):
+        raise ActError(f"cut is {cut!r}: choose 'right' or 'left'")
     _check_fast(tokenizer)
     names = _names(ability)
     parts = [render(o, tokenizer, chat, name) for o, name in zip(ability, names)]
@@ -301,57 +513,87 @@ def encode(
     for i, ((before, text, _), name) in enumerate(zip(parts, names)):
         ids, spans = _kept(enc, i, tokenizer)
         answer = _covering(spans, len(before), len(before) + len(text))
-        if eos: ids, answer = _with_end(ids, spans, answer, len(before) + len(text), tokenizer, chat)
-        if answer[:1] == [0]: raise ActError(f"{name}: its answer begins at the first token, which nothing predicts: give it a prompt, or use a tokenizer that puts a beginning-of-text token first")
+        if eos:
+            ids, answer = _with_end(ids, spans, answer, len(before) + len(text), tokenizer, chat)
+        if answer[:1] == [0]:
+            raise ActError(
+                f"{name}: its answer begins at the first token, which nothing predicts: give it a prompt, or use a"
+                " tokenizer that puts a beginning-of-text token first"
+            )
         ids, answer = _cut(ids, answer, max_length, cut, tokenizer, name)
         where = answer if positions == 'read' else [i - 1 for i in answer]
-        if where: out.append(EncodedItem(ids, where, answer, text, name))
-    if not out: raise ActError(f"{f'ability {ability.name}' if hasattr(ability, 'name') else ', '.join(names[:3])} has no answer tokens left" + (f" after cutting at {max_length} tokens: raise max_length" if max_length else ": check its answers"))
+        if where:
+            out.append(EncodedItem(ids, where, answer, text, name))
+    if not out:
+        raise ActError(
+            f"{f'ability {ability.name}' if hasattr(ability, 'name') else ', '.join(names[:3])} has no answer tokens"
+            " left"
+            + (f" after cutting at {max_length} tokens: raise max_length" if max_length else ": check its answers")
+        )
     return out
 
 # %% ../nbs/02_abilities.ipynb #02-206
 def _check_fast(tokenizer):
-    if not getattr(tokenizer, 'is_fast', False): raise ActError("answer tokens are found by character offsets, which needs a fast tokenizer: load the model with its tokenizer.json")
+    if not getattr(tokenizer, 'is_fast', False):
+        raise ActError(
+            "answer tokens are found by character offsets, which needs a fast tokenizer: load the model with its"
+            " tokenizer.json"
+        )
+
 
 def _names(ability):
     "What errors call the items."
     of = f' of ability {ability.name}' if hasattr(ability, 'name') else ''
     return [f'item {o.id or i}{of}' for i, o in enumerate(ability)]
 
+
 def _kept(enc, i, tokenizer):
     "Ids and character spans of a text, without what the tokenizer put behind it by itself."
     ids, own = enc['input_ids'][i], [o is None for o in enc.sequence_ids(i)]
     n = len(ids)
-    while n and own[n - 1] and ids[n - 1] != tokenizer.bos_token_id: n -= 1
+    while n and own[n - 1] and ids[n - 1] != tokenizer.bos_token_id:
+        n -= 1
     return ids[:n], enc['offset_mapping'][i][:n]
+
 
 def _covering(spans, start, end):
     "The tokens with a character between `start` and `end`; the span of a lone space may be empty, at its end."
     return [i for i, (a, b) in enumerate(spans) if b > start and (a < end or b == end)]
+
 
 def _with_end(ids, spans, answer, end, tokenizer, chat):
     "With the token that ends the text, or the turn, among the answer's."
     if chat:
         special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
         return ids, answer + [i for i, (a, _) in enumerate(spans) if a >= end and ids[i] in special][:1]
-    if tokenizer.eos_token_id is None: return ids, answer
-    if ids[-1] != tokenizer.eos_token_id: ids = ids + [tokenizer.eos_token_id]
+    if tokenizer.eos_token_id is None:
+        return ids, answer
+    if ids[-1] != tokenizer.eos_token_id:
+        ids = ids + [tokenizer.eos_token_id]
     return ids, sorted({*answer, len(ids) - 1})
+
 
 def _cut(ids, answer, max_length, side, tokenizer, name):
     "At most `max_length` ids."
-    if max_length is None or len(ids) <= max_length: return ids, answer
-    if side == 'right': return ids[:max_length], [i for i in answer if i < max_length]
+    if max_length is None or len(ids) <= max_length:
+        return ids, answer
+    if side == 'right':
+        return ids[:max_length], [i for i in answer if i < max_length]
     drop, head = len(ids) - max_length, ids[0] == tokenizer.bos_token_id
-    if answer and answer[0] - drop < 1: raise ActError(f"{name}: its answer takes {len(ids) - answer[0]} tokens and does not fit, with something before it, into {max_length}: raise max_length")
-    return ids[:head] + ids[head + drop:], [i - drop for i in answer]
+    if answer and answer[0] - drop < 1:
+        raise ActError(
+            f"{name}: its answer takes {len(ids) - answer[0]} tokens and does not fit, with something before it, into"
+            f" {max_length}: raise max_length"
+        )
+    return ids[:head] + ids[head + drop :], [i - drop for i in answer]
 
 # %% ../nbs/02_abilities.ipynb #02-208
 def encode_prompts(
-    ability, tokenizer,     # an Ability or a list of items; a fast tokenizer
-    chat: bool = False,     # through the chat template
-    max_length: int = None, # cut longer prompts on the left
-) -> list: # of EncodedItem without answer
+    ability,
+    tokenizer,  # an Ability or a list of items; a fast tokenizer
+    chat: bool = False,  # through the chat template
+    max_length: int = None,  # cut longer prompts on the left
+) -> list:  # of EncodedItem without answer
     "Token ids of prompts, for a model that is to go on from there."
     _check_fast(tokenizer)
     names = _names(ability)
@@ -360,54 +602,87 @@ def encode_prompts(
     out = []
     for i, name in enumerate(names):
         ids, _ = _cut(_kept(enc, i, tokenizer)[0], [], max_length, 'left', tokenizer, name)
-        if not ids: raise ActError(f"{name}: its prompt is empty, and nothing can go on from nothing: give it one, or use a tokenizer that puts a beginning-of-text token first")
+        if not ids:
+            raise ActError(
+                f"{name}: its prompt is empty, and nothing can go on from nothing: give it one, or use a tokenizer that"
+                " puts a beginning-of-text token first"
+            )
         out.append(EncodedItem(ids, [], [], '', name))
     return out
 
 # %% ../nbs/02_abilities.ipynb #02-211
 def reads(
-    model, # in memory, or anything else with a configuration (an object or a dict) under .config
-) -> tuple: # (rows of its embedding, most tokens of a text); None where the configuration does not say
+    model,  # in memory, or anything else with a configuration (an object or a dict) under .config
+) -> tuple:  # (rows of its embedding, most tokens of a text); None where the configuration does not say
     "What a model can read at all."
     config = model.config if isinstance(model.config, dict) else model.config.to_dict()
     config = {**config, **(config.get('text_config') or {})}
-    context, scaling = config.get('max_position_embeddings') or config.get('n_positions'), config.get('rope_scaling') or config.get('rope_parameters') or {}
-    if context: context = max(context, int((scaling.get('original_max_position_embeddings') or context)*(scaling.get('factor') or 1))) # positions that are scaled reach further
+    context, scaling = (
+        config.get('max_position_embeddings') or config.get('n_positions'),
+        config.get('rope_scaling') or config.get('rope_parameters') or {},
+    )
+    if context:
+        context = max(
+            context, int((scaling.get('original_max_position_embeddings') or context) * (scaling.get('factor') or 1))
+        )  # positions that are scaled reach further
     return config.get('vocab_size'), context
 
+
 def check_fits(
-    encoded: list, # from `encode`
-    rows: int,     # of the embedding; None when unknown
+    encoded: list,  # from `encode`
+    rows: int,  # of the embedding; None when unknown
     context: int,  # most tokens that the model reads; None when unknown
-    what: str,     # the model
+    what: str,  # the model
 ):
     "Raise ActError that names the first item with an id, or a length, that the model cannot read."
     for e in encoded:
-        if rows and max(e.input_ids) >= rows: raise ActError(f"{e.name}: token id {max(e.input_ids)} is outside the model's vocabulary of {rows} ({what}): use the model's own tokenizer")
-        if not context or len(e.input_ids) <= context: continue
-        way = f'pass max_length={context}, which cuts it' if len(e.answer) < context else 'its answer alone is too long, leave it out'
+        if rows and max(e.input_ids) >= rows:
+            raise ActError(
+                f"{e.name}: token id {max(e.input_ids)} is outside the model's vocabulary of {rows} ({what}): use the"
+                " model's own tokenizer"
+            )
+        if not context or len(e.input_ids) <= context:
+            continue
+        way = (
+            f'pass max_length={context}, which cuts it'
+            if len(e.answer) < context
+            else 'its answer alone is too long, leave it out'
+        )
         raise ActError(f"{e.name} is {len(e.input_ids):,} tokens long and {what} reads {context:,}: {way}")
 
 # %% ../nbs/02_abilities.ipynb #02-035
 def batches(
-    encoded: list, tokenizer,     # from `encode`
-    batch_tokens: int = 4096,     # most tokens in a batch, padding included
+    encoded: list,
+    tokenizer,  # from `encode`
+    batch_tokens: int = 4096,  # most tokens in a batch, padding included
     padding_side: str = 'right',  # 'right' or 'left'
-    alike: float = 7/8,           # an item shorter than this share of the longest starts a batch of its own: little is padding
-    batch_size: int = None,       # most items in a batch
+    alike: float = 7 / 8,  # an item shorter than this share of the longest starts a batch of its own: little is padding
+    batch_size: int = None,  # most items in a batch
 ):
     "Yield dicts of input_ids, attention_mask, position_ids, positions (bool), all (batch, width), and index (item numbers), longest first."
-    order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i].input_ids), encoded[i].input_ids, i)) # whatever the order of the file
+    order = sorted(
+        range(len(encoded)), key=lambda i: (-len(encoded[i].input_ids), encoded[i].input_ids, i)
+    )  # whatever the order of the file
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     while order:
         width = len(encoded[order[0]].input_ids)
-        most = max(1, min(batch_tokens//width, batch_size or len(order)))
-        n = max(1, sum(len(encoded[i].input_ids) >= alike*width for i in order[:most]))
+        most = max(1, min(batch_tokens // width, batch_size or len(order)))
+        n = max(1, sum(len(encoded[i].input_ids) >= alike * width for i in order[:most]))
         take, order = order[:n], order[n:]
-        ids, mask, where = torch.full((len(take), width), pad), torch.zeros(len(take), width, dtype=torch.long), torch.zeros(len(take), width, dtype=torch.bool)
+        ids, mask, where = (
+            torch.full((len(take), width), pad),
+            torch.zeros(len(take), width, dtype=torch.long),
+            torch.zeros(len(take), width, dtype=torch.bool),
+        )
         for row, i in enumerate(take):
             e, n = encoded[i], len(encoded[i].input_ids)
             off = width - n if padding_side == 'left' else 0
-            ids[row, off:off+n], mask[row, off:off+n] = torch.tensor(e.input_ids), 1
+            ids[row, off : off + n], mask[row, off : off + n] = torch.tensor(e.input_ids), 1
             where[row, [off + j for j in e.positions]] = True
-        yield dict(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), positions=where, index=take)
+        yield dict(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            positions=where,
+            index=take,
+        )

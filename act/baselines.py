@@ -20,116 +20,174 @@ from .weights import own_items
 
 # %% ../nbs/32_baselines.ipynb #32-006
 def merge_with_mergekit(
-    method: str,       # mergekit's name: linear, task_arithmetic, ties, dare_ties, ...
-    models: dict,      # checkpoint (folder, hub id or name) -> its parameters: weight, density
+    method: str,  # mergekit's name: linear, task_arithmetic, ties, dare_ties, ...
+    models: dict,  # checkpoint (folder, hub id or name) -> its parameters: weight, density
     base: str = None,  # checkpoint that task vectors start from
-    seed: int = 0,     # of methods that draw
-    dtype: str = 'float32', # of the arithmetic, and of the model that is returned
-    device=None,       # where it goes
-): # a model in memory; raises ActError when mergekit is not installed
+    seed: int = 0,  # of methods that draw
+    dtype: str = 'float32',  # of the arithmetic, and of the model that is returned
+    device=None,  # where it goes
+):  # a model in memory; raises ActError when mergekit is not installed
     "Merge checkpoints with mergekit itself."
     try:
         from mergekit.config import MergeConfiguration
         from mergekit.merge import MergeOptions, run_merge
-    except ImportError as e: raise ActError("mergekit is not installed: pip install 'act-transfer[baselines]'") from e
+    except ImportError as e:
+        raise ActError("mergekit is not installed: pip install 'act-transfer[baselines]'") from e
     where = lambda m: str(resolve(m))
-    config = dict(merge_method=method, models=[dict(model=where(m), parameters=o) for m, o in models.items()], dtype='float32', **({'base_model': where(base)} if base else {}))
+    config = dict(
+        merge_method=method,
+        models=[dict(model=where(m), parameters=o) for m, o in models.items()],
+        dtype='float32',
+        **({'base_model': where(base)} if base else {}),
+    )
     with tempfile.TemporaryDirectory() as tmp, quiet():
-        run_merge(MergeConfiguration.model_validate(config), f'{tmp}/out', options=MergeOptions(copy_tokenizer=True, quiet=True, random_seed=seed))
+        run_merge(
+            MergeConfiguration.model_validate(config),
+            f'{tmp}/out',
+            options=MergeOptions(copy_tokenizer=True, quiet=True, random_seed=seed),
+        )
         return load_model(f'{tmp}/out', dtype=dtype, device=device)[0]
 
 # %% ../nbs/32_baselines.ipynb #32-009
 def _mergekit(method, both=False):
     "For `Method.make`: the donor is the base of the target's task vector, or a member of the average."
+
     def make(bench, seed, weight, **options):
         target, donor = bench.at(bench.case.target), bench.at(bench.case.donor)
         models = {target: dict(weight=weight, **options)} | ({donor: dict(weight=1 - weight)} if both else {})
         return merge_with_mergekit(method, models, None if both else donor, seed, bench.case.dtype, bench.target.device)
+
     return make
 
+
 def _weights(ps, lams):
-    n = len(ps)*len(lams)
-    return [dict(weight=round((i + 1)/(n + 1), 3)) for i in range(n)]
+    n = len(ps) * len(lams)
+    return [dict(weight=round((i + 1) / (n + 1), 3)) for i in range(n)]
+
 
 def _densities(ps, lams):
-    some = (1., .5), (.5, .5), (1., .2), (.5, .2), (1., .8), (.5, .8), (.75, .5), (1.25, .5)
-    return [dict(weight=w, density=d) for w, d in some[:len(ps)*len(lams)]]
+    some = (1.0, 0.5), (0.5, 0.5), (1.0, 0.2), (0.5, 0.2), (1.0, 0.8), (0.5, 0.8), (0.75, 0.5), (1.25, 0.5)
+    return [dict(weight=w, density=d) for w, d in some[: len(ps) * len(lams)]]
 
 # %% ../nbs/32_baselines.ipynb #32-012
 def layer_mask(
-    map: ChannelMap, # of a model
-    layers,          # numbers of the layers
-) -> ChannelMask:    # all their channels
+    map: ChannelMap,  # of a model
+    layers,  # numbers of the layers
+) -> ChannelMask:  # all their channels
     "All channels of some layers."
     layers = set(layers)
     odd = layers - {m.layer for m in map}
-    if odd: raise ActError(f"layer {min(odd)} is not a layer of the model: it has 0 to {max(m.layer for m in map if m.layer is not None)}")
-    return ChannelMask({m.path: torch.full((m.width,), m.layer in layers) for m in map}, map, dict(made=f'layers {sorted(layers, key=str)}'))
+    if odd:
+        raise ActError(
+            f"layer {min(odd)} is not a layer of the model: it has 0 to"
+            f" {max(m.layer for m in map if m.layer is not None)}"
+        )
+    return ChannelMask(
+        {m.path: torch.full((m.width,), m.layer in layers) for m in map},
+        map,
+        dict(made=f'layers {sorted(layers, key=str)}'),
+    )
 
 # %% ../nbs/32_baselines.ipynb #32-014
 def _layers(bench, seed, first, last):
     n = bench.target.config.num_hidden_layers
-    return transfer(bench.target, bench.donor, layer_mask(enumerate_channels(bench.target, bench.case.tied), range(round(first*n), round(last*n))), check=False)
+    return transfer(
+        bench.target,
+        bench.donor,
+        layer_mask(enumerate_channels(bench.target, bench.case.tied), range(round(first * n), round(last * n))),
+        check=False,
+    )
+
 
 def _blocks(ps, lams):
-    ends = [(0, .25), (.75, 1), (.25, .5), (.5, .75), (0, .5), (.5, 1), (.25, .75), (0, .75)]
-    return [dict(first=a, last=b) for a, b in ends[:len(ps)*len(lams)]]
+    ends = [(0, 0.25), (0.75, 1), (0.25, 0.5), (0.5, 0.75), (0, 0.5), (0.5, 1), (0.25, 0.75), (0, 0.75)]
+    return [dict(first=a, last=b) for a, b in ends[: len(ps) * len(lams)]]
 
 # %% ../nbs/32_baselines.ipynb #32-016
-def _as_it_is(bench, seed, **_): return bench.target
+def _as_it_is(bench, seed, **_):
+    return bench.target
 
-def _rates(ps, lams): return [dict(lr=lr, steps=s) for s in (1, 2) for lr in (.1, .3, 1., 3.)][:len(ps)*len(lams)]
-def _ranks(ps, lams): return [dict(r=r, lr=lr) for r in (16, 4) for lr in (1., 3., 10., 30.)][:len(ps)*len(lams)]
+
+def _rates(ps, lams):
+    return [dict(lr=lr, steps=s) for s in (1, 2) for lr in (0.1, 0.3, 1.0, 3.0)][: len(ps) * len(lams)]
+
+
+def _ranks(ps, lams):
+    return [dict(r=r, lr=lr) for r in (16, 4) for lr in (1.0, 3.0, 10.0, 30.0)][: len(ps) * len(lams)]
+
 
 def _tune(bench, model, seed, lr, steps=1, **more):
     "The case's fine-tuning at multiples of its rate and length."
-    return bench.tune(model, seed, lr=lr*bench.case.sft['lr'], steps=steps*bench.case.sft['steps'], **more)
+    return bench.tune(model, seed, lr=lr * bench.case.sft['lr'], steps=steps * bench.case.sft['steps'], **more)
+
 
 def _joint(bench, model, seed, **setting):
-    return _tune(bench, model, seed, items=[load_ability(a, 'train') for a in bench.case.retained + bench.case.recovered], **setting)
+    return _tune(
+        bench,
+        model,
+        seed,
+        items=[load_ability(a, 'train') for a in bench.case.retained + bench.case.recovered],
+        **setting,
+    )
+
 
 def _adapter(bench, model, seed, r, lr):
-    return _tune(bench, model, seed, lr, lora=dict(r=r, lora_alpha=2*r, target_modules='all-linear'))
+    return _tune(bench, model, seed, lr, lora=dict(r=r, lora_alpha=2 * r, target_modules='all-linear'))
 
 # %% ../nbs/32_baselines.ipynb #32-018
 def _product(bench, p, rank, seed):
     acts = bench.scores(seed)
-    return top_p(ChannelScores.from_flat(acts.flat()*bench.weights.flat(), acts.map, acts.meta), p, rank)
+    return top_p(ChannelScores.from_flat(acts.flat() * bench.weights.flat(), acts.map, acts.meta), p, rank)
+
 
 def _own(bench, p, rank, seed):
     key = 'own change', seed
-    if key not in bench.acts: bench.acts[key] = own_items(bench.target, bench.donor, bench.sample(seed), bench.tok, max_length=bench.case.max_length, change=bench.weights)[0].pool()
+    if key not in bench.acts:
+        bench.acts[key] = own_items(
+            bench.target,
+            bench.donor,
+            bench.sample(seed),
+            bench.tok,
+            max_length=bench.case.max_length,
+            change=bench.weights,
+        )[0].pool()
     return top_p(bench.acts[key], p, rank)
 
 # %% ../nbs/32_baselines.ipynb #32-019
 def top_of_kinds(
-    scores: ChannelScores, # what to rank by
-    p: float,              # fraction of the channels of each kind
+    scores: ChannelScores,  # what to rank by
+    p: float,  # fraction of the channels of each kind
 ) -> ChannelMask:
     "The top p within every kind of module, after division by each module's mean."
     flat, out = scores.normalised().flat(), torch.zeros(scores.map.total, dtype=torch.bool)
     kinds = np.repeat([m.kind for m in scores.map], [m.width for m in scores.map])
     for k in dict.fromkeys(kinds):
         idx = torch.from_numpy((kinds == k).nonzero()[0])
-        out[idx[flat[idx].argsort(descending=True, stable=True)[:max(1, round(p*len(idx)))]]] = True
+        out[idx[flat[idx].argsort(descending=True, stable=True)[: max(1, round(p * len(idx)))]]] = True
     return ChannelMask.from_flat(out, scores.map, {**scores.meta, 'p': p, 'made': 'top p of each kind'})
 
 # %% ../nbs/32_baselines.ipynb #32-021
 def _with_embedding(bench, p, rank, seed):
     return with_kind(top_p(bench.scores(seed), p, rank))
 
+
 def _by_depth(bench, seed, p, first, last, rank='module'):
     "Lambda runs from `first` in layer 0 to `last` in the last layer; outside the layers it is their mean."
     mask, n, out = top_p(bench.scores(seed), p, rank), bench.target.config.num_hidden_layers, bench.target
-    lams = {None: (first + last)/2, **{i: first + (last - first)*i/max(1, n - 1) for i in range(n)}}
+    lams = {None: (first + last) / 2, **{i: first + (last - first) * i / max(1, n - 1) for i in range(n)}}
     for layer, lam in lams.items():
         part = ChannelMask({m.path: mask[m.path] & (m.layer == layer) for m in mask.map}, mask.map)
-        if part.count: out = transfer(out, bench.donor, part, lam, check=False)
+        if part.count:
+            out = transfer(out, bench.donor, part, lam, check=False)
     return out
 
-def _slopes(ps, lams): return [dict(p=p, first=a, last=b) for p in ps for a, b in ((1., .3), (.3, 1.))][:len(ps)*len(lams)]
 
-def _masked(bench, model, seed, p, lam, rank): return bench.tune(model, seed, mask=top_p(bench.scores(seed), p, rank))
+def _slopes(ps, lams):
+    return [dict(p=p, first=a, last=b) for p in ps for a, b in ((1.0, 0.3), (0.3, 1.0))][: len(ps) * len(lams)]
+
+
+def _masked(bench, model, seed, p, lam, rank):
+    return bench.tune(model, seed, mask=top_p(bench.scores(seed), p, rank))
 
 # %% ../nbs/32_baselines.ipynb #32-023
 _act = METHODS['ACT'].make
@@ -148,56 +206,78 @@ BASELINES = {
     'ACT (kinds)': Method(moving(lambda bench, p, rank, seed: top_of_kinds(bench.scores(seed), p)), by_p_and_lam()),
     'ACT (embedding)': Method(moving(_with_embedding), by_p_and_lam('module')),
     'ACT (lam by depth)': Method(_by_depth, _slopes),
-    'ACT (masked SFT)': Method(_act, by_p_and_lam('module'), _masked)}
+    'ACT (masked SFT)': Method(_act, by_p_and_lam('module'), _masked),
+}
 
 # %% ../nbs/32_baselines.ipynb #32-025
-BASELINE_ROWS = {f'{m}{s}': (m, not s) for m, o in BASELINES.items() for s in ('', ' without SFT') if not (s and o.tune)}
+BASELINE_ROWS = {
+    f'{m}{s}': (m, not s) for m, o in BASELINES.items() for s in ('', ' without SFT') if not (s and o.tune)
+}
 
 # %% ../nbs/32_baselines.ipynb #32-027
 def hypervolume(
-    points, # (n, 2), larger is better
-) -> float: # area above (0, 0) that at least one point dominates
+    points,  # (n, 2), larger is better
+) -> float:  # area above (0, 0) that at least one point dominates
     "Hypervolume of a set of points in two dimensions."
-    best, area = 0., 0.
+    best, area = 0.0, 0.0
     for x, y in sorted(map(tuple, np.asarray(points, float)), reverse=True):
-        if x > 0 and y > best: area, best = area + x*(y - best), y
+        if x > 0 and y > best:
+            area, best = area + x * (y - best), y
     return float(area)
 
 # %% ../nbs/32_baselines.ipynb #32-029
 def scaled(
-    rec: Recovery, # from `recover`
-) -> pd.DataFrame: # its grid without target and donor; retained and recovered from 0 (the worse of the two) to 1 (the better)
+    rec: Recovery,  # from `recover`
+) -> (
+    pd.DataFrame
+):  # its grid without target and donor; retained and recovered from 0 (the worse of the two) to 1 (the better)
     "All settings that were tried, on one scale for every case."
     ends, out = rec.grid.iloc[:2], rec.grid.iloc[2:].copy()
     for c, (zero, one) in dict(retained=('donor', 'target'), recovered=('target', 'donor')).items():
         a, b = (float(ends[ends.row == r][c].iloc[0]) for r in (zero, one))
-        if a == b: raise ActError(f"target and donor score the same on {c} ({a:.3f}): there is nothing to recover")
-        out[c] = (out[c] - a)/(b - a)
+        if a == b:
+            raise ActError(f"target and donor score the same on {c} ({a:.3f}): there is nothing to recover")
+        out[c] = (out[c] - a) / (b - a)
     return out
 
+
 def volumes(
-    rec: Recovery, # from `recover`
-) -> pd.Series:    # row -> hypervolume
+    rec: Recovery,  # from `recover`
+) -> pd.Series:  # row -> hypervolume
     "Hypervolume of every row's settings on validation items."
-    return pd.Series({r: hypervolume(g[['retained', 'recovered']]) for r, g in scaled(rec).groupby('row', sort=False)}, name='hypervolume').sort_values(ascending=False)
+    return pd.Series(
+        {r: hypervolume(g[['retained', 'recovered']]) for r, g in scaled(rec).groupby('row', sort=False)},
+        name='hypervolume',
+    ).sort_values(ascending=False)
 
 # %% ../nbs/32_baselines.ipynb #32-030
 def plot_pareto(
-    rec: Recovery, # from `recover`
-    columns: int = 5, # panels in a row
+    rec: Recovery,  # from `recover`
+    columns: int = 5,  # panels in a row
 ):
     "Every method's settings on validation items, retained against recovered, hollow before and full after fine-tuning, over those of all others in grey; returns the figure."
     t = scaled(rec)
     t = t.assign(method=t.row.str.removesuffix(' without SFT'), tuned=~t.row.str.contains('without SFT'))
     names = list(t.method.unique())
-    fig, axes = plt.subplots(-(-len(names)//columns), columns, figsize=(7, 1.5*-(-len(names)//columns)), sharex=True, sharey=True, constrained_layout=True)
+    fig, axes = plt.subplots(
+        -(-len(names) // columns),
+        columns,
+        figsize=(7, 1.5 * -(-len(names) // columns)),
+        sharex=True,
+        sharey=True,
+        constrained_layout=True,
+    )
     for ax, n in itertools.zip_longest(axes.flat, names):
-        if n is None: ax.axis('off'); continue
+        if n is None:
+            ax.axis('off')
+            continue
         ax.scatter(t.retained, t.recovered, s=3, color='.85')
-        for tuned, g in t[t.method == n].groupby('tuned'): ax.scatter(g.retained, g.recovered, s=12, ec='C0', fc='C0' if tuned else 'white', lw=.8)
+        for tuned, g in t[t.method == n].groupby('tuned'):
+            ax.scatter(g.retained, g.recovered, s=12, ec='C0', fc='C0' if tuned else 'white', lw=0.8)
         ax.set_title(n, fontsize=7)
-        ax.set(xlim=(-.15, 1.15), ylim=(-.15, 1.15))
-    fig.supxlabel('retained (0: donor, 1: target)', fontsize=8); fig.supylabel('recovered (0: target, 1: donor)', fontsize=8)
+        ax.set(xlim=(-0.15, 1.15), ylim=(-0.15, 1.15))
+    fig.supxlabel('retained (0: donor, 1: target)', fontsize=8)
+    fig.supylabel('recovered (0: target, 1: donor)', fontsize=8)
     return fig
 
 # %% ../nbs/32_baselines.ipynb #32-032
@@ -207,30 +287,47 @@ def winners(
 ) -> pd.DataFrame:  # column -> best row, its value, rows not told apart from it
     "The best row of each column among the methods, and who ties with it (Holm's correction over all rows and columns)."
     n, out = rec.numbers(), []
-    given = {'oracle', *(r for r, s in zip(rec.grid.row, rec.grid.setting) if not s)} # models as they are, no methods
+    given = {'oracle', *(r for r, s in zip(rec.grid.row, rec.grid.setting) if not s)}  # models as they are, no methods
     n = n[~n.row.isin(given)]
     for c in columns:
         g = n[n.column == c]
         top = g.loc[g.value.idxmax() if rec.case.metric == 'correct' else g.value.idxmin()]
         ties = [r for r in rec.sides(top.row, (c,))[c]['tie'] if r not in given]
-        out.append(dict(column=c, best=top.row, value=rec._scale()*top.value, low=rec._scale()*top.low, high=rec._scale()*top.high, ties=', '.join(ties) or 'none'))
+        out.append(
+            dict(
+                column=c,
+                best=top.row,
+                value=rec._scale() * top.value,
+                low=rec._scale() * top.low,
+                high=rec._scale() * top.high,
+                ties=', '.join(ties) or 'none',
+            )
+        )
     return pd.DataFrame(out).set_index('column')
 
 # %% ../nbs/32_baselines.ipynb #32-033
 def plot_methods(
-    rec: Recovery, # from `recover`
+    rec: Recovery,  # from `recover`
 ):
     "Retained, recovered and mean of every row with 95 % intervals, best mean first; returns the figure."
     n, k = rec.numbers(), rec._scale()
     order = n[n.column == 'mean'].sort_values('value', ascending=rec.case.metric != 'correct').row.tolist()
-    fig, axes = plt.subplots(1, 3, figsize=(7, .6 + .16*len(order)), sharey=True, constrained_layout=True)
+    fig, axes = plt.subplots(1, 3, figsize=(7, 0.6 + 0.16 * len(order)), sharey=True, constrained_layout=True)
     for ax, c in zip(axes, ('retained', 'recovered', 'mean')):
         g = n[n.column == c].set_index('row').loc[order]
         ours = [r.startswith('ACT') for r in order]
         for mine in (False, True):
             at = [i for i, o in enumerate(ours) if o == mine]
-            x = k*g.iloc[at][['value', 'low', 'high']].to_numpy().T
-            ax.errorbar(x[0], at, xerr=[np.maximum(0, x[0] - x[1]), np.maximum(0, x[2] - x[0])], fmt='s' if mine else 'o', color='C1' if mine else 'C0', ms=3, lw=.8)
+            x = k * g.iloc[at][['value', 'low', 'high']].to_numpy().T
+            ax.errorbar(
+                x[0],
+                at,
+                xerr=[np.maximum(0, x[0] - x[1]), np.maximum(0, x[2] - x[0])],
+                fmt='s' if mine else 'o',
+                color='C1' if mine else 'C0',
+                ms=3,
+                lw=0.8,
+            )
         ax.set_xlabel(f"{c} ({'% of items' if k == 100 else 'bits per byte'})", fontsize=7)
     axes[0].set_yticks(range(len(order)), order, fontsize=6)
     axes[0].invert_yaxis()
@@ -239,13 +336,14 @@ def plot_methods(
 # %% ../nbs/32_baselines.ipynb #32-037
 @command
 def act_baselines(
-    out: str,             # folder to create
-    case: str = 'lab',    # a name in CASES
-    seeds: int = 3,       # how many
-    device: str = None,   # cpu, cuda, ...
+    out: str,  # folder to create
+    case: str = 'lab',  # a name in CASES
+    seeds: int = 3,  # how many
+    device: str = None,  # cpu, cuda, ...
 ):
     "All baselines on one case: `act_baselines --case lab --out runs/baselines`"
-    if seeds < 1: raise ActError(f"seeds is {seeds}: at least one is needed")
+    if seeds < 1:
+        raise ActError(f"seeds is {seeds}: at least one is needed")
     rec = recover(case, out, tuple(range(seeds)), device, rows=BASELINE_ROWS, methods=BASELINES)
     print(rec)
     print(f'{winners(rec).to_string()}\n-> {out}')
@@ -253,10 +351,12 @@ def act_baselines(
 
 # %% ../nbs/32_baselines.ipynb #32-045
 def options(
-    rec: Recovery, # from `recover` with BASELINES
-    reference: str = 'ACT (module-normalised)', # the row to compare with
-    prefix: str = 'ACT', # of the rows to compare
-) -> pd.DataFrame: # row x validation (mean of the aims), and for each column of the table difference, low, high, holm on test items
+    rec: Recovery,  # from `recover` with BASELINES
+    reference: str = 'ACT (module-normalised)',  # the row to compare with
+    prefix: str = 'ACT',  # of the rows to compare
+) -> (
+    pd.DataFrame
+):  # row x validation (mean of the aims), and for each column of the table difference, low, high, holm on test items
     "Every variant of ACT with fine-tuning against one of them."
     rows = [r for r in rec.rows if r.startswith(prefix) and r != reference and 'without' not in r]
     val = rec.grid.groupby('row')['mean'].agg('max' if rec.case.metric == 'correct' else 'min')
@@ -264,5 +364,14 @@ def options(
     for r in rows:
         d = rec.against(r)
         d = d[d.against == reference].set_index('column')
-        out.append({'row': r, 'validation': rec._scale()*val[r], **{c: f'{x.difference:+.{k}f} [{x.low:+.{k}f}, {x.high:+.{k}f}]' + ('' if x.holm < .05 else ' n.s.') for c, x in d.iterrows()}})
+        out.append(
+            {
+                'row': r,
+                'validation': rec._scale() * val[r],
+                **{
+                    c: f'{x.difference:+.{k}f} [{x.low:+.{k}f}, {x.high:+.{k}f}]' + ('' if x.holm < 0.05 else ' n.s.')
+                    for c, x in d.iterrows()
+                },
+            }
+        )
     return pd.DataFrame(out).set_index('row').sort_values('validation', ascending=rec.case.metric != 'correct')

@@ -15,38 +15,55 @@ from .show import Shown, table
 
 # %% ../nbs/00_channels.ipynb #00-013
 KINDS = 'embedding norm q k v o gate up down lm_head'.split()
-EMBEDDING, HEAD = 'model.embed_tokens.weight', 'lm_head.weight' # the two parameters that may be one
-BUFFERS = r'.*rotary_emb\.(?:\w+_)?inv_freq' # what some checkpoints store beside parameters, and the configuration determines
+EMBEDDING, HEAD = 'model.embed_tokens.weight', 'lm_head.weight'  # the two parameters that may be one
+BUFFERS = (  # what some checkpoints store beside parameters, and the configuration determines
+    r'.*rotary_emb\.(?:\w+_)?inv_freq'
+)
 
 # %% ../nbs/00_channels.ipynb #00-014
 _LAYER, _LINEAR, _NORM = r'model\.layers\.(0|[1-9][0-9]{0,4})\.', (('weight', 0), ('bias', 0)), (('weight', 0),)
 
 # %% ../nbs/00_channels.ipynb #00-015
 TABLE = (
-    (r'model\.embed_tokens',                                                       'embedding', (('weight', 1),)),
-    *((_LAYER + rf'self_attn\.{k}_proj',                                           k,           _LINEAR) for k in 'qkvo'),
-    (_LAYER + r'self_attn\.[qk]_norm',                                             'norm',      _NORM),
-    *((_LAYER + rf'mlp\.{k}_proj',                                                 k,           _LINEAR) for k in ('gate', 'up', 'down')),
-    (_LAYER + r'(?:input|post_attention|(?:pre|post)_feedforward)_layernorm',      'norm',      _NORM),
-    (r'model\.norm',                                                               'norm',      _NORM),
-    (r'lm_head',                                                                   'lm_head',   _LINEAR),
+    (r'model\.embed_tokens', 'embedding', (('weight', 1),)),
+    *((_LAYER + rf'self_attn\.{k}_proj', k, _LINEAR) for k in 'qkvo'),
+    (_LAYER + r'self_attn\.[qk]_norm', 'norm', _NORM),
+    *((_LAYER + rf'mlp\.{k}_proj', k, _LINEAR) for k in ('gate', 'up', 'down')),
+    (_LAYER + r'(?:input|post_attention|(?:pre|post)_feedforward)_layernorm', 'norm', _NORM),
+    (r'model\.norm', 'norm', _NORM),
+    (r'lm_head', 'lm_head', _LINEAR),
 )
 
 # %% ../nbs/00_channels.ipynb #00-018
 _REASONS = (
-    (r'vision|visual|image|audio|multi_?modal|projector|language_model', "part of a multimodal wrapper: pass its text model alone"),
-    (r'qkv|query_key_value|c_attn', "a fused query/key/value projection, which has no output per projection: split it first"),
+    (
+        r'vision|visual|image|audio|multi_?modal|projector|language_model',
+        "part of a multimodal wrapper: pass its text model alone",
+    ),
+    (
+        r'qkv|query_key_value|c_attn',
+        "a fused query/key/value projection, which has no output per projection: split it first",
+    ),
     (r'gate_up', "a fused gate and up projection: split it first"),
-    (r'expert|router|block_sparse|mlp\.gate\.', "a mixture of experts, whose fused experts have no linear module to hook: use a dense model"),
+    (
+        r'expert|router|block_sparse|mlp\.gate\.',
+        "a mixture of experts, whose fused experts have no linear module to hook: use a dense model",
+    ),
     (r'lora|adapter|modules_to_save|base_layer|base_model', "an adapter: merge it into the model first"),
 )
 
+
 def _row(path):
     for pattern, kind, params in TABLE:
-        if m := re.fullmatch(pattern, path): return kind, int(m[1]) if m.re.groups else None, params
+        if m := re.fullmatch(pattern, path):
+            return kind, int(m[1]) if m.re.groups else None, params
+
 
 def _unknown(path, param=None):
-    reason = next((r for p, r in _REASONS if re.search(p, f'{path}.{param}')), "no row of act.channels.TABLE describes it: add one")
+    reason = next(
+        (r for p, r in _REASONS if re.search(p, f'{path}.{param}')),
+        "no row of act.channels.TABLE describes it: add one",
+    )
     what = f"the parameter {param} of the module {path}" if param else f"the module {path or 'at the top'}"
     return ActError(f"{what} is unknown: {reason}")
 
@@ -54,125 +71,204 @@ def _unknown(path, param=None):
 @dataclass(frozen=True)
 class ModuleChannels:
     "The channels of one module: its path, kind and layer, their number, and the axis of each parameter along which they lie."
-    path: str          # as in `named_modules`, e.g. `model.layers.0.self_attn.q_proj`
-    kind: str          # one of `KINDS`
+
+    path: str  # as in `named_modules`, e.g. `model.layers.0.self_attn.q_proj`
+    kind: str  # one of `KINDS`
     layer: int | None  # None outside the layers
-    width: int         # number of channels
-    params: tuple      # of (full parameter name in the checkpoint, axis)
+    width: int  # number of channels
+    params: tuple  # of (full parameter name in the checkpoint, axis)
 
 # %% ../nbs/00_channels.ipynb #00-023
 class ChannelMap(Shown, Sequence):
     "All channels of a model, module by module in model order; index it by number or by path."
-    def __init__(self,
-        modules,          # `ModuleChannels`, in model order
-        tied='embedding', # what one storage for embedding and lm_head counts as: 'embedding', 'lm_head', or None when they are two
+
+    def __init__(
+        self,
+        modules,  # `ModuleChannels`, in model order
+        tied='embedding',  # what one storage for embedding and lm_head counts as: 'embedding', 'lm_head', or None when they are two
     ):
         self.modules, self.tied = tuple(modules), tied
         self.paths = [m.path for m in self.modules]
         self._at = {p: i for i, p in enumerate(self.paths)}
         self.offsets, self.total = {}, 0
-        for m in self.modules: self.offsets[m.path] = self.total; self.total += m.width
+        for m in self.modules:
+            self.offsets[m.path] = self.total
+            self.total += m.width
 
-    def __len__(self): return len(self.modules)
-    def __contains__(self, path): return path in (self._at if isinstance(path, str) else self.modules)
-    def __eq__(self, other): return isinstance(other, ChannelMap) and (self.modules, self.tied) == (other.modules, other.tied)
-    def __hash__(self): return hash((self.modules, self.tied))
+    def __len__(self):
+        return len(self.modules)
+
+    def __contains__(self, path):
+        return path in (self._at if isinstance(path, str) else self.modules)
+
+    def __eq__(self, other):
+        return isinstance(other, ChannelMap) and (self.modules, self.tied) == (other.modules, other.tied)
+
+    def __hash__(self):
+        return hash((self.modules, self.tied))
+
     def __getitem__(self, i):
-        if not isinstance(i, str): return self.modules[i]
-        if i not in self._at: raise ActError(f"no channels under the module {i!r}: the map has {self.paths[0]} ... {self.paths[-1]}")
+        if not isinstance(i, str):
+            return self.modules[i]
+        if i not in self._at:
+            raise ActError(f"no channels under the module {i!r}: the map has {self.paths[0]} ... {self.paths[-1]}")
         return self.modules[self._at[i]]
 
     def frame(self):
         "One row a module: path, kind, layer, width, number of its first channel, parameters."
         import pandas as pd
-        rows = [(m.path, m.kind, m.layer, m.width, self.offsets[m.path], ', '.join(f'{n}[{a}]' for n, a in m.params)) for m in self]
+
+        rows = [
+            (m.path, m.kind, m.layer, m.width, self.offsets[m.path], ', '.join(f'{n}[{a}]' for n, a in m.params))
+            for m in self
+        ]
         return pd.DataFrame(rows, columns='path kind layer width start params'.split()).astype({'layer': 'Int64'})
 
     def summary(self):
         "One row a kind: how many modules, how many channels, and their share of the total."
-        g = self.frame().groupby('kind').width.agg(modules='size', channels='sum').reindex([k for k in KINDS if any(m.kind == k for m in self)])
+        g = (
+            self.frame()
+            .groupby('kind')
+            .width.agg(modules='size', channels='sum')
+            .reindex([k for k in KINDS if any(m.kind == k for m in self)])
+        )
         return g.assign(share=g.channels / self.total)
 
-    def check(self,
-        shapes, # parameter name -> shape, tied copies left out
+    def check(
+        self,
+        shapes,  # parameter name -> shape, tied copies left out
         where,  # what they are the parameters of, for the message
     ):
         "Raise ActError unless the map covers exactly these parameters."
         ours = {n: (a, m) for m in self for n, a in m.params}
         odd = [n for n, (a, m) in ours.items() if n not in shapes or a >= len(shapes[n]) or shapes[n][a] != m.width]
         odd += [n for n in shapes if n not in ours and not re.fullmatch(BUFFERS, n)]
-        if odd: raise ActError(f"the mask, of {self.total:,} channels in {len(self)} modules, does not fit {odd[0]} of {where} ({tuple(shapes.get(odd[0], ())) or 'absent'}): it was made for another model or tie policy")
+        if odd:
+            raise ActError(
+                f"the mask, of {self.total:,} channels in {len(self)} modules, does not fit {odd[0]} of {where}"
+                f" ({tuple(shapes.get(odd[0], ())) or 'absent'}): it was made for another model or tie policy"
+            )
 
-    def to_dict(self): "A form that JSON can hold; `ChannelMap.from_dict` reads it."; return dict(tied=self.tied, modules=[asdict(m) for m in self])
+    def to_dict(self):
+        "A form that JSON can hold; `ChannelMap.from_dict` reads it."
+        return dict(tied=self.tied, modules=[asdict(m) for m in self])
+
     @classmethod
     def from_dict(cls, d):
         "The map that `to_dict` described."
         try:
             modules = [ModuleChannels(**{**m, 'params': tuple((n, a) for n, a in m['params'])}) for m in d['modules']]
-            ours, names = [_described(m, d['tied']) for m in modules], [n for m in modules for n in (m.path, *dict(m.params))]
+            ours, names = (
+                [_described(m, d['tied']) for m in modules],
+                [n for m in modules for n in (m.path, *dict(m.params))],
+            )
             odd = d['tied'] not in _TIED or not modules or len(set(names)) < len(names) or modules != ours
-        except (KeyError, TypeError, ValueError) as e: raise ActError(f"not a channel map ({e!r}): pass what ChannelMap.to_dict returned") from e
-        if odd: raise ActError("not a channel map: it is empty, or holds a module or parameter twice, one that no row of act.channels.TABLE describes, or an impossible number of channels")
+        except (KeyError, TypeError, ValueError) as e:
+            raise ActError(f"not a channel map ({e!r}): pass what ChannelMap.to_dict returned") from e
+        if odd:
+            raise ActError(
+                "not a channel map: it is empty, or holds a module or parameter twice, one that no row of"
+                " act.channels.TABLE describes, or an impossible number of channels"
+            )
         return cls(ours, d['tied'])
 
-    def __repr__(self): return f"ChannelMap: {self.total:,} channels in {len(self)} modules (embedding and lm_head {_TIED[self.tied]})"
-    def _parts(self): return [table(self.summary(), 'channels by kind', dict(share='{:.1%}'.format))]
+    def __repr__(self):
+        return f"ChannelMap: {self.total:,} channels in {len(self)} modules (embedding and lm_head {_TIED[self.tied]})"
+
+    def _parts(self):
+        return [table(self.summary(), 'channels by kind', dict(share='{:.1%}'.format))]
 
 # %% ../nbs/00_channels.ipynb #00-024
 def _described(m, tied):
     "What the table says of a module that a file describes; None when that cannot be."
     kind, layer, axes = _row(m.path) or (None, None, ())
     names = [(f'{m.path}.{n}', a) for n, a in axes]
-    if tied == 'lm_head' and kind == 'lm_head': names[0] = EMBEDDING, 0
+    if tied == 'lm_head' and kind == 'lm_head':
+        names[0] = EMBEDDING, 0
     params = tuple(n for n in names if n in m.params)
-    return ModuleChannels(m.path, kind, layer, m.width, params) if params and kind != _OTHER.get(tied) and type(m.width) is int and 0 < m.width < 1 << 31 else None
+    return (
+        ModuleChannels(m.path, kind, layer, m.width, params)
+        if params and kind != _OTHER.get(tied) and type(m.width) is int and 0 < m.width < 1 << 31
+        else None
+    )
 
-_OTHER = dict(embedding='lm_head', lm_head='embedding') # the module that has no channels of its own under a policy
 
-_TIED = {'embedding': 'tied, counted once as embedding columns', 'lm_head': 'tied, counted once as lm_head rows', None: 'not tied'}
+_OTHER = dict(embedding='lm_head', lm_head='embedding')  # the module that has no channels of its own under a policy
+
+_TIED = {
+    'embedding': 'tied, counted once as embedding columns',
+    'lm_head': 'tied, counted once as lm_head rows',
+    None: 'not tied',
+}
 
 # %% ../nbs/00_channels.ipynb #00-031
-def _storage(p): return id(p) if p.is_meta or not p.numel() else (p.device, p.data_ptr(), p.shape)
+def _storage(p):
+    return id(p) if p.is_meta or not p.numel() else (p.device, p.data_ptr(), p.shape)
+
 
 def _from_model(model, tied):
     mods, first, modules, is_tied = dict(model.named_modules()), {}, [], False
     for path, mod in mods.items():
         own = dict(mod.named_parameters(recurse=False, remove_duplicate=False))
-        if not own: continue
+        if not own:
+            continue
         row = _row(path)
-        if row is None: raise _unknown(path, next(iter(own)) if path == '' else None)
+        if row is None:
+            raise _unknown(path, next(iter(own)) if path == '' else None)
         kind, layer, axes = row
-        if extra := set(own) - {n for n, _ in axes}: raise _unknown(path, sorted(extra)[0])
+        if extra := set(own) - {n for n, _ in axes}:
+            raise _unknown(path, sorted(extra)[0])
         names, width = [], None
         for n, axis in ((n, a) for n, a in axes if n in own):
             p, name = own[n], f'{path}.{n}'
             if not p.is_floating_point() or axis >= p.ndim:
-                raise ActError(f"{name} holds {str(p.dtype).removeprefix('torch.')} numbers of shape {tuple(p.shape)}: load the model unquantised")
-            if (width := width or p.shape[axis]) != p.shape[axis]: raise ActError(f"{name} has {p.shape[axis]} entries for {width} channels: the checkpoint is damaged")
+                raise ActError(
+                    f"{name} holds {str(p.dtype).removeprefix('torch.')} numbers of shape {tuple(p.shape)}: load the"
+                    " model unquantised"
+                )
+            if (width := width or p.shape[axis]) != p.shape[axis]:
+                raise ActError(f"{name} has {p.shape[axis]} entries for {width} channels: the checkpoint is damaged")
             owner = first.setdefault(_storage(p), name)
             if owner != name:
-                if kind != 'lm_head' or owner != EMBEDDING: raise ActError(f"{name} and {owner} are one storage: only embedding and lm_head may be tied")
+                if kind != 'lm_head' or owner != EMBEDDING:
+                    raise ActError(f"{name} and {owner} are one storage: only embedding and lm_head may be tied")
                 is_tied, name = True, owner
             names.append((name, axis))
         modules.append(ModuleChannels(path, kind, layer, width, tuple(names)))
-    if is_tied: modules = [m for m in modules if m.kind != ('lm_head' if tied == 'embedding' else 'embedding')]
+    if is_tied:
+        modules = [m for m in modules if m.kind != ('lm_head' if tied == 'embedding' else 'embedding')]
     return ChannelMap(modules, tied if is_tied else None)
+
 
 def meta_model(config):
     from transformers import AutoModelForCausalLM
+
     try:
-        with torch.device('meta'): return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except ActError: raise
-    except Exception as e: raise ActError(f"no causal language model can be built from this {type(config).__name__} ({str(e).splitlines()[0][:200]}): use one that transformers knows") from e
+        with torch.device('meta'):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ActError:
+        raise
+    except Exception as e:
+        raise ActError(
+            f"no causal language model can be built from this {type(config).__name__} ({str(e).splitlines()[0][:200]}):"
+            " use one that transformers knows"
+        ) from e
 
 # %% ../nbs/00_channels.ipynb #00-034
 def enumerate_channels(
-    source,           # a model or a `PretrainedConfig`; `act.checkpoints.channels_of` takes names and folders too
-    tied='embedding', # what one storage for embedding and lm_head counts as: 'embedding' (columns) or 'lm_head' (rows)
+    source,  # a model or a `PretrainedConfig`; `act.checkpoints.channels_of` takes names and folders too
+    tied='embedding',  # what one storage for embedding and lm_head counts as: 'embedding' (columns) or 'lm_head' (rows)
 ) -> ChannelMap:
     "All channels of `source`, in model order, without loading weights; an unknown module or parameter is named in an `ActError`."
-    if tied not in ('embedding', 'lm_head'): raise ActError(f"tied={tied!r}: choose 'embedding' or 'lm_head'")
-    if isinstance(source, torch.nn.Module): return _from_model(source, tied)
+    if tied not in ('embedding', 'lm_head'):
+        raise ActError(f"tied={tied!r}: choose 'embedding' or 'lm_head'")
+    if isinstance(source, torch.nn.Module):
+        return _from_model(source, tied)
     from transformers import PretrainedConfig
-    if isinstance(source, PretrainedConfig): return _from_model(meta_model(source), tied)
-    raise ActError(f"cannot list the channels of a {type(source).__name__}: pass a model or a configuration, or use act.checkpoints.channels_of")
+
+    if isinstance(source, PretrainedConfig):
+        return _from_model(meta_model(source), tied)
+    raise ActError(
+        f"cannot list the channels of a {type(source).__name__}: pass a model or a configuration, or use"
+        " act.checkpoints.channels_of"
+    )

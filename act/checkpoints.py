@@ -21,164 +21,277 @@ from textwrap import shorten
 import numpy as np, torch
 from fastcore.basics import patch
 from .channels import BUFFERS, EMBEDDING, HEAD, ChannelMap, enumerate_channels, meta_model
-from .core import JSON_LIMIT, ActError, exclusive, flush, is_dry, size_text, writable_parent, atomic_folder, begin, imported, parse_json, quiet, sha256, warn, write_json
+from act.core import (
+    JSON_LIMIT,
+    ActError,
+    exclusive,
+    flush,
+    is_dry,
+    size_text,
+    writable_parent,
+    atomic_folder,
+    begin,
+    imported,
+    parse_json,
+    quiet,
+    sha256,
+    warn,
+    write_json,
+)
 from .show import Shown, facts, number
 
 # %% ../nbs/01_checkpoints.ipynb #01-009
-TensorInfo = namedtuple('TensorInfo', 'name dtype shape file start end') # start and end: byte offsets in the file
+TensorInfo = namedtuple('TensorInfo', 'name dtype shape file start end')  # start and end: byte offsets in the file
 DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
 
+
 def read_header(
-    file: Path, # a safetensors file
-) -> dict: # name -> TensorInfo; raises ActError when the file is malformed, truncated or quantised
+    file: Path,  # a safetensors file
+) -> dict:  # name -> TensorInfo; raises ActError when the file is malformed, truncated or quantised
     "Names, types, shapes and places of the tensors in one file."
-    try: return header_of(file, DTYPES)[0]
-    except _Quantised as e: raise ActError(f"{file.name} of {file.parent.name} is quantised ({e}): get the model's 16-bit weights") from e
+    try:
+        return header_of(file, DTYPES)[0]
+    except _Quantised as e:
+        raise ActError(f"{file.name} of {file.parent.name} is quantised ({e}): get the model's 16-bit weights") from e
     except (OSError, ValueError) as e:
-        if _is_pointer(file): raise ActError(_POINTER.format(f'{file.parent.name}/{file.name}')) from e
-        raise ActError(f"{file.name} is not a readable safetensors file ({str(e)[:300]}): download or write it again") from e
+        if _is_pointer(file):
+            raise ActError(_POINTER.format(f'{file.parent.name}/{file.name}')) from e
+        raise ActError(
+            f"{file.name} is not a readable safetensors file ({str(e)[:300]}): download or write it again"
+        ) from e
 
 # %% ../nbs/01_checkpoints.ipynb #01-201
-FILE_TYPES = dict(DTYPES, U8=torch.uint8, I16=torch.int16, I32=torch.int32, I64=torch.int64) # of weights, and of our own files
+FILE_TYPES = dict(
+    DTYPES, U8=torch.uint8, I16=torch.int16, I32=torch.int32, I64=torch.int64
+)  # of weights, and of our own files
+
 
 def header_of(file, types):
     "({name: TensorInfo}, metadata) of a safetensors file with tensors of these types alone; ValueError says what is wrong with it."
     size = file.stat().st_size
     with open(file, 'rb') as f:
         raw = f.read(8)
-        if len(raw) < 8: raise ValueError(f'{size} bytes in all')
+        if len(raw) < 8:
+            raise ValueError(f'{size} bytes in all')
         n = struct.unpack('<Q', raw)[0]
-        if n > min(size - 8, JSON_LIMIT): raise ValueError(f'its header claims {n:,} bytes of {size:,}')
+        if n > min(size - 8, JSON_LIMIT):
+            raise ValueError(f'its header claims {n:,} bytes of {size:,}')
         head = parse_json(f.read(n))
-    if not isinstance(head, dict): raise ValueError('its header is not an object')
+    if not isinstance(head, dict):
+        raise ValueError('its header is not an object')
     meta = head.pop('__metadata__', {})
-    if not isinstance(meta, dict) or not all(isinstance(v, str) for v in meta.values()): raise ValueError('its __metadata__ is not text by name')
+    if not isinstance(meta, dict) or not all(isinstance(v, str) for v in meta.values()):
+        raise ValueError('its __metadata__ is not text by name')
     out, last = {}, 0
     for name, dtype, shape, a, b in _entries(head, types):
-        if a != last: raise ValueError(f'tensor {name} starts at {a}, not at {last}: tensors overlap or leave gaps')
+        if a != last:
+            raise ValueError(f'tensor {name} starts at {a}, not at {last}: tensors overlap or leave gaps')
         out[name], last = TensorInfo(name, dtype, shape, file, 8 + n + a, 8 + n + b), b
-    if 8 + n + last > size: raise ValueError(f'truncated: {size:,} bytes of {8+n+last:,}')
-    if 8 + n + last < size: raise ValueError(f'{size - 8 - n - last} bytes after the last tensor')
+    if 8 + n + last > size:
+        raise ValueError(f'truncated: {size:,} bytes of {8 + n + last:,}')
+    if 8 + n + last < size:
+        raise ValueError(f'{size - 8 - n - last} bytes after the last tensor')
     return out, meta
 
 # %% ../nbs/01_checkpoints.ipynb #01-501
-class _Quantised(ValueError): "A tensor of a type that only quantised weights have."
+class _Quantised(ValueError):
+    "A tensor of a type that only quantised weights have."
+
 
 _PACKED = 'I8 U8 I16 U16 I32 U32 F8_E4M3 F8_E5M2 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ F4 F6_E2M3 F6_E3M2'.split()
-_POINTER = "{} is a git-lfs pointer, a few lines of text in place of the file: run git lfs pull in its folder, or download the file"
+_POINTER = (
+    "{} is a git-lfs pointer, a few lines of text in place of the file: run git lfs pull in its folder, or download the"
+    " file"
+)
+
 
 def _is_pointer(file):
     try:
-        with open(file, 'rb') as f: return f.read(40).startswith(b'version https://git-lfs')
-    except OSError: return False
+        with open(file, 'rb') as f:
+            return f.read(40).startswith(b'version https://git-lfs')
+    except OSError:
+        return False
 
 # %% ../nbs/01_checkpoints.ipynb #01-202
 def _entries(head, types):
     "(name, type, shape, start, end) of the tensors of a header, in the order of the file, each possible by itself."
     out = []
     for name, t in head.items():
-        try: dtype, shape, (a, b) = t['dtype'], tuple(t['shape']), t['data_offsets']
-        except (KeyError, TypeError, ValueError) as e: raise ValueError(f'tensor {name!r:.200} lacks type, shape or offsets') from e
-        if not all(type(x) is int and x >= 0 for x in (a, b, *shape)) or len(shape) > 8 or math.prod(x or 1 for x in shape) >> 48 or len(name) > 200 or not name.isprintable(): raise ValueError(f'tensor {name!r:.200} has an impossible name, shape or place')
-        if types is DTYPES and dtype in _PACKED: raise _Quantised(f"{name} has type {dtype}")
-        if not isinstance(dtype, str) or dtype not in types: raise ValueError(f"tensor {name} has type {str(dtype):.40}: only {', '.join(types)} can be read")
-        if b - a != math.prod(shape)*types[dtype].itemsize: raise ValueError(f'tensor {name} has {b-a} bytes for shape {shape}')
+        try:
+            dtype, shape, (a, b) = t['dtype'], tuple(t['shape']), t['data_offsets']
+        except (KeyError, TypeError, ValueError) as e:
+            raise ValueError(f'tensor {name!r:.200} lacks type, shape or offsets') from e
+        if (
+            not all(type(x) is int and x >= 0 for x in (a, b, *shape))
+            or len(shape) > 8
+            or math.prod(x or 1 for x in shape) >> 48
+            or len(name) > 200
+            or not name.isprintable()
+        ):
+            raise ValueError(f'tensor {name!r:.200} has an impossible name, shape or place')
+        if types is DTYPES and dtype in _PACKED:
+            raise _Quantised(f"{name} has type {dtype}")
+        if not isinstance(dtype, str) or dtype not in types:
+            raise ValueError(f"tensor {name} has type {str(dtype):.40}: only {', '.join(types)} can be read")
+        if b - a != math.prod(shape) * types[dtype].itemsize:
+            raise ValueError(f'tensor {name} has {b - a} bytes for shape {shape}')
         out.append((name, dtype, shape, a, b))
     return sorted(out, key=lambda o: o[3:])
 
 # %% ../nbs/01_checkpoints.ipynb #01-013
 class Checkpoint:
     "The headers of all weight files of a folder; tensors are read on demand, whole or in part."
-    def __init__(self,
-        folder, # with config.json and safetensors files
-    ): # raises ActError for whatever is not a checkpoint of plain weights, whole and of one piece
+
+    def __init__(
+        self,
+        folder,  # with config.json and safetensors files
+    ):  # raises ActError for whatever is not a checkpoint of plain weights, whole and of one piece
         self.folder = Path(folder)
         self.config = _config(self.folder)
         self.files, where = weight_files(self.folder)
         self.index = INDEX if where else None
         self.tensors = {}
         for name in self.files:
-            if not (self.folder/name).is_file(): raise ActError(_no_file(self.folder, name))
-            for k, t in read_header(self.folder/name).items():
-                if k in self.tensors: raise ActError(f"tensor {k} is in {self.tensors[k].file.name} and in {name}: the folder holds two versions of it")
-                if where and where.get(k) != name: raise ActError(f"tensor {k} is in {name}, but {INDEX} places it in {where.get(k)}: download the folder again")
+            if not (self.folder / name).is_file():
+                raise ActError(_no_file(self.folder, name))
+            for k, t in read_header(self.folder / name).items():
+                if k in self.tensors:
+                    raise ActError(
+                        f"tensor {k} is in {self.tensors[k].file.name} and in {name}: the folder holds two versions"
+                        " of it"
+                    )
+                if where and where.get(k) != name:
+                    raise ActError(
+                        f"tensor {k} is in {name}, but {INDEX} places it in {where.get(k)}: download the folder again"
+                    )
                 self.tensors[k] = t
-        if self.config.get('quantization_config'): raise ActError(_quantised(self.folder.name, self.config))
+        if self.config.get('quantization_config'):
+            raise ActError(_quantised(self.folder.name, self.config))
         missing = set(where or ()) - set(self.tensors) - ({HEAD} if self.tied else set())
-        if missing: raise ActError(f"tensor {min(missing):.200} is named by {INDEX} but is in no shard: download the folder again")
+        if missing:
+            raise ActError(
+                f"tensor {min(missing):.200} is named by {INDEX} but is in no shard: download the folder again"
+            )
 
     @property
-    def nbytes(self): return sum(t.end - t.start for t in self.tensors.values())
+    def nbytes(self):
+        return sum(t.end - t.start for t in self.tensors.values())
 
     @cached_property
     def tied(self) -> bool:
         "Embedding and head are one matrix: the configuration says so, and no head of other values is stored."
-        if EMBEDDING not in self.tensors or not _ties(self.folder, self.config): return False
+        if EMBEDDING not in self.tensors or not _ties(self.folder, self.config):
+            return False
         return HEAD not in self.tensors or _equal(self.tensors[EMBEDDING], self.tensors[HEAD])
 
-    def is_copy(self, name): return name == HEAD and self.tied
+    def is_copy(self, name):
+        return name == HEAD and self.tied
 
-    def __repr__(self): return f'Checkpoint: {len(self.tensors)} tensors, {self.nbytes/1e6:,.1f} MB in {len(self.files)} file(s)'
+    def __repr__(self):
+        return f'Checkpoint: {len(self.tensors)} tensors, {self.nbytes / 1e6:,.1f} MB in {len(self.files)} file(s)'
 
 # %% ../nbs/01_checkpoints.ipynb #01-014
 INDEX = 'model.safetensors.index.json'
 
+
 def weight_files(
-    folder: Path, # of a checkpoint
-) -> tuple: # (names of its weight files, name of a tensor -> name of its file; None without an index)
+    folder: Path,  # of a checkpoint
+) -> tuple:  # (names of its weight files, name of a tensor -> name of its file; None without an index)
     "The files that make the model, chosen as transformers chooses them: one model.safetensors before an index."
-    if (folder/'model.safetensors').exists() or not (folder/INDEX).exists(): return ['model.safetensors'], None
-    where = checkpoint_json(folder/INDEX).get('weight_map')
-    if not isinstance(where, dict) or not where: raise ActError(f"{INDEX} has no weight_map: download it again")
-    bad = [f for f in where.values() if not isinstance(f, str) or not re.fullmatch(r'[\w.-]{1,200}\.safetensors', f, re.A)]
-    if bad: raise ActError(f"{INDEX} names the shard {str(bad[0])!r:.100}, which is not a plain .safetensors file name: do not use this folder")
+    if (folder / 'model.safetensors').exists() or not (folder / INDEX).exists():
+        return ['model.safetensors'], None
+    where = checkpoint_json(folder / INDEX).get('weight_map')
+    if not isinstance(where, dict) or not where:
+        raise ActError(f"{INDEX} has no weight_map: download it again")
+    bad = [
+        f for f in where.values() if not isinstance(f, str) or not re.fullmatch(r'[\w.-]{1,200}\.safetensors', f, re.A)
+    ]
+    if bad:
+        raise ActError(
+            f"{INDEX} names the shard {str(bad[0])!r:.100}, which is not a plain .safetensors file name: do not use"
+            " this folder"
+        )
     return sorted(set(where.values())), where
 
 # %% ../nbs/01_checkpoints.ipynb #01-503
 def checkpoint_json(path):
-    try: d = parse_json(path, nan=True)
-    except FileNotFoundError as e: raise ActError(f"{path.parent.name} has no {path.name}: it is not a Hugging Face checkpoint folder") from e
+    try:
+        d = parse_json(path, nan=True)
+    except FileNotFoundError as e:
+        raise ActError(f"{path.parent.name} has no {path.name}: it is not a Hugging Face checkpoint folder") from e
     except (OSError, ValueError) as e:
-        if _is_pointer(path): raise ActError(_POINTER.format(f'{path.parent.name}/{path.name}')) from e
+        if _is_pointer(path):
+            raise ActError(_POINTER.format(f'{path.parent.name}/{path.name}')) from e
         raise ActError(f"{path.parent.name}/{path.name} is not JSON ({e}): download it again") from e
-    if not isinstance(d, dict): raise ActError(f"{path.parent.name}/{path.name} is not a JSON object: download it again")
+    if not isinstance(d, dict):
+        raise ActError(f"{path.parent.name}/{path.name} is not a JSON object: download it again")
     return d
+
 
 def _config(folder):
     "What config.json says; ActError for adapters, and for models of more than text."
-    if (folder/'adapter_config.json').exists():
-        base = checkpoint_json(folder/'adapter_config.json').get('base_model_name_or_path')
+    if (folder / 'adapter_config.json').exists():
+        base = checkpoint_json(folder / 'adapter_config.json').get('base_model_name_or_path')
         what = f"the folder {folder.name} holds a PEFT adapter (adapter_config.json{f', of {base}' if base else ''})"
-        if (folder/'config.json').exists(): raise ActError(f"{what} beside a model: remove the adapter's files if it is merged already, otherwise merge it first (merge_and_unload of peft)")
-        raise ActError(f"{what} and no model: merge it into its base first (merge_and_unload of peft), and pass that folder")
-    if not (folder/'config.json').exists() and (parts := sorted(folder.glob('*.gguf'))): raise ActError(f"{folder.name} holds GGUF files and no checkpoint: pass the file itself, {folder/parts[0].name}")
-    config = checkpoint_json(folder/'config.json')
+        if (folder / 'config.json').exists():
+            raise ActError(
+                f"{what} beside a model: remove the adapter's files if it is merged already, otherwise merge it first"
+                " (merge_and_unload of peft)"
+            )
+        raise ActError(
+            f"{what} and no model: merge it into its base first (merge_and_unload of peft), and pass that folder"
+        )
+    if not (folder / 'config.json').exists() and (parts := sorted(folder.glob('*.gguf'))):
+        raise ActError(
+            f"{folder.name} holds GGUF files and no checkpoint: pass the file itself, {folder / parts[0].name}"
+        )
+    config = checkpoint_json(folder / 'config.json')
     if more := [k for k in ('text_config', 'vision_config', 'audio_config') if isinstance(config.get(k), dict)]:
-        raise ActError(f"{folder.name} is a multimodal model ({config.get('model_type')}, with a {more[-1]}): act works on models of text alone")
+        raise ActError(
+            f"{folder.name} is a multimodal model ({config.get('model_type')}, with a {more[-1]}): act works on models"
+            " of text alone"
+        )
     return config
+
 
 def _quantised(name, config):
     q = config['quantization_config']
     how = q.get('quant_method') if isinstance(q, dict) else None
-    return f"config.json of {name} says that it is quantised ({how or 'quantization_config'}), its weights have 16 bits or more: if they are whole, remove quantization_config from it, otherwise get the 16-bit weights"
+    return (
+        f"config.json of {name} says that it is quantised ({how or 'quantization_config'}), its weights have 16 bits or"
+        " more: if they are whole, remove quantization_config from it, otherwise get the 16-bit weights"
+    )
+
 
 def _no_file(folder, name):
-    if (folder/name).is_symlink(): return f"{folder.name}/{name} is a link to a file that is not there: fetch the model again"
-    if any(folder.glob('*.bin')): return f"{folder.name} holds pickled weights (.bin) alone: convert it to safetensors first, pickle is never loaded"
-    if any(folder.glob('consolidated*.safetensors')): return f"{folder.name} holds its maker's own format (consolidated.safetensors) alone: get the Hugging Face files of the model"
+    if (folder / name).is_symlink():
+        return f"{folder.name}/{name} is a link to a file that is not there: fetch the model again"
+    if any(folder.glob('*.bin')):
+        return (
+            f"{folder.name} holds pickled weights (.bin) alone: convert it to safetensors first, pickle is never loaded"
+        )
+    if any(folder.glob('consolidated*.safetensors')):
+        return (
+            f"{folder.name} holds its maker's own format (consolidated.safetensors) alone: get the Hugging Face files"
+            " of the model"
+        )
     return f"{folder.name} lacks the weight file {name}: download or copy it again"
+
 
 def _ties(folder, config):
     "Does the configuration say that embedding and head are one? What it leaves out, transformers knows."
     says = config.get('tie_word_embeddings')
-    if says is None and 'model_type' in config: says = transformers_config(folder).tie_word_embeddings
+    if says is None and 'model_type' in config:
+        says = transformers_config(folder).tie_word_embeddings
     return bool(says)
+
 
 def _equal(a, b):
     "The same numbers in two tensors of checkpoints, compared block by block."
-    if (a.dtype, a.shape) != (b.dtype, b.shape): return False
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
     rows = a.shape[0]
-    step = max(1, BLOCK*rows//max(1, a.end - a.start))
+    step = max(1, BLOCK * rows // max(1, a.end - a.start))
     return all(torch.equal(rows_of(a, i, i + step), rows_of(b, i, i + step)) for i in range(0, rows, step))
 
 # %% ../nbs/01_checkpoints.ipynb #01-017
@@ -189,94 +302,135 @@ def read_into(file, buf, *runs):
         for start, a, b in runs:
             while a < b:
                 n = os.preadv(f, [view[a:b]], start)
-                if not n: raise ActError(f"{file.name} ended while it was being read: is another program writing it? Copy it again")
+                if not n:
+                    raise ActError(
+                        f"{file.name} ended while it was being read: is another program writing it? Copy it again"
+                    )
                 a, start = a + n, start + n
-    finally: os.close(f)
+    finally:
+        os.close(f)
 
 # %% ../nbs/01_checkpoints.ipynb #01-018
 @patch
 def read(
     self: Checkpoint,
-    name: str,        # of a tensor
-    start: int = 0,   # first row
-    stop: int = None, # row to stop before; the last by default
-    buf=None,         # a uint8 tensor to read into, at least as long; a new one by default
-) -> torch.Tensor: # the tensor, or its rows start ... stop-1
+    name: str,  # of a tensor
+    start: int = 0,  # first row
+    stop: int = None,  # row to stop before; the last by default
+    buf=None,  # a uint8 tensor to read into, at least as long; a new one by default
+) -> torch.Tensor:  # the tensor, or its rows start ... stop-1
     "A tensor or consecutive rows of it, copied into memory."
     return rows_of(self.tensors[name], start, stop, buf)
 
 # %% ../nbs/01_checkpoints.ipynb #01-019
 def rows_of(t, start=0, stop=None, buf=None):
-    if not t.shape: return values_of(t, t.start, t.end, buf).reshape(())
-    stop, w = min(t.shape[0] if stop is None else stop, t.shape[0]), (t.end - t.start)//max(1, t.shape[0])
-    return values_of(t, t.start + start*w, t.start + stop*w, buf).reshape(stop - start, *t.shape[1:])
+    if not t.shape:
+        return values_of(t, t.start, t.end, buf).reshape(())
+    stop, w = min(t.shape[0] if stop is None else stop, t.shape[0]), (t.end - t.start) // max(1, t.shape[0])
+    return values_of(t, t.start + start * w, t.start + stop * w, buf).reshape(stop - start, *t.shape[1:])
+
 
 def values_of(t, start, end, buf=None):
-    buf = torch.empty(end - start, dtype=torch.uint8) if buf is None else buf[:end - start]
-    if end > start: read_into(t.file, buf, (start, 0, end - start))
+    buf = torch.empty(end - start, dtype=torch.uint8) if buf is None else buf[: end - start]
+    if end > start:
+        read_into(t.file, buf, (start, 0, end - start))
     return buf.view(FILE_TYPES[t.dtype])
 
 # %% ../nbs/01_checkpoints.ipynb #01-020
 @patch
 def rows(
     self: Checkpoint,
-    name: str, # of a tensor
-    idx,       # row numbers
-) -> torch.Tensor: # (len(idx), ...)
+    name: str,  # of a tensor
+    idx,  # row numbers
+) -> torch.Tensor:  # (len(idx), ...)
     "Some rows of a tensor; only their bytes are read, neighbouring rows in one go."
     idx, t = np.asarray(idx, dtype=np.int64), self.tensors[name]
     out = torch.empty(len(idx), *t.shape[1:], dtype=DTYPES[t.dtype])
-    if not len(idx): return out
-    if idx.min() < 0 or idx.max() >= t.shape[0]: raise ActError(f"rows {idx.min()} to {idx.max()} asked of tensor {name}, which has {t.shape[0]}: the mask was made for another model")
-    w, cuts = (t.end - t.start)//t.shape[0], [0, *(np.flatnonzero(np.diff(idx) != 1) + 1).tolist(), len(idx)]
-    read_into(t.file, out.view(-1).view(torch.uint8), *((t.start + i*w, a*w, b*w) for i, a, b in zip(idx[cuts[:-1]].tolist(), cuts, cuts[1:])))
+    if not len(idx):
+        return out
+    if idx.min() < 0 or idx.max() >= t.shape[0]:
+        raise ActError(
+            f"rows {idx.min()} to {idx.max()} asked of tensor {name}, which has {t.shape[0]}: the mask was made for"
+            " another model"
+        )
+    w, cuts = (t.end - t.start) // t.shape[0], [0, *(np.flatnonzero(np.diff(idx) != 1) + 1).tolist(), len(idx)]
+    read_into(
+        t.file,
+        out.view(-1).view(torch.uint8),
+        *((t.start + i * w, a * w, b * w) for i, a, b in zip(idx[cuts[:-1]].tolist(), cuts, cuts[1:])),
+    )
     return out
 
 # %% ../nbs/01_checkpoints.ipynb #01-615
-MODELS = { # first part of a name -> module and function that turns the rest into a folder
+MODELS = {  # first part of a name -> module and function that turns the rest into a folder
     'lab': 'act.lab:lab_path',
-    'smollm2': 'act.smollm2:smollm2_path'}
+    'smollm2': 'act.smollm2:smollm2_path',
+}
+
 
 def is_here(
-    model, # what `resolve` takes
+    model,  # what `resolve` takes
 ) -> bool:
     "Whether a model is on this machine, or comes with a package, so that nothing is fetched."
     return str(model).partition('/')[0] in MODELS or Path(model).exists()
 
 # %% ../nbs/01_checkpoints.ipynb #01-023
 def resolve(
-    model, # a folder, a .gguf file, a hub id, lab/NAME or smollm2[/NAME]
-) -> Path: # a local folder; raises ActError when there is none and none can be fetched
+    model,  # a folder, a .gguf file, a hub id, lab/NAME or smollm2[/NAME]
+) -> Path:  # a local folder; raises ActError when there is none and none can be fetched
     "The local folder of a model; hub models are fetched with huggingface_hub, weights as safetensors only."
-    if Path(model).is_dir(): return Path(model)
-    if Path(model).suffix.lower() == '.gguf': return _unpacked(Path(model))
+    if Path(model).is_dir():
+        return Path(model)
+    if Path(model).suffix.lower() == '.gguf':
+        return _unpacked(Path(model))
     head, _, tail = str(model).partition('/')
-    if head in MODELS: return imported(MODELS[head])(tail)
-    if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', str(model)): raise ActError(f"{model} is neither a folder nor a hub id: check the path")
+    if head in MODELS:
+        return imported(MODELS[head])(tail)
+    if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', str(model)):
+        raise ActError(f"{model} is neither a folder nor a hub id: check the path")
     from huggingface_hub import snapshot_download
+
     try:
-        if not is_dry(): return Path(snapshot_download(str(model), **_WANTED))
+        if not is_dry():
+            return Path(snapshot_download(str(model), **_WANTED))
         size = _on_hub(model)
-    except Exception as e: raise ActError(f"{model} is not a folder here and could not be fetched from the hub ({type(e).__name__}): check the name, or pass the path of a local copy") from e
-    if isinstance(size, Path): return size
+    except Exception as e:
+        raise ActError(
+            f"{model} is not a folder here and could not be fetched from the hub ({type(e).__name__}): check the name,"
+            " or pass the path of a local copy"
+        ) from e
+    if isinstance(size, Path):
+        return size
     begin(work=f'fetch {size_text(size)} of {model} from the hub; the rest is checked when it is here')
 
 # %% ../nbs/01_checkpoints.ipynb #01-402
 def check_use(dtype=None, device=None):
     "ActError for a type or a device that cannot be used."
-    if not isinstance(dtype, torch.dtype) and dtype not in (None, 'auto', 'float32', 'bfloat16', 'float16'): raise ActError(f"dtype is {dtype!r}: choose float32, bfloat16, float16 or auto")
-    try: torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as e: raise ActError(f"device is {device!r}, which cannot be used here ({shorten(str(e), 90, placeholder=' ...')}): choose cpu, or leave it off") from e
+    if not isinstance(dtype, torch.dtype) and dtype not in (None, 'auto', 'float32', 'bfloat16', 'float16'):
+        raise ActError(f"dtype is {dtype!r}: choose float32, bfloat16, float16 or auto")
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as e:
+        raise ActError(
+            f"device is {device!r}, which cannot be used here ({shorten(str(e), 90, placeholder=' ...')}): choose cpu,"
+            " or leave it off"
+        ) from e
 
 # %% ../nbs/01_checkpoints.ipynb #01-401
-_WANTED = dict(allow_patterns=['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja', 'LICENSE*', 'NOTICE*'], ignore_patterns=['*/*', 'consolidated*', '*.bin.index.json'])
+_WANTED = dict(
+    allow_patterns=['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja', 'LICENSE*', 'NOTICE*'],
+    ignore_patterns=['*/*', 'consolidated*', '*.bin.index.json'],
+)
+
 
 def _on_hub(model):
     "For a dry run: the folder where it has been fetched already, or how many bytes there are to fetch."
     from huggingface_hub import model_info, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
     from huggingface_hub.utils import filter_repo_objects
-    try: return Path(snapshot_download(str(model), **_WANTED, local_files_only=True))
+
+    try:
+        return Path(snapshot_download(str(model), **_WANTED, local_files_only=True))
     except LocalEntryNotFoundError:
         files = model_info(str(model), files_metadata=True).siblings
         return sum(f.size or 0 for f in filter_repo_objects(files, **_WANTED, key=lambda f: f.rfilename))
@@ -285,48 +439,90 @@ def _on_hub(model):
 def opened(model):
     "The Checkpoint of a model by name or folder; its headers are read again only when its files have changed."
     folder = resolve(model)
-    return _open(folder, tuple((f.name, s.st_size, s.st_mtime_ns, s.st_ino) for f in sorted(folder.iterdir()) if f.suffix in ('.json', '.safetensors') and f.exists() for s in [f.stat()]))
+    return _open(
+        folder,
+        tuple(
+            (f.name, s.st_size, s.st_mtime_ns, s.st_ino)
+            for f in sorted(folder.iterdir())
+            if f.suffix in ('.json', '.safetensors') and f.exists()
+            for s in [f.stat()]
+        ),
+    )
+
 
 @lru_cache(maxsize=8)
-def _open(folder, stamp): return Checkpoint(folder)
+def _open(folder, stamp):
+    return Checkpoint(folder)
 
 # %% ../nbs/01_checkpoints.ipynb #01-505
 @contextlib.contextmanager
 def one_line(
-    what: str, # what is being done, such as 'gemma cannot be loaded'
-    todo: str, # what to do about it
+    what: str,  # what is being done, such as 'gemma cannot be loaded'
+    todo: str,  # what to do about it
 ):
     "Whatever a library raises inside the block becomes one ActError of one line."
-    try: yield
-    except ActError: raise
+    try:
+        yield
+    except ActError:
+        raise
     except Exception as e:
         why = next((l.strip() for l in str(e).splitlines() if l.strip()), '')
         raise ActError(f"{what} ({type(e).__name__}{why and f': {why[:240]}'}): {todo}") from e
 
+
 def transformers_config(
-    folder, # of a checkpoint
-): # PretrainedConfig
+    folder,  # of a checkpoint
+):  # PretrainedConfig
     "The configuration as transformers completes it."
     from transformers import AutoConfig
-    with one_line(f"the configuration of {Path(folder).name} cannot be read by transformers", "correct its config.json, or use a transformers that knows its model_type"), quiet():
+
+    with (
+        one_line(
+            f"the configuration of {Path(folder).name} cannot be read by transformers",
+            "correct its config.json, or use a transformers that knows its model_type",
+        ),
+        quiet(),
+    ):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 # %% ../nbs/01_checkpoints.ipynb #01-601
 def check_names(
-    missing, unexpected, # names of parameters that a model has and its files lack, and the other way round
-    where,               # the files, for the message
-): # raises ActError when there are any, buffers aside
+    missing,
+    unexpected,  # names of parameters that a model has and its files lack, and the other way round
+    where,  # the files, for the message
+):  # raises ActError when there are any, buffers aside
     "A model has every parameter from its files, and the files hold nothing else."
     missing, unexpected = sorted(missing), sorted(n for n in unexpected if not re.fullmatch(BUFFERS, n))
-    if not missing and not unexpected: return
-    if renamed := _renamed(missing, unexpected): raise ActError(f"{where} lacks the tensor {renamed[0]} ({len(missing)} missing), and holds it as {renamed[1]}: {renamed[2]}")
-    if missing: raise ActError(f"{where} lacks the tensor {missing[0]} ({len(missing)} missing): the checkpoint does not fit its config.json")
-    raise ActError(f"{where} holds the tensor {unexpected[0]}, which the model of its config.json does not have ({len(unexpected)} such): the two do not belong together")
+    if not missing and not unexpected:
+        return
+    if renamed := _renamed(missing, unexpected):
+        raise ActError(
+            f"{where} lacks the tensor {renamed[0]} ({len(missing)} missing), and holds it as {renamed[1]}:"
+            f" {renamed[2]}"
+        )
+    if missing:
+        raise ActError(
+            f"{where} lacks the tensor {missing[0]} ({len(missing)} missing): the checkpoint does not fit its"
+            " config.json"
+        )
+    raise ActError(
+        f"{where} holds the tensor {unexpected[0]}, which the model of its config.json does not have ({len(unexpected)}"
+        " such): the two do not belong together"
+    )
 
 # %% ../nbs/01_checkpoints.ipynb #01-602
-_WRAPPERS = { # what training tools put into the names of tensors
-    '_orig_mod.': 'torch.compile', 'module.': 'DataParallel', '_fsdp_wrapped_module.': 'FSDP', '_checkpoint_wrapped_module.': 'activation checkpointing',
-    'base_model.model.': 'PEFT', 'base_layer.': 'PEFT', 'original_module.': 'PEFT', 'language_model.': 'a multimodal model', 'transformer.': 'another library'}
+_WRAPPERS = {  # what training tools put into the names of tensors
+    '_orig_mod.': 'torch.compile',
+    'module.': 'DataParallel',
+    '_fsdp_wrapped_module.': 'FSDP',
+    '_checkpoint_wrapped_module.': 'activation checkpointing',
+    'base_model.model.': 'PEFT',
+    'base_layer.': 'PEFT',
+    'original_module.': 'PEFT',
+    'language_model.': 'a multimodal model',
+    'transformer.': 'another library',
+}
+
 
 def _renamed(missing, unexpected):
     "(a missing name, what it is called in the files, what to do); None when no name is a missing one in disguise."
@@ -334,85 +530,138 @@ def _renamed(missing, unexpected):
     for name in unexpected:
         parts = [p for p in _WRAPPERS if re.search(rf'(?:^|\.){re.escape(p)}', name)]
         plain = name
-        for p in parts: plain = re.sub(rf'(^|\.){re.escape(p)}', r'\1', plain)
+        for p in parts:
+            plain = re.sub(rf'(^|\.){re.escape(p)}', r'\1', plain)
         if parts and plain in wanted:
             lora = any(_WRAPPERS[p] == 'PEFT' for p in parts)
-            return plain, name, f"{' and '.join(parts)} stand{'s'*(len(parts) == 1)} in its names ({_WRAPPERS[parts[0]]}): {'merge the adapter (merge_and_unload), then save the model' if lora else 'save the model without that wrapper, or rename its tensors'}"
-        if (found := next((m for m in missing if name.endswith(f'.{m}')), None)): return found, name, f"the prefix {name[:-len(found)]} stands before its names: rename its tensors without it"
-        if (found := next((m for m in missing if m.endswith(f'.{name}')), None)): return found, name, f"the prefix {found[:-len(name)]} is missing from its names: load and save it with AutoModelForCausalLM once"
+            return (
+                plain,
+                name,
+                (
+                    f"{' and '.join(parts)} stand{'s' * (len(parts) == 1)} in its names ({_WRAPPERS[parts[0]]}):"
+                    f" {'merge the adapter (merge_and_unload), then save the model' if lora else 'save the model without that wrapper, or rename its tensors'}"
+                ),
+            )
+        if found := next((m for m in missing if name.endswith(f'.{m}')), None):
+            return (
+                found,
+                name,
+                f"the prefix {name[: -len(found)]} stands before its names: rename its tensors without it",
+            )
+        if found := next((m for m in missing if m.endswith(f'.{name}')), None):
+            return (
+                found,
+                name,
+                (
+                    f"the prefix {found[: -len(name)]} is missing from its names: load and save it with"
+                    " AutoModelForCausalLM once"
+                ),
+            )
 
 # %% ../nbs/01_checkpoints.ipynb #01-025
 def load_model(
-    model,             # as in `resolve`
-    dtype='auto',      # weight type: auto (as stored), float32, bfloat16, float16
-    device=None,       # device, cpu by default
-    device_map=None,   # or a device map, for models larger than one device
-): # (model in eval mode, tokenizer); raises ActError unless every weight of the model comes from its files
+    model,  # as in `resolve`
+    dtype='auto',  # weight type: auto (as stored), float32, bfloat16, float16
+    device=None,  # device, cpu by default
+    device_map=None,  # or a device map, for models larger than one device
+):  # (model in eval mode, tokenizer); raises ActError unless every weight of the model comes from its files
     "Load a causal language model and its tokenizer; no remote code, no pickle."
     from transformers import AutoModelForCausalLM
+
     check_use(dtype, device)
     ck = opened(model)
     with one_line(f"{model} cannot be loaded by transformers", "check its config.json and its weights"), quiet():
-        net, info = AutoModelForCausalLM.from_pretrained(ck.folder, config=transformers_config(ck.folder), dtype=dtype, device_map=device_map, use_safetensors=True,
-                                                         output_loading_info=True, ignore_mismatched_sizes=True) # which would be filled with random numbers: refused below
+        net, info = AutoModelForCausalLM.from_pretrained(
+            ck.folder,
+            config=transformers_config(ck.folder),
+            dtype=dtype,
+            device_map=device_map,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # which would be filled with random numbers: refused below
     check_names(info['missing_keys'], info['unexpected_keys'], model)
-    for name, stored, wanted in sorted(info['mismatched_keys']): raise ActError(f"{name} in {model} has shape {tuple(stored)}, its config.json says {tuple(wanted)}: the two do not belong together")
-    net.config._name_or_path = str(model) # the name that was asked for, not a folder of this machine
-    if device is not None and device_map is None: net = net.to(device)
+    for name, stored, wanted in sorted(info['mismatched_keys']):
+        raise ActError(
+            f"{name} in {model} has shape {tuple(stored)}, its config.json says {tuple(wanted)}: the two do not belong"
+            " together"
+        )
+    net.config._name_or_path = str(model)  # the name that was asked for, not a folder of this machine
+    if device is not None and device_map is None:
+        net = net.to(device)
     tok = load_tokenizer(ck.folder)
     tok.name_or_path = str(model)
     return net.eval(), tok
 
 # %% ../nbs/01_checkpoints.ipynb #01-026
 def load_tokenizer(
-    model, # as in `resolve`
-): # gives the ids that tokenizer.json gives
+    model,  # as in `resolve`
+):  # gives the ids that tokenizer.json gives
     "The fast tokenizer of a model: tokenizer.json as it stands, or, where there is none, what transformers makes of the older files."
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
     folder = resolve(model)
-    file = folder/'tokenizer.json'
-    if _is_pointer(file): raise ActError(_POINTER.format(f'{folder.name}/{file.name}'))
-    with one_line(f"{folder.name} has no tokenizer that loads", "copy tokenizer.json and tokenizer_config.json there"), quiet():
+    file = folder / 'tokenizer.json'
+    if _is_pointer(file):
+        raise ActError(_POINTER.format(f'{folder.name}/{file.name}'))
+    with (
+        one_line(f"{folder.name} has no tokenizer that loads", "copy tokenizer.json and tokenizer_config.json there"),
+        quiet(),
+    ):
         tok = (PreTrainedTokenizerFast if file.exists() else AutoTokenizer).from_pretrained(folder)
-        if tok.vocab_size < 2: raise ValueError('its vocabulary is empty') # what transformers makes up where there are no files
+        if tok.vocab_size < 2:
+            raise ValueError('its vocabulary is empty')  # what transformers makes up where there are no files
     return tok
 
 # %% ../nbs/01_checkpoints.ipynb #01-611
 def channels_of(
-    source,           # a model, a configuration, or what `resolve` takes; of a model on the hub only the configuration is fetched
-    tied='embedding', # as in `enumerate_channels`
-) -> ChannelMap: # raises ActError when files and configuration do not belong together
+    source,  # a model, a configuration, or what `resolve` takes; of a model on the hub only the configuration is fetched
+    tied='embedding',  # as in `enumerate_channels`
+) -> ChannelMap:  # raises ActError when files and configuration do not belong together
     "All channels of `source`, in model order, without loading weights."
-    if not isinstance(source, (str, Path)): return enumerate_channels(source, tied)
-    if not is_here(source): return enumerate_channels(transformers_config(source), tied)
+    if not isinstance(source, (str, Path)):
+        return enumerate_channels(source, tied)
+    if not is_here(source):
+        return enumerate_channels(transformers_config(source), tied)
     folder = resolve(source)
     config = transformers_config(folder)
-    if not any(folder.glob('*.safetensors*')): return enumerate_channels(config, tied)
+    if not any(folder.glob('*.safetensors*')):
+        return enumerate_channels(config, tied)
     ck = opened(source)
-    if not ck.tied: config.tie_word_embeddings = False # a stored head that differs is a head of its own, whatever the configuration says
+    if not ck.tied:
+        config.tie_word_embeddings = (
+            False  # a stored head that differs is a head of its own, whatever the configuration says
+        )
     model = meta_model(config)
-    channels = enumerate_channels(model, tied) # an architecture that is not covered is called so, whatever its files hold
+    channels = enumerate_channels(
+        model, tied
+    )  # an architecture that is not covered is called so, whatever its files hold
     check_headers(model, ck.tensors, source)
     return channels
 
 # %% ../nbs/01_checkpoints.ipynb #01-612
 def check_headers(
-    model,   # on any device, meta too
-    tensors, # name -> anything with a shape, such as `Checkpoint.tensors`
-    where,   # the files, for the message
-): # raises ActError that names the first tensor
+    model,  # on any device, meta too
+    tensors,  # name -> anything with a shape, such as `Checkpoint.tensors`
+    where,  # the files, for the message
+):  # raises ActError that names the first tensor
     "Files hold every parameter of a model, in its shape, and nothing else."
     want = {n: tuple(p.shape) for n, p in model.named_parameters()}
     every = {n for n, _ in model.named_parameters(remove_duplicate=False)}
     check_names(set(want) - set(tensors), set(tensors) - every, where)
     for n, s in want.items():
-        if tuple(tensors[n].shape) != s: raise ActError(f"{n} in {where} has shape {tuple(tensors[n].shape)}, its config.json says {s}: the two do not belong together")
+        if tuple(tensors[n].shape) != s:
+            raise ActError(
+                f"{n} in {where} has shape {tuple(tensors[n].shape)}, its config.json says {s}: the two do not belong"
+                " together"
+            )
 
 # %% ../nbs/01_checkpoints.ipynb #01-028
 def _hash(tensors):
     h = hashlib.sha256()
     for name, t in tensors:
-        h.update(f'{name} {list(t.shape)}\n'.encode()); h.update(t.detach().cpu().float().contiguous().numpy().data)
+        h.update(f'{name} {list(t.shape)}\n'.encode())
+        h.update(t.detach().cpu().float().contiguous().numpy().data)
     return h.hexdigest()
 
 # %% ../nbs/01_checkpoints.ipynb #01-029
@@ -425,75 +674,114 @@ def tensors_of(m):
     "name -> (shape, function that reads it, or numbers of it at (start, stop), ... one after the other), of a folder or a model; a tied copy and buffers are left out."
     if isinstance(m, torch.nn.Module):
         part = lambda p: lambda *spans: torch.cat([p.reshape(-1)[a:b] for a, b in spans]) if spans else p
-        return {k: (tuple(p.shape), part(p)) for k, p in m.state_dict().items() if not (k == HEAD and _is_tied(m)) and not re.fullmatch(BUFFERS, k)}
+        return {
+            k: (tuple(p.shape), part(p))
+            for k, p in m.state_dict().items()
+            if not (k == HEAD and _is_tied(m)) and not re.fullmatch(BUFFERS, k)
+        }
     ck = opened(m)
-    return {k: (t.shape, lambda *spans, t=t: _spans(t, spans) if spans else rows_of(t)) for k, t in ck.tensors.items() if not ck.is_copy(k) and not re.fullmatch(BUFFERS, k)}
+    return {
+        k: (t.shape, lambda *spans, t=t: _spans(t, spans) if spans else rows_of(t))
+        for k, t in ck.tensors.items()
+        if not ck.is_copy(k) and not re.fullmatch(BUFFERS, k)
+    }
+
 
 def _spans(t, spans):
     size, ends = DTYPES[t.dtype].itemsize, list(accumulate((b - a for a, b in spans), initial=0))
-    buf = torch.empty(ends[-1]*size, dtype=torch.uint8)
-    read_into(t.file, buf, *((t.start + a*size, x*size, y*size) for (a, _), x, y in zip(spans, ends, ends[1:])))
+    buf = torch.empty(ends[-1] * size, dtype=torch.uint8)
+    read_into(t.file, buf, *((t.start + a * size, x * size, y * size) for (a, _), x, y in zip(spans, ends, ends[1:])))
     return buf.view(DTYPES[t.dtype])
 
 # %% ../nbs/01_checkpoints.ipynb #01-031
 def weight_hash(
-    source, # a model, a checkpoint folder or a hub id
-) -> str: # hexadecimal SHA-256
+    source,  # a model, a checkpoint folder or a hub id
+) -> str:  # hexadecimal SHA-256
     "One name for a model's weights, from names, shapes and values (as float32) in order of name: neither shards nor a higher precision in memory change it; tied copies count once."
     return _hash((k, read()) for k, (_, read) in sorted(tensors_of(source).items()))
 
 # %% ../nbs/01_checkpoints.ipynb #01-521
 def trained_on(
-    model, # as in `resolve`
-) -> set: # names of items, as `Ability.item_hashes` gives them; empty where no note says
+    model,  # as in `resolve`
+) -> set:  # names of items, as `Ability.item_hashes` gives them; empty where no note says
     "The items that a model was fine-tuned on, by the notes that fine-tuning and transfer leave beside its weights."
     found = set()
-    for note in (resolve(model)/n for n in ('act_finetune.json', 'act_transfer.json')):
-        if not note.is_file(): continue
-        try: found |= set(parse_json(note, nan=True).get('trained_on') or ())
-        except (OSError, ValueError, TypeError, AttributeError) as e: raise ActError(f"{note.name} of {model} is not readable ({e}): remove it, or copy the folder again") from e
+    for note in (resolve(model) / n for n in ('act_finetune.json', 'act_transfer.json')):
+        if not note.is_file():
+            continue
+        try:
+            found |= set(parse_json(note, nan=True).get('trained_on') or ())
+        except (OSError, ValueError, TypeError, AttributeError) as e:
+            raise ActError(f"{note.name} of {model} is not readable ({e}): remove it, or copy the folder again") from e
     return found
 
 # %% ../nbs/01_checkpoints.ipynb #01-034
 _SPOTS, _STRETCH = 16, 64
 
+
 def _sampled(n, read):
     "Values of a tensor of `n` numbers at a few places; `read(*spans)` gets them."
-    starts = sorted({int(i*max(0, n - _STRETCH)//(_SPOTS - 1)) for i in range(_SPOTS)})
+    starts = sorted({int(i * max(0, n - _STRETCH) // (_SPOTS - 1)) for i in range(_SPOTS)})
     return read(*((s, min(n, s + _STRETCH)) for s in starts)).detach().cpu().float()
 
 # %% ../nbs/01_checkpoints.ipynb #01-035
 def fingerprint(
-    source, # a model, a checkpoint folder or a hub id
-) -> str: # hexadecimal SHA-256 of names, shapes and a sample of the values (as float32)
+    source,  # a model, a checkpoint folder or a hub id
+) -> str:  # hexadecimal SHA-256 of names, shapes and a sample of the values (as float32)
     "A cheap name for a model's weights: the same for a folder and for the model loaded from it; neither shards nor precision matter."
     h = hashlib.sha256()
     for name, (shape, read) in sorted(tensors_of(source).items()):
-        h.update(f'{name} {list(shape)}\n'.encode()); h.update(_sampled(math.prod(shape), read).numpy().data)
+        h.update(f'{name} {list(shape)}\n'.encode())
+        h.update(_sampled(math.prod(shape), read).numpy().data)
     return h.hexdigest()
 
 # %% ../nbs/01_checkpoints.ipynb #01-038
 _SHAPE = "the two have other channels"
 _ANGLE = "positions turn queries and keys by other angles, so the same weights attend to other places"
 _SCALE = "the same weights compute something else"
-_COMPARED = { # keys of a configuration, and what it means when two models differ there
-    **dict.fromkeys('model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim attention_bias mlp_bias use_qk_norm'.split(), _SHAPE),
-    **dict.fromkeys('rope_theta rope_scaling rope_parameters rope_local_base_freq partial_rotary_factor no_rope_layers'.split(), _ANGLE),
-    **dict.fromkeys('hidden_act hidden_activation rms_norm_eps layer_norm_eps norm_eps query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping logit_scale logits_scaling '
-                    'embedding_multiplier residual_multiplier attention_multiplier sliding_window layer_types'.split(), _SCALE)}
-_ANY_VALUE = re.compile(r'_.*|architectures|transformers_version|torch_dtype|dtype|.*_token_id|vocab_size|max_position_embeddings|tie_word_embeddings|use_cache|initializer_range|attention_dropout|auto_map|'
-                        r'return_dict|output_.*|max_window_layers|use_sliding_window|pretraining_tp|transformers\.js_config|unsloth_.*|task_specific_params|id2label|label2id|problem_type|is_.*|chunk_size_.*')
+_COMPARED = {  # keys of a configuration, and what it means when two models differ there
+    **dict.fromkeys(
+        'model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim'
+        ' attention_bias mlp_bias use_qk_norm'.split(),
+        _SHAPE,
+    ),
+    **dict.fromkeys(
+        'rope_theta rope_scaling rope_parameters rope_local_base_freq partial_rotary_factor no_rope_layers'.split(),
+        _ANGLE,
+    ),
+    **dict.fromkeys(
+        'hidden_act hidden_activation rms_norm_eps layer_norm_eps norm_eps query_pre_attn_scalar attn_logit_softcapping'
+        ' final_logit_softcapping logit_scale logits_scaling embedding_multiplier residual_multiplier'
+        ' attention_multiplier sliding_window layer_types'.split(),
+        _SCALE,
+    ),
+}
+_ANY_VALUE = re.compile(
+    r'_.*|architectures|transformers_version|torch_dtype|dtype|.*_token_id|vocab_size|max_position_embeddings|tie_word_embeddings|use_cache|initializer_range|attention_dropout|auto_map|'
+    r'return_dict|output_.*|max_window_layers|use_sliding_window|pretraining_tp|transformers\.js_config|unsloth_.*|task_specific_params|id2label|label2id|problem_type|is_.*|chunk_size_.*'
+)
+
 
 def _configs(target, donor):
     "The two configurations: config.json as it stands where the two agree, otherwise as transformers completes it."
     raw = [m.config if isinstance(m, torch.nn.Module) else opened(m).config for m in (target, donor)]
-    if all(isinstance(c, dict) for c in raw) and not _differences(*raw, also=('max_window_layers', 'use_sliding_window')): return raw
-    return [(transformers_config(resolve(m)) if isinstance(c, dict) else c).to_dict() for m, c in zip((target, donor), raw)]
+    if all(isinstance(c, dict) for c in raw) and not _differences(
+        *raw, also=('max_window_layers', 'use_sliding_window')
+    ):
+        return raw
+    return [
+        (transformers_config(resolve(m)) if isinstance(c, dict) else c).to_dict() for m, c in zip((target, donor), raw)
+    ]
+
 
 def _differences(a, b, also=()):
-    return [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k) and (k in also or not _ANY_VALUE.fullmatch(k))]
+    return [
+        k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k) and (k in also or not _ANY_VALUE.fullmatch(k))
+    ]
 
-def label_of(m): return getattr(m.config, '_name_or_path', '') or 'model in memory' if isinstance(m, torch.nn.Module) else str(m)
+
+def label_of(m):
+    return getattr(m.config, '_name_or_path', '') or 'model in memory' if isinstance(m, torch.nn.Module) else str(m)
 
 # %% ../nbs/01_checkpoints.ipynb #01-039
 def all_finite(t):
@@ -502,38 +790,76 @@ def all_finite(t):
 
 # %% ../nbs/01_checkpoints.ipynb #01-040
 def _same_files(a, b):
-    files = [f/n for n in ('tokenizer.json', 'tokenizer_config.json') for f in (a, b)]
-    return all(f.is_file() for f in files) and all(x.read_bytes() == y.read_bytes() for x, y in zip(files[::2], files[1::2]))
+    files = [f / n for n in ('tokenizer.json', 'tokenizer_config.json') for f in (a, b)]
+    return all(f.is_file() for f in files) and all(
+        x.read_bytes() == y.read_bytes() for x, y in zip(files[::2], files[1::2])
+    )
 
 # %% ../nbs/01_checkpoints.ipynb #01-041
 def check_finite(
-    model, # a model, folder or hub id
+    model,  # a model, folder or hub id
 ):
     "Raise ActError naming the first tensor that holds NaN or infinity."
     for name, (_, read) in tensors_of(model).items():
-        if not all_finite(read()): raise ActError(f"tensor {name} of {label_of(model)} holds NaN or infinity: the checkpoint is damaged, get it again")
+        if not all_finite(read()):
+            raise ActError(
+                f"tensor {name} of {label_of(model)} holds NaN or infinity: the checkpoint is damaged, get it again"
+            )
 
 # %% ../nbs/01_checkpoints.ipynb #01-042
-PROBES = ('What is 12 + 345?\n', '  two  spaces\n\nand\ttabs ', "It's 1,234.5 \u2212 don't!", 'ma\u00f1ana \u00fcber \u03c0\u03bf\u03bb\u03cd \u0435\u0449\u0451', '\u6570\u5b66\u3068 \u0939\u093f\u0928\u094d\u0926\u0940 \u0e44\u0e17\u0e22', 'f(x) = {x**2: [1, 2]}', '\U0001f600 \u20ac') # texts on which tokenizers differ
+PROBES = (
+    'What is 12 + 345?\n',
+    '  two  spaces\n\nand\ttabs ',
+    "It's 1,234.5 \u2212 don't!",
+    'ma\u00f1ana \u00fcber \u03c0\u03bf\u03bb\u03cd \u0435\u0449\u0451',
+    '\u6570\u5b66\u3068 \u0939\u093f\u0928\u094d\u0926\u0940 \u0e44\u0e17\u0e22',
+    'f(x) = {x**2: [1, 2]}',
+    '\U0001f600 \u20ac',
+)  # texts on which tokenizers differ
+
 
 def check_tokenizers(
-    target, donor, # tokenizers, or models as in `resolve`
-    texts=(),      # that will be used; without any, a few difficult ones decide
-    special: bool = True, # let the tokenizers add BOS and the like
-): # raises ActError when a text gets other ids; warns of what no text shows
+    target,
+    donor,  # tokenizers, or models as in `resolve`
+    texts=(),  # that will be used; without any, a few difficult ones decide
+    special: bool = True,  # let the tokenizers add BOS and the like
+):  # raises ActError when a text gets other ids; warns of what no text shows
     "Compare two tokenizers by the ids that they give; folders with the same files are not opened."
-    if all(isinstance(t, (str, Path)) for t in (target, donor)) and _same_files(resolve(target), resolve(donor)): return
+    if all(isinstance(t, (str, Path)) for t in (target, donor)) and _same_files(resolve(target), resolve(donor)):
+        return
     a, b = (load_tokenizer(t) if isinstance(t, (str, Path)) else t for t in (target, donor))
-    if odd := _other_ids(a, b, texts or PROBES, special): raise ActError(f"the tokenizers give other ids for the same text, {odd}: use two models of one family")
+    if odd := _other_ids(a, b, texts or PROBES, special):
+        raise ActError(f"the tokenizers give other ids for the same text, {odd}: use two models of one family")
     if odd := _other_ids(a, b, PROBES, special) or _other_rules(a, b):
-        if not texts and odd.startswith('model'): raise ActError(f"the tokenizers differ in their {odd}: use two models of one family")
-        warn(f"the tokenizers give the same ids for the {len(texts) or len(PROBES)} texts looked at, but may not for others: {odd} differs")
+        if not texts and odd.startswith('model'):
+            raise ActError(f"the tokenizers differ in their {odd}: use two models of one family")
+        warn(
+            f"the tokenizers give the same ids for the {len(texts) or len(PROBES)} texts looked at, but may not for"
+            f" others: {odd} differs"
+        )
     va, vb = a.get_vocab(), b.get_vocab()
-    if apart := sorted((k for k in va.keys() | vb.keys() if va.get(k) != vb.get(k)), key=lambda k: (va.get(k, vb.get(k)), k)):
-        if not set(apart) <= {*a.get_added_vocab(), *b.get_added_vocab()}: raise ActError(f"the tokenizers differ: {len(va)} and {len(vb)} entries, first difference {apart[0]!r} (id {va.get(apart[0])} and {vb.get(apart[0])}): use two models of one family")
-        warn(f"the tokenizers differ in {len(apart)} added token{'s'*(len(apart) > 1)} that no text here uses, such as {apart[0]!r} (id {va.get(apart[0])} in the target, {vb.get(apart[0])} in the donor)")
-    names = [f'{k} ({getattr(a, k)!r} and {getattr(b, k)!r})' for k in ('bos_token', 'eos_token', 'pad_token') if getattr(a, k) != getattr(b, k)]
-    if names: warn(f"the tokenizers name other tokens as {', '.join(names)}: no id that is read changes; the result keeps the target's")
+    if apart := sorted(
+        (k for k in va.keys() | vb.keys() if va.get(k) != vb.get(k)), key=lambda k: (va.get(k, vb.get(k)), k)
+    ):
+        if not set(apart) <= {*a.get_added_vocab(), *b.get_added_vocab()}:
+            raise ActError(
+                f"the tokenizers differ: {len(va)} and {len(vb)} entries, first difference {apart[0]!r} (id"
+                f" {va.get(apart[0])} and {vb.get(apart[0])}): use two models of one family"
+            )
+        warn(
+            f"the tokenizers differ in {len(apart)} added token{'s' * (len(apart) > 1)} that no text here uses, such as"
+            f" {apart[0]!r} (id {va.get(apart[0])} in the target, {vb.get(apart[0])} in the donor)"
+        )
+    names = [
+        f'{k} ({getattr(a, k)!r} and {getattr(b, k)!r})'
+        for k in ('bos_token', 'eos_token', 'pad_token')
+        if getattr(a, k) != getattr(b, k)
+    ]
+    if names:
+        warn(
+            f"the tokenizers name other tokens as {', '.join(names)}: no id that is read changes; the result keeps the"
+            " target's"
+        )
 
 # %% ../nbs/01_checkpoints.ipynb #01-509
 def _other_ids(a, b, texts, special):
@@ -541,293 +867,477 @@ def _other_ids(a, b, texts, special):
     for text in texts:
         x, y = (t(text, add_special_tokens=special)['input_ids'] for t in (a, b))
         x, y = (i[:-1] if i and i[-1] == t.eos_token_id else i for i, t in ((x, a), (y, b)))
-        if x == y: continue
+        if x == y:
+            continue
         at = next((n for n, (i, j) in enumerate(zip(x, y)) if i != j), min(len(x), len(y)))
-        return f"{shorten(text, 60, placeholder=' ...')!r} (token {at}: {x[at:at + 1]} and {y[at:at + 1]})"
+        return f"{shorten(text, 60, placeholder=' ...')!r} (token {at}: {x[at : at + 1]} and {y[at : at + 1]})"
+
 
 def _other_rules(a, b):
     "The first part of two tokenizers that differs, vocabularies aside; None when there is none."
     rules = [json.loads(t.backend_tokenizer.to_str()) for t in (a, b)]
-    parts = [{'model': {k: v for k, v in r['model'].items() if k != 'vocab'}, **{k: r[k] for k in ('normalizer', 'pre_tokenizer')}} for r in rules]
-    return next((f"{k} (such as its merges)" if k == 'model' else k for k in parts[0] if parts[0][k] != parts[1][k]), None)
+    parts = [
+        {
+            'model': {k: v for k, v in r['model'].items() if k != 'vocab'},
+            **{k: r[k] for k in ('normalizer', 'pre_tokenizer')},
+        }
+        for r in rules
+    ]
+    return next(
+        (f"{k} (such as its merges)" if k == 'model' else k for k in parts[0] if parts[0][k] != parts[1][k]), None
+    )
 
 # %% ../nbs/01_checkpoints.ipynb #01-043
 @dataclass(frozen=True)
 class PairReport(Shown):
     "What `preflight` found out about a pair of models that fit."
-    target: str; donor: str; model_type: str; parameters: int; channels: int; tied: str; nbytes: int
+
+    target: str
+    donor: str
+    model_type: str
+    parameters: int
+    channels: int
+    tied: str
+    nbytes: int
+
     def __repr__(self):
-        return f'{self.target} <- {self.donor}: {self.model_type}, {self.parameters:,} parameters, {self.channels:,} channels, {self.nbytes/1e6:,.1f} MB, ' + (f'tied weights counted as {self.tied}' if self.tied else 'no tied weights')
-    def _parts(self): return [facts({k: number(v) for k, v in vars(self).items()})]
+        return (
+            f'{self.target} <- {self.donor}: {self.model_type}, {self.parameters:,} parameters, {self.channels:,}'
+            f' channels, {self.nbytes / 1e6:,.1f} MB, '
+            + (f'tied weights counted as {self.tied}' if self.tied else 'no tied weights')
+        )
+
+    def _parts(self):
+        return [facts({k: number(v) for k, v in vars(self).items()})]
 
 # %% ../nbs/01_checkpoints.ipynb #01-044
-VOCABULARY = EMBEDDING, HEAD, 'lm_head.bias' # parameters with one row a token; models of one family may pad them to other numbers of rows
+VOCABULARY = (
+    EMBEDDING,
+    HEAD,
+    'lm_head.bias',
+)  # parameters with one row a token; models of one family may pad them to other numbers of rows
+
 
 def check_pair(
-    target, donor,           # models, folders or hub ids
-    tokenizers: bool = True, # compare tokenizers too (folders and ids only)
-    texts=(),                # that will be read, see `check_tokenizers`
-    special: bool = True,    # let the tokenizers add BOS and the like to them
-) -> tuple: # (model type, shapes of the target's parameters by name); raises ActError at the first thing that does not fit, warns of what should be known
+    target,
+    donor,  # models, folders or hub ids
+    tokenizers: bool = True,  # compare tokenizers too (folders and ids only)
+    texts=(),  # that will be read, see `check_tokenizers`
+    special: bool = True,  # let the tokenizers add BOS and the like to them
+) -> tuple:  # (model type, shapes of the target's parameters by name); raises ActError at the first thing that does not fit, warns of what should be known
     "The part of `preflight` that reads configurations, headers and tokenizers alone: no weights, no model classes."
     memory = [isinstance(m, torch.nn.Module) for m in (target, donor)]
-    if target is donor or not any(memory) and resolve(target).resolve() == resolve(donor).resolve(): raise ActError(f"target and donor are the same model, {label_of(target)}: there is nothing to move")
+    if target is donor or not any(memory) and resolve(target).resolve() == resolve(donor).resolve():
+        raise ActError(f"target and donor are the same model, {label_of(target)}: there is nothing to move")
     a, b = _configs(target, donor)
     differ = _differences(a, b)
-    for k in (k for k in _COMPARED if k in differ): raise ActError(f"target and donor differ in {k} ({a.get(k)} and {b.get(k)}): {_COMPARED[k]}; ACT needs two models of one architecture")
+    for k in (k for k in _COMPARED if k in differ):
+        raise ActError(
+            f"target and donor differ in {k} ({a.get(k)} and {b.get(k)}): {_COMPARED[k]}; ACT needs two models of one"
+            " architecture"
+        )
     ties = [_is_tied(m) if o else opened(m).tied for m, o in zip((target, donor), memory)]
-    if ties[0] != ties[1]: raise ActError(_apart(*((target, donor) if ties[0] else (donor, target))))
+    if ties[0] != ties[1]:
+        raise ActError(_apart(*((target, donor) if ties[0] else (donor, target))))
     ta, tb = tensors_of(target), tensors_of(donor)
     for k in sorted(ta.keys() | tb.keys()):
         x, y = ta.get(k, ('absent',))[0], tb.get(k, ('absent',))[0]
-        if x != y and not (k in VOCABULARY and 'absent' not in (x, y) and x[1:] == y[1:]): raise ActError(f"tensor {k} is {x} in the target and {y} in the donor: ACT needs two models of one shape")
-    if EMBEDDING in ta and ta[EMBEDDING][0] != tb[EMBEDDING][0]: warn(f"the target has {ta[EMBEDDING][0][0]:,} rows of vocabulary and the donor {tb[EMBEDDING][0][0]:,}: the rows that both have can move, the others stay the target's")
-    if differ: warn(f"the configurations differ in {', '.join(f'{k} ({a.get(k)} and {b.get(k)})' for k in differ[:4])}: make sure that this changes nothing that is computed")
-    if tokenizers and not any(memory): check_tokenizers(target, donor, texts, special)
+        if x != y and not (k in VOCABULARY and 'absent' not in (x, y) and x[1:] == y[1:]):
+            raise ActError(f"tensor {k} is {x} in the target and {y} in the donor: ACT needs two models of one shape")
+    if EMBEDDING in ta and ta[EMBEDDING][0] != tb[EMBEDDING][0]:
+        warn(
+            f"the target has {ta[EMBEDDING][0][0]:,} rows of vocabulary and the donor {tb[EMBEDDING][0][0]:,}: the rows"
+            " that both have can move, the others stay the target's"
+        )
+    if differ:
+        warn(
+            f"the configurations differ in {', '.join(f'{k} ({a.get(k)} and {b.get(k)})' for k in differ[:4])}: make"
+            " sure that this changes nothing that is computed"
+        )
+    if tokenizers and not any(memory):
+        check_tokenizers(target, donor, texts, special)
     return a.get('model_type'), {k: s for k, (s, _) in ta.items()}
 
+
 def _apart(tied, own):
-    return f"{label_of(own)} has an output head of its own, the head of {label_of(tied)} is its embedding: write that one with its head apart, by act.checkpoints.untie({label_of(tied)!r}, 'untied'), and use the result"
+    return (
+        f"{label_of(own)} has an output head of its own, the head of {label_of(tied)} is its embedding: write that one"
+        f" with its head apart, by act.checkpoints.untie({label_of(tied)!r}, 'untied'), and use the result"
+    )
 
 # %% ../nbs/01_checkpoints.ipynb #01-511
 def fit_rows(
-    theirs: torch.Tensor, # a parameter of the donor
-    ours: torch.Tensor,   # the same of the target
-) -> torch.Tensor: # of the target's shape, device and type
+    theirs: torch.Tensor,  # a parameter of the donor
+    ours: torch.Tensor,  # the same of the target
+) -> torch.Tensor:  # of the target's shape, device and type
     "The donor's parameter with as many rows as the target's: what it lacks is the target's, what it has beyond is left out."
-    theirs = theirs[:len(ours)].to(ours.device, ours.dtype)
-    return theirs if len(theirs) == len(ours) else torch.cat([theirs, ours[len(theirs):]])
+    theirs = theirs[: len(ours)].to(ours.device, ours.dtype)
+    return theirs if len(theirs) == len(ours) else torch.cat([theirs, ours[len(theirs) :]])
+
 
 class Fitted:
     "A donor's checkpoint read with as many rows of vocabulary as the target's."
-    def __init__(self, donor: Checkpoint, target: Checkpoint): self.donor, self.target, self.tensors = donor, target, target.tensors
-    def _shared(self, name): return min(self.donor.tensors[name].shape[0], self.target.tensors[name].shape[0])
+
+    def __init__(self, donor: Checkpoint, target: Checkpoint):
+        self.donor, self.target, self.tensors = donor, target, target.tensors
+
+    def _shared(self, name):
+        return min(self.donor.tensors[name].shape[0], self.target.tensors[name].shape[0])
+
     def read(self, name, start=0, stop=None):
         "As `Checkpoint.read`."
         n, stop = self._shared(name), self.target.tensors[name].shape[0] if stop is None else stop
-        if stop <= n: return self.donor.read(name, start, stop)
+        if stop <= n:
+            return self.donor.read(name, start, stop)
         return fit_rows(self.donor.read(name, min(start, n), n), self.target.read(name, start, stop))
+
     def rows(self, name, idx):
         "As `Checkpoint.rows`."
         idx, n = np.asarray(idx, dtype=np.int64), self._shared(name)
-        if (idx < n).all(): return self.donor.rows(name, idx)
+        if (idx < n).all():
+            return self.donor.rows(name, idx)
         out = self.target.rows(name, idx)
         out[idx < n] = self.donor.rows(name, idx[idx < n]).to(out.dtype)
         return out
 
+
 def fitted(
-    donor, target, # Checkpoints
+    donor,
+    target,  # Checkpoints
 ):
     "The donor as it is, or `Fitted` when its vocabulary has another number of rows."
-    same = all(donor.tensors[k].shape == target.tensors[k].shape for k in VOCABULARY if k in donor.tensors and k in target.tensors)
+    same = all(
+        donor.tensors[k].shape == target.tensors[k].shape
+        for k in VOCABULARY
+        if k in donor.tensors and k in target.tensors
+    )
     return donor if same else Fitted(donor, target)
 
 # %% ../nbs/01_checkpoints.ipynb #01-045
 def preflight(
-    target, donor,        # models, folders or hub ids
+    target,
+    donor,  # models, folders or hub ids
     finite: bool = True,  # read all weights and refuse NaN and infinity
-    tokenizers: bool = True, # compare tokenizers too (folders and ids only)
-) -> PairReport: # raises ActError at the first thing that does not fit
+    tokenizers: bool = True,  # compare tokenizers too (folders and ids only)
+) -> PairReport:  # raises ActError at the first thing that does not fit
     "Check that a target and a donor fit together."
     model_type, shapes = check_pair(target, donor, tokenizers)
     cm = channels_of(target)
     if finite:
-        for m in (target, donor): check_finite(m)
-    nbytes = opened(target).nbytes if not isinstance(target, torch.nn.Module) else sum(p.numel()*p.element_size() for p in target.parameters())
-    return PairReport(label_of(target), label_of(donor), model_type, sum(map(math.prod, shapes.values())), cm.total, cm.tied, nbytes)
+        for m in (target, donor):
+            check_finite(m)
+    nbytes = (
+        opened(target).nbytes
+        if not isinstance(target, torch.nn.Module)
+        else sum(p.numel() * p.element_size() for p in target.parameters())
+    )
+    return PairReport(
+        label_of(target), label_of(donor), model_type, sum(map(math.prod, shapes.values())), cm.total, cm.tied, nbytes
+    )
 
 # %% ../nbs/01_checkpoints.ipynb #01-049
 def save_model(
-    model, tokenizer, # what to write
-    out,              # folder to create; must not exist
-    records: dict = None, # file name -> what to write beside it as JSON
+    model,
+    tokenizer,  # what to write
+    out,  # folder to create; must not exist
+    records: dict = None,  # file name -> what to write beside it as JSON
 ) -> Path:
     "Write a model and its tokenizer as a folder, whole or not at all."
-    need = sum(p.numel()*p.element_size() for p in model.parameters())
+    need = sum(p.numel() * p.element_size() for p in model.parameters())
     with atomic_folder(out, need) as tmp, quiet():
         model.save_pretrained(tmp)
-        if tokenizer is not None: tokenizer.save_pretrained(tmp)
-        for name, obj in (records or {}).items(): write_json(obj, tmp/name)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(tmp)
+        for name, obj in (records or {}).items():
+            write_json(obj, tmp / name)
     return Path(out)
 
 # %% ../nbs/01_checkpoints.ipynb #01-050
-EXTRAS = r'.*\.(json|txt|model|jinja)|(LICENSE|LICENCE|NOTICE|USE_POLICY)[^/]*'  # of a checkpoint's files, those that go with its weights
+EXTRAS = (  # of a checkpoint's files, those that go with its weights
+    r'.*\.(json|txt|model|jinja)|(LICENSE|LICENCE|NOTICE|USE_POLICY)[^/]*'
+)
 _NOT_EXTRAS = r'.*\.index\.json|adapter_.*|act_.*|README.*'
 
+
 def copy_extras(
-    src, dst, # folders
+    src,
+    dst,  # folders
 ):
     "Copy everything but weights and other formats' weights: configuration, tokenizer, chat templates, generation settings, licence."
     for f in (o for where in (Path(src), *Path(src).glob('*chat_template*/')) for o in where.iterdir()):
-        if not f.is_file() or not re.fullmatch(EXTRAS, f.name) or re.fullmatch(_NOT_EXTRAS, f.name): continue
-        to = Path(dst)/f.relative_to(src)
+        if not f.is_file() or not re.fullmatch(EXTRAS, f.name) or re.fullmatch(_NOT_EXTRAS, f.name):
+            continue
+        to = Path(dst) / f.relative_to(src)
         to.parent.mkdir(exist_ok=True)
         shutil.copyfile(f, to)
 
 # %% ../nbs/01_checkpoints.ipynb #01-302
 def gguf_header(file):
     "What a GGUF file says of itself, and the type that its weights take outside it; ActError when it is damaged."
-    try: import gguf
-    except ImportError as e: raise ActError(f"reading {file.name} needs the package gguf: pip install gguf") from e
-    if not file.is_file(): raise ActError(f"there is no file {file}: check the path")
-    if _is_pointer(file): raise ActError(_POINTER.format(file.name))
-    if part := re.search(r'-(\d{5})-of-(\d{5})\.gguf$', file.name, re.I): raise ActError(f"{file.name} is part {int(part[1])} of {int(part[2])} of one model: join them first (llama-gguf-split --merge FIRST.gguf WHOLE.gguf)")
+    try:
+        import gguf
+    except ImportError as e:
+        raise ActError(f"reading {file.name} needs the package gguf: pip install gguf") from e
+    if not file.is_file():
+        raise ActError(f"there is no file {file}: check the path")
+    if _is_pointer(file):
+        raise ActError(_POINTER.format(file.name))
+    if part := re.search(r'-(\d{5})-of-(\d{5})\.gguf$', file.name, re.I):
+        raise ActError(
+            f"{file.name} is part {int(part[1])} of {int(part[2])} of one model: join them first (llama-gguf-split"
+            " --merge FIRST.gguf WHOLE.gguf)"
+        )
     try:
         r = gguf.GGUFReader(file)
-        says = {k: f.contents() for k in ('general.name', 'general.architecture', 'general.license') if (f := r.fields.get(k))}
+        says = {
+            k: f.contents()
+            for k in ('general.name', 'general.architecture', 'general.license')
+            if (f := r.fields.get(k))
+        }
         types = Counter(t.tensor_type.name for t in r.tensors)
         matrices = {t.tensor_type.name for t in r.tensors if len(t.shape) > 1}
-    except Exception as e: raise ActError(f"{file} is not a readable GGUF file ({str(e)[:200] or type(e).__name__}): download it again") from e
-    dtype = dict(F32=torch.float32, F16=torch.float16).get(*matrices, torch.bfloat16) if len(matrices) == 1 else torch.bfloat16
-    return dict(format='act-gguf-1', file=file.name, name=says.get('general.name'), architecture=says.get('general.architecture'), license=says.get('general.license'), types=dict(types)), dtype
+    except Exception as e:
+        raise ActError(
+            f"{file} is not a readable GGUF file ({str(e)[:200] or type(e).__name__}): download it again"
+        ) from e
+    dtype = (
+        dict(F32=torch.float32, F16=torch.float16).get(*matrices, torch.bfloat16)
+        if len(matrices) == 1
+        else torch.bfloat16
+    )
+    return (
+        dict(
+            format='act-gguf-1',
+            file=file.name,
+            name=says.get('general.name'),
+            architecture=says.get('general.architecture'),
+            license=says.get('general.license'),
+            types=dict(types),
+        ),
+        dtype,
+    )
 
 # %% ../nbs/01_checkpoints.ipynb #01-303
 def from_gguf(
-    file, # a .gguf file
+    file,  # a .gguf file
     out,  # folder to create
-) -> Path: # raises ActError for a file that is damaged, incomplete, or of an architecture that transformers does not read
+) -> (
+    Path
+):  # raises ActError for a file that is damaged, incomplete, or of an architecture that transformers does not read
     "A GGUF file as a safetensors checkpoint folder with its tokenizer, and act_gguf.json: what it was unpacked from."
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
     file = Path(os.path.abspath(file))
     record, dtype = gguf_header(file)
     try:
         with quiet():
-            net, info = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=dtype, output_loading_info=True)
+            net, info = AutoModelForCausalLM.from_pretrained(
+                str(file.parent),
+                gguf_file=file.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=dtype,
+                output_loading_info=True,
+            )
             tok = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-    except Exception as e: raise ActError(f"{file} is not a model that transformers can read ({str(e).splitlines()[0][:200] if str(e) else type(e).__name__}): get a safetensors copy of it") from e
+    except Exception as e:
+        raise ActError(
+            f"{file} is not a model that transformers can read"
+            f" ({str(e).splitlines()[0][:200] if str(e) else type(e).__name__}): get a safetensors copy of it"
+        ) from e
     net.tie_weights()
-    if lost := [k for k in info['missing_keys'] if not (k == HEAD and _is_tied(net))]: raise ActError(f"{file} lacks {min(lost)}: download it again")
+    if lost := [k for k in info['missing_keys'] if not (k == HEAD and _is_tied(net))]:
+        raise ActError(f"{file} lacks {min(lost)}: download it again")
     check_finite(net)
-    if hasattr(net.config, 'quantization_config'): del net.config.quantization_config
-    with open(file, 'rb') as f: record['sha256'] = hashlib.file_digest(f, 'sha256').hexdigest()
+    if hasattr(net.config, 'quantization_config'):
+        del net.config.quantization_config
+    with open(file, 'rb') as f:
+        record['sha256'] = hashlib.file_digest(f, 'sha256').hexdigest()
     return save_model(net, tok, out, {'act_gguf.json': dict(record, dtype=str(dtype).removeprefix('torch.'))})
 
 # %% ../nbs/01_checkpoints.ipynb #01-305
 def cache_dir() -> Path:
     "Where unpacked and merged models are kept: $ACT_CACHE, or ~/.cache/act."
-    return Path(os.environ.get('ACT_CACHE') or Path.home()/'.cache'/'act')
+    return Path(os.environ.get('ACT_CACHE') or Path.home() / '.cache' / 'act')
 
 # %% ../nbs/01_checkpoints.ipynb #01-308
 def cached(
-    out,            # folder in the cache
-    make,           # makes it: called with `out`, which it writes whole or not at all
+    out,  # folder in the cache
+    make,  # makes it: called with `out`, which it writes whole or not at all
     need: int = 0,  # bytes that will be written
-    work: str = '', # what there is to do, for a dry run
+    work: str = '',  # what there is to do, for a dry run
 ) -> Path:
     "The folder `out`, made on first use. A run that is making one of its neighbours is waited for."
-    plan, home = dict(writes={out: need}, work=f'{work} there, on first use; the rest is checked when it is done'), Path(out).parent
-    if Path(out).exists(): return Path(out)
-    if is_dry(): begin(**plan)
+    plan, home = (
+        dict(writes={out: need}, work=f'{work} there, on first use; the rest is checked when it is done'),
+        Path(out).parent,
+    )
+    if Path(out).exists():
+        return Path(out)
+    if is_dry():
+        begin(**plan)
     writable_parent(out)
     with exclusive(home, wait=3600):
-        if Path(out).exists(): return Path(out)
+        if Path(out).exists():
+            return Path(out)
         begin(**plan)
         return make(out)
 
 # %% ../nbs/01_checkpoints.ipynb #01-306
 def _unpacked(file):
     "The folder in the cache that holds what a GGUF file holds now."
-    if not file.is_file(): raise ActError(f"there is no file {file}: check the path")
+    if not file.is_file():
+        raise ActError(f"there is no file {file}: check the path")
     s = file.stat()
-    out = cache_dir()/'gguf'/f'{file.stem}-{sha256(os.path.abspath(file), str(s.st_size), str(s.st_mtime_ns))[:12]}'
+    out = cache_dir() / 'gguf' / f'{file.stem}-{sha256(os.path.abspath(file), str(s.st_size), str(s.st_mtime_ns))[:12]}'
     return cached(out, partial(from_gguf, file), work=f'unpack {file.name}')
 
 # %% ../nbs/01_checkpoints.ipynb #01-051
-BLOCK, THREADS = 1 << 20, max(1, min(4, (os.cpu_count() or 1) - 1)) # bytes of a tensor that a thread reads and changes at once; threads
+BLOCK, THREADS = (
+    1 << 20,
+    max(1, min(4, (os.cpu_count() or 1) - 1)),
+)  # bytes of a tensor that a thread reads and changes at once; threads
+
 
 def write_like(
-    source: Checkpoint, # its file names, index, headers and tensor order are kept
-    tmp,                # folder to write to, from `atomic_folder`; files that it holds already are kept
+    source: Checkpoint,  # its file names, index, headers and tensor order are kept
+    tmp,  # folder to write to, from `atomic_folder`; files that it holds already are kept
     change: dict = {},  # name of a tensor -> function of (its rows start ... stop-1, start, stop) to their new values, of the same shape and type; it may change the rows in place
-    finite: bool = True, # refuse to write NaN and infinity
+    finite: bool = True,  # refuse to write NaN and infinity
 ):
     "Write a checkpoint with the layout of `source`, in memory of a few blocks of rows."
     for file in source.files:
-        if (Path(tmp)/file).exists(): continue
-        part = Path(tmp)/f'{file}.part'
-        with open(part, 'wb', buffering=0) as out: _write(source, file, out, change, finite)
+        if (Path(tmp) / file).exists():
+            continue
+        part = Path(tmp) / f'{file}.part'
+        with open(part, 'wb', buffering=0) as out:
+            _write(source, file, out, change, finite)
         flush(part)
-        os.rename(part, Path(tmp)/file)
-    if source.index: shutil.copyfile(source.folder/source.index, Path(tmp)/source.index)
+        os.rename(part, Path(tmp) / file)
+    if source.index:
+        shutil.copyfile(source.folder / source.index, Path(tmp) / source.index)
     copy_extras(source.folder, tmp)
 
 # %% ../nbs/01_checkpoints.ipynb #01-052
 def _write(source, file, out, change, finite):
     "All bytes of a file, in order; threads read and change the blocks that come next."
     here = sorted((t for t in source.tensors.values() if t.file.name == file), key=lambda t: t.start)
-    with open(source.folder/file, 'rb') as f: _put(out, f.read(here[0].start if here else -1))
-    blocks = [(t, a, min(a + step, n), (t.end - t.start)*step//n) for t in here for n in [t.shape[0] if t.shape else 1] if n for step in [max(1, BLOCK*n//max(1, t.end - t.start))] for a in range(0, n, step)]
+    with open(source.folder / file, 'rb') as f:
+        _put(out, f.read(here[0].start if here else -1))
+    blocks = [
+        (t, a, min(a + step, n), (t.end - t.start) * step // n)
+        for t in here
+        for n in [t.shape[0] if t.shape else 1]
+        if n
+        for step in [max(1, BLOCK * n // max(1, t.end - t.start))]
+        for a in range(0, n, step)
+    ]
     free = queue.SimpleQueue()
-    for _ in range(2*THREADS + 1): free.put(torch.empty(max((b[3] for b in blocks), default=0), dtype=torch.uint8)) # used again and again: new memory costs more than reading
+    for _ in range(2 * THREADS + 1):
+        free.put(
+            torch.empty(max((b[3] for b in blocks), default=0), dtype=torch.uint8)
+        )  # used again and again: new memory costs more than reading
+
     def ready(t, a, b, _):
         buf = free.get()
         return buf, _changed(source, t, a, b, buf, change.get(t.name), finite)
+
     with one_thread(), ThreadPoolExecutor(THREADS) as pool:
-        for buf, data in _ahead(pool, ready, blocks): _put(out, data); free.put(buf)
+        for buf, data in _ahead(pool, ready, blocks):
+            _put(out, data)
+            free.put(buf)
+
 
 @contextlib.contextmanager
 def one_thread():
     "Each operation on one thread: on blocks of a megabyte more of them cost more than they give."
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
 
 def _ahead(pool, f, items):
     "f(*item) for all, in order; a few are worked on ahead."
     waiting = deque()
     for item in items:
         waiting.append(pool.submit(f, *item))
-        if len(waiting) > 2*THREADS: yield waiting.popleft().result()
-    while waiting: yield waiting.popleft().result()
+        if len(waiting) > 2 * THREADS:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
 
 def _put(out, data):
     "Write all bytes, and let the disk begin with them."
     view, start = memoryview(data), out.tell()
-    while len(view): view = view[out.write(view):]
-    if hasattr(os, 'posix_fadvise'): os.posix_fadvise(out.fileno(), start, len(data), os.POSIX_FADV_DONTNEED)
+    while len(view):
+        view = view[out.write(view) :]
+    if hasattr(os, 'posix_fadvise'):
+        os.posix_fadvise(out.fileno(), start, len(data), os.POSIX_FADV_DONTNEED)
 
 # %% ../nbs/01_checkpoints.ipynb #01-101
 def _changed(source, t, a, b, buf, change, finite):
     "Bytes of the rows a ... b-1 of a tensor, changed."
     rows, where = source.read(t.name, a, b, buf), f"tensor {t.name} of {source.folder.name}"
     new = change(rows, a, b).contiguous() if change else rows
-    if new.shape != rows.shape or new.dtype != rows.dtype: raise ActError(f"{where} would change from {tuple(rows.shape)} {rows.dtype} to {tuple(new.shape)} {new.dtype}: return rows of the same shape and type")
+    if new.shape != rows.shape or new.dtype != rows.dtype:
+        raise ActError(
+            f"{where} would change from {tuple(rows.shape)} {rows.dtype} to {tuple(new.shape)} {new.dtype}: return rows"
+            " of the same shape and type"
+        )
     if finite and not all_finite(new):
-        if all_finite(source.read(t.name, a, b)): raise ActError(f"{where} would hold NaN or infinity after the change: the donor's weights do, or lam is too large for {t.dtype}")
+        if all_finite(source.read(t.name, a, b)):
+            raise ActError(
+                f"{where} would hold NaN or infinity after the change: the donor's weights do, or lam is too large for"
+                f" {t.dtype}"
+            )
         raise ActError(f"{where} holds NaN or infinity: the checkpoint is damaged, get it again")
     return new.view(-1).view(torch.uint8).numpy()
 
 # %% ../nbs/01_checkpoints.ipynb #01-103
 def write_tensors(
-    path,     # file to write
+    path,  # file to write
     tensors,  # name -> (type as safetensors writes it, shape), in the order of `data`
-    metadata: dict, # strings by name
-    data,     # tensors, or parts of them, one after the other
+    metadata: dict,  # strings by name
+    data,  # tensors, or parts of them, one after the other
 ):
     "Write a safetensors file from a stream."
     head, end = dict(__metadata__=metadata), 0
     for name, (dtype, shape) in tensors.items():
-        head[name] = dict(dtype=dtype, shape=list(shape), data_offsets=[end, end := end + math.prod(shape)*FILE_TYPES[dtype].itemsize])
+        head[name] = dict(
+            dtype=dtype,
+            shape=list(shape),
+            data_offsets=[end, end := end + math.prod(shape) * FILE_TYPES[dtype].itemsize],
+        )
     raw = json.dumps(head, ensure_ascii=False).encode()
-    raw += b' '*(-len(raw)%8)
+    raw += b' ' * (-len(raw) % 8)
     with open(path, 'wb', buffering=0) as out:
         _put(out, struct.pack('<Q', len(raw)) + raw)
-        for part in data: _put(out, part.contiguous().view(-1).view(torch.uint8).numpy())
-        if out.tell() != 8 + len(raw) + end: raise ActError(f"{out.tell() - 8 - len(raw):,} bytes of data came for {path}, its tensors have {end:,}: the source changed while it was read")
+        for part in data:
+            _put(out, part.contiguous().view(-1).view(torch.uint8).numpy())
+        if out.tell() != 8 + len(raw) + end:
+            raise ActError(
+                f"{out.tell() - 8 - len(raw):,} bytes of data came for {path}, its tensors have {end:,}: the source"
+                " changed while it was read"
+            )
 
 # %% ../nbs/01_checkpoints.ipynb #01-513
 def untie(
-    model, # as in `resolve`, with a head that is its embedding
-    out,   # folder to create
+    model,  # as in `resolve`, with a head that is its embedding
+    out,  # folder to create
 ) -> Path:
     "Write a tied model with a head of its own, equal to its embedding, so that it fits a model that has one; to the bit the same otherwise."
     ck = opened(model)
-    if not ck.tied: raise ActError(f"{model} has a head of its own already: use it as it is")
+    if not ck.tied:
+        raise ActError(f"{model} has a head of its own already: use it as it is")
     names = [k for k in ck.tensors if k != HEAD]
-    shapes = {k: (ck.tensors[k].dtype, ck.tensors[k].shape) for k in names} | {HEAD: (ck.tensors[EMBEDDING].dtype, ck.tensors[EMBEDDING].shape)}
+    shapes = {k: (ck.tensors[k].dtype, ck.tensors[k].shape) for k in names} | {
+        HEAD: (ck.tensors[EMBEDDING].dtype, ck.tensors[EMBEDDING].shape)
+    }
     with atomic_folder(out, ck.nbytes) as tmp:
         copy_extras(ck.folder, tmp)
-        write_tensors(tmp/'model.safetensors', shapes, dict(format='pt'), (ck.read(k) for k in (*names, EMBEDDING)))
-        (tmp/'config.json').write_text(json.dumps(dict(ck.config, tie_word_embeddings=False), indent=2) + '\n')
+        write_tensors(tmp / 'model.safetensors', shapes, dict(format='pt'), (ck.read(k) for k in (*names, EMBEDDING)))
+        (tmp / 'config.json').write_text(json.dumps(dict(ck.config, tie_word_embeddings=False), indent=2) + '\n')
     return Path(out)

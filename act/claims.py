@@ -12,18 +12,35 @@ from .merge import Merged
 from .recover import RESULTS, Recovery
 
 # %% ../nbs/34_paper.ipynb #34-006
-KNOWN = {'concentration': '< 5 % of channels'} # figures of the paper's abstract
+KNOWN = {'concentration': '< 5 % of channels'}  # figures of the paper's abstract
+
 
 def _where(meta, model):
     m = meta['machine']
-    return dict(model=model, data=', '.join(sorted({a.split('/')[0] for a in meta['data']})), machine=f"{m['gpu'] or m['cpu']}, {m['cores']} cores", revision=meta['git'])
+    return dict(
+        model=model,
+        data=', '.join(sorted({a.split('/')[0] for a in meta['data']})),
+        machine=f"{m['gpu'] or m['cpu']}, {m['cores']} cores",
+        revision=meta['git'],
+    )
+
 
 def finding_rows(
-    findings: list = None, # all recorded ones of the lab and of SmolLM2 by default
-) -> list: # of dict(claim, source, paper, measured, verdict, model, data, machine, revision)
+    findings: list = None,  # all recorded ones of the lab and of SmolLM2 by default
+) -> list:  # of dict(claim, source, paper, measured, verdict, model, data, machine, revision)
     "The four findings and the appendix."
     findings = findings or [recorded(n, f) for n in NAMES for f in FAMILIES]
-    return [dict(claim=f.paper, source='first-hand', paper=KNOWN.get(f.name, 'not public'), measured=r.here, verdict=r.judgement, **_where(f.meta, f.family)) for f, r in zip(findings, verdicts(findings).itertuples())]
+    return [
+        dict(
+            claim=f.paper,
+            source='first-hand',
+            paper=KNOWN.get(f.name, 'not public'),
+            measured=r.here,
+            verdict=r.judgement,
+            **_where(f.meta, f.family),
+        )
+        for f, r in zip(findings, verdicts(findings).itertuples())
+    ]
 
 # %% ../nbs/34_paper.ipynb #34-009
 def _cell(rec, row, column):
@@ -31,80 +48,173 @@ def _cell(rec, row, column):
     e = n[(n.row == row) & (n.column == column)].iloc[0]
     return show(e, rec._scale(), 1 if rec.case.metric == 'correct' else 3)
 
+
 def _loses_little(rec, row):
     "The interval of the retained ability's difference to the target excludes a loss of a twentieth of what separates target and donor."
     d = rec.against(row)
     d = d[(d.against == 'target') & (d.column == 'retained')].iloc[0]
-    ends = [rec._scale()*rec.samples(r)['retained'][0] for r in ('target', 'donor')]
-    return (d.low if rec.case.metric == 'correct' else -d.high) >= -abs(ends[0] - ends[1])/20
+    ends = [rec._scale() * rec.samples(r)['retained'][0] for r in ('target', 'donor')]
+    return (d.low if rec.case.metric == 'correct' else -d.high) >= -abs(ends[0] - ends[1]) / 20
+
 
 def recovery_rows(
-    results: dict, # name -> Recovery
-) -> list: # as `finding_rows`
+    results: dict,  # name -> Recovery
+) -> list:  # as `finding_rows`
     "What recovering showed, case by case, for both rankings."
     out = []
     for name, rec in results.items():
         unit = '% of items' if rec.case.metric == 'correct' else 'bits per byte, lower is better'
-        place = _where(rec.meta, f'{rec.case.target} <- {rec.case.donor}') | dict(data=', '.join([*rec.case.recovered, *rec.case.retained]))
+        place = _where(rec.meta, f'{rec.case.target} <- {rec.case.donor}') | dict(
+            data=', '.join([*rec.case.recovered, *rec.case.retained])
+        )
         for row in ('ACT', 'ACT (module-normalised)'):
             s = rec.sides(row, ('retained', 'recovered', 'mean'))
             back, kept, chosen = s['recovered'], s['retained'], s['mean']
-            add = lambda claim, measured, verdict: out.append(dict(claim=claim, source='first-hand', paper='not public', measured=f'{row}, {unit}: {measured}', verdict=verdict, **place))
-            add('moving the channels, then fine-tuning lightly, recovers a forgotten ability', f"recovered {_cell(rec, 'target', 'recovered')} -> {_cell(rec, f'{row} without SFT', 'recovered')} after the transfer -> {_cell(rec, row, 'recovered')} after fine-tuning; fine-tuning alone {_cell(rec, 'target + SFT', 'recovered')}",
-                ('does not hold', 'in part', 'holds')[('target' in back['better']) + ('target' in back['better'] and 'target + SFT' in back['better'])])
-            add('... and what the specialist has stays', f"retained {_cell(rec, 'target', 'retained')} -> {_cell(rec, row, 'retained')}", 'does not hold' if 'target' in kept['worse'] else 'holds' if _loses_little(rec, row) else 'in part')
-            add('the channels of largest activation difference are the ones that matter', f"mean {_cell(rec, row, 'mean')}; random channels at their best setting {_cell(rec, 'random mask + SFT', 'mean')}",
-                next(v for k, v in (('better', 'holds'), ('tie', 'in part'), ('worse', 'does not hold')) if 'random mask + SFT' in chosen[k]))
+            add = lambda claim, measured, verdict: out.append(
+                dict(
+                    claim=claim,
+                    source='first-hand',
+                    paper='not public',
+                    measured=f'{row}, {unit}: {measured}',
+                    verdict=verdict,
+                    **place,
+                )
+            )
+            add(
+                'moving the channels, then fine-tuning lightly, recovers a forgotten ability',
+                f"recovered {_cell(rec, 'target', 'recovered')} -> {_cell(rec, f'{row} without SFT', 'recovered')}"
+                f" after the transfer -> {_cell(rec, row, 'recovered')} after fine-tuning; fine-tuning alone"
+                f" {_cell(rec, 'target + SFT', 'recovered')}",
+                ('does not hold', 'in part', 'holds')[
+                    ('target' in back['better']) + ('target' in back['better'] and 'target + SFT' in back['better'])
+                ],
+            )
+            add(
+                '... and what the specialist has stays',
+                f"retained {_cell(rec, 'target', 'retained')} -> {_cell(rec, row, 'retained')}",
+                'does not hold' if 'target' in kept['worse'] else 'holds' if _loses_little(rec, row) else 'in part',
+            )
+            add(
+                'the channels of largest activation difference are the ones that matter',
+                f"mean {_cell(rec, row, 'mean')}; random channels at their best setting"
+                f" {_cell(rec, 'random mask + SFT', 'mean')}",
+                next(
+                    v
+                    for k, v in (('better', 'holds'), ('tie', 'in part'), ('worse', 'does not hold'))
+                    if 'random mask + SFT' in chosen[k]
+                ),
+            )
     return out
 
 # %% ../nbs/34_paper.ipynb #34-012
 def merge_rows(
-    results: dict, # name -> Merged
-) -> list: # as `finding_rows`
+    results: dict,  # name -> Merged
+) -> list:  # as `finding_rows`
     "What merging showed, for both rankings."
     out = []
     for name, rec in results.items():
         given = [r for r, s in zip(rec.grid.row, rec.grid.setting) if not s]
         for row in ('ACT', 'ACT (module-normalised)'):
             better = rec.sides(row, ('mean',))['mean']['better']
-            single = max(given, key=lambda r: (1 if rec.case.metric == 'correct' else -1)*rec.samples(r)['mean'][0])
-            out.append(dict(claim='several specialists become one model', source='first-hand', paper='not public',
-                            measured=f"{row}, mean of all columns: {_cell(rec, row, 'mean')}; before fine-tuning {_cell(rec, f'{row} without SFT', 'mean')}; best single model ({single}) {_cell(rec, single, 'mean')}; oracle {_cell(rec, 'oracle', 'mean')}; fine-tuning alone {_cell(rec, 'light SFT only', 'mean')}",
-                            verdict='holds' if set(given) <= set(better) else 'does not hold', **_where(rec.meta, f'{len(given) - 1} specialists of {rec.case.base}')))
+            single = max(given, key=lambda r: (1 if rec.case.metric == 'correct' else -1) * rec.samples(r)['mean'][0])
+            out.append(
+                dict(
+                    claim='several specialists become one model',
+                    source='first-hand',
+                    paper='not public',
+                    measured=(
+                        f"{row}, mean of all columns: {_cell(rec, row, 'mean')}; before fine-tuning"
+                        f" {_cell(rec, f'{row} without SFT', 'mean')}; best single model ({single})"
+                        f" {_cell(rec, single, 'mean')}; oracle {_cell(rec, 'oracle', 'mean')}; fine-tuning alone"
+                        f" {_cell(rec, 'light SFT only', 'mean')}"
+                    ),
+                    verdict='holds' if set(given) <= set(better) else 'does not hold',
+                    **_where(rec.meta, f'{len(given) - 1} specialists of {rec.case.base}'),
+                )
+            )
     return out
 
 # %% ../nbs/34_paper.ipynb #34-015
 def lead_rows(
-    results: dict, # name -> Recovery
-) -> list: # as `finding_rows`
+    results: dict,  # name -> Recovery
+) -> list:  # as `finding_rows`
     "Settings and shapes that public notes report."
     out = []
     for name, rec in results.items():
-        place = _where(rec.meta, f'{rec.case.target} <- {rec.case.donor}') | dict(data=', '.join([*rec.case.recovered, *rec.case.retained]))
-        best = lambda r: f"p {100*rec.best[r]['p']:g} %, lambda {rec.best[r]['lam']:g}"
-        out.append(dict(claim='settings', source='second-hand', paper='p about 1 %; lambda about 0.4 without fine-tuning, other values with it', verdict='',
-                        measured=f"chosen on validation items: without fine-tuning {best('ACT without SFT')}, with it {best('ACT')}; module-normalised {best('ACT (module-normalised) without SFT')} and {best('ACT (module-normalised)')}", **place))
+        place = _where(rec.meta, f'{rec.case.target} <- {rec.case.donor}') | dict(
+            data=', '.join([*rec.case.recovered, *rec.case.retained])
+        )
+        best = lambda r: f"p {100 * rec.best[r]['p']:g} %, lambda {rec.best[r]['lam']:g}"
+        out.append(
+            dict(
+                claim='settings',
+                source='second-hand',
+                paper='p about 1 %; lambda about 0.4 without fine-tuning, other values with it',
+                verdict='',
+                measured=(
+                    f"chosen on validation items: without fine-tuning {best('ACT without SFT')}, with it {best('ACT')};"
+                    f" module-normalised {best('ACT (module-normalised) without SFT')} and"
+                    f" {best('ACT (module-normalised)')}"
+                ),
+                **place,
+            )
+        )
     for fam in FAMILIES:
         f = recorded('concentration', fam)
         c = f.tables['curves']
         c = c[(c.condition == 'pair') & (c['rank'] == 'raw')].sort_values('score')
-        most = float(c.score[c.share <= .01].min())
-        out.append(dict(claim='a heavy tail', source='second-hand', paper='99 % of channels below a difference of 4.5, a few far above', verdict='',
-                        measured=f'99 % of channels below a difference of {most:.3g}, the largest {c.score.max():.3g}, {c.score.max()/most:.1f} times as much', **_where(f.meta, fam)))
+        most = float(c.score[c.share <= 0.01].min())
+        out.append(
+            dict(
+                claim='a heavy tail',
+                source='second-hand',
+                paper='99 % of channels below a difference of 4.5, a few far above',
+                verdict='',
+                measured=(
+                    f'99 % of channels below a difference of {most:.3g}, the largest {c.score.max():.3g},'
+                    f' {c.score.max() / most:.1f} times as much'
+                ),
+                **_where(f.meta, fam),
+            )
+        )
         d = recorded('sufficiency', fam)
         t = d.tables['doses']
-        t = t[(t.direction == 'sufficiency') & (t.lam == 1) & (t.column == 'recovered') & t.order.isin(['top, raw', 'top, module'])]
+        t = t[
+            (t.direction == 'sufficiency')
+            & (t.lam == 1)
+            & (t.column == 'recovered')
+            & t.order.isin(['top, raw', 'top, module'])
+        ]
         need = {}
         for o, g in t.groupby('order', sort=False):
             g = g.sort_values('p')
-            reached = (g.value - g.value.iloc[0])/(g.value.iloc[-1] - g.value.iloc[0]) >= .9
-            need[o] = 100*float(g.p[reached].iloc[0])
-        out.append(dict(claim='how many channels are needed', source='second-hand', paper='one model needed about 90 % of its channels', verdict='',
-                        measured='nine tenths of the recovery at ' + ', '.join(f'{v:g} % ({o})' for o, v in need.items()) + ' of the channels, without fine-tuning', **_where(d.meta, fam)))
+            reached = (g.value - g.value.iloc[0]) / (g.value.iloc[-1] - g.value.iloc[0]) >= 0.9
+            need[o] = 100 * float(g.p[reached].iloc[0])
+        out.append(
+            dict(
+                claim='how many channels are needed',
+                source='second-hand',
+                paper='one model needed about 90 % of its channels',
+                verdict='',
+                measured='nine tenths of the recovery at '
+                + ', '.join(f'{v:g} % ({o})' for o, v in need.items())
+                + ' of the channels, without fine-tuning',
+                **_where(d.meta, fam),
+            )
+        )
     return out
 
 # %% ../nbs/34_paper.ipynb #34-018
-def paper_table() -> pd.DataFrame: # claim, source, paper, measured, verdict, model, data, machine, revision
+def paper_table() -> pd.DataFrame:  # claim, source, paper, measured, verdict, model, data, machine, revision
     "Every claim of the paper beside what the recorded results say."
-    recoveries = {c: Recovery.load(RESULTS/f'recover-{c}.json') for c in ('lab', 'lab-science', 'lab-swahili', 'smollm2')}
-    return pd.DataFrame([*finding_rows(), *recovery_rows(recoveries), *merge_rows({c: Merged.load(RESULTS/f'merge-{c}.json') for c in ('lab', 'smollm2')}), *lead_rows(recoveries)])
+    recoveries = {
+        c: Recovery.load(RESULTS / f'recover-{c}.json') for c in ('lab', 'lab-science', 'lab-swahili', 'smollm2')
+    }
+    return pd.DataFrame(
+        [
+            *finding_rows(),
+            *recovery_rows(recoveries),
+            *merge_rows({c: Merged.load(RESULTS / f'merge-{c}.json') for c in ('lab', 'smollm2')}),
+            *lead_rows(recoveries),
+        ]
+    )

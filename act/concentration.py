@@ -16,47 +16,48 @@ from .masks import ChannelScores, top_p
 
 # %% ../nbs/20_concentration.ipynb #20-009
 def top_mass(
-    x,        # scores of channels, none below zero
-    q: float, # fraction of channels, in (0, 1]
-) -> float: # share of the sum
+    x,  # scores of channels, none below zero
+    q: float,  # fraction of channels, in (0, 1]
+) -> float:  # share of the sum
     "Share of the sum that the largest `q` of all channels hold."
     x = np.sort(np.asarray(x, float))[::-1]
-    return float(x[:max(1, round(q*len(x)))].sum()/x.sum()) if x.sum() else 0.
+    return float(x[: max(1, round(q * len(x)))].sum() / x.sum()) if x.sum() else 0.0
 
 # %% ../nbs/20_concentration.ipynb #20-012
 def gini(
-    x, # scores of channels, none below zero
-) -> float: # 0: all equal; (n-1)/n: one has everything
+    x,  # scores of channels, none below zero
+) -> float:  # 0: all equal; (n-1)/n: one has everything
     "Gini coefficient."
     x = np.sort(np.asarray(x, float))
     n = len(x)
-    return float(2*(np.arange(1, n+1)*x).sum()/(n*x.sum()) - (n+1)/n) if x.sum() else 0.
+    return float(2 * (np.arange(1, n + 1) * x).sum() / (n * x.sum()) - (n + 1) / n) if x.sum() else 0.0
 
 # %% ../nbs/20_concentration.ipynb #20-015
 def participation(
-    x, # scores of channels, none below zero
-) -> float: # 1: all equal; 1/n: one has everything
+    x,  # scores of channels, none below zero
+) -> float:  # 1: all equal; 1/n: one has everything
     "Participation ratio as a fraction of all channels."
     x = np.asarray(x, float)
-    return float(x.sum()**2/(len(x)*(x**2).sum())) if x.any() else 0.
+    return float(x.sum() ** 2 / (len(x) * (x**2).sum())) if x.any() else 0.0
 
 # %% ../nbs/20_concentration.ipynb #20-018
 def ccdf(
-    x,               # scores of channels
-    points: int = 200, # at most, spread evenly over the logarithm of the rank
-) -> pd.DataFrame: # score, share of channels at or above it
+    x,  # scores of channels
+    points: int = 200,  # at most, spread evenly over the logarithm of the rank
+) -> pd.DataFrame:  # score, share of channels at or above it
     "Complementary cumulative distribution, thinned for drawing."
     x = np.sort(np.asarray(x, float))[::-1]
     rank = np.unique(np.geomspace(1, len(x), points).round().astype(int))
-    return pd.DataFrame(dict(score=x[rank - 1], share=rank/len(x)))
+    return pd.DataFrame(dict(score=x[rank - 1], share=rank / len(x)))
 
 # %% ../nbs/20_concentration.ipynb #20-020
-TOPS = dict(top_0_1=.001, top_1=.01, top_5=.05, top_10=.1)
+TOPS = dict(top_0_1=0.001, top_1=0.01, top_5=0.05, top_10=0.1)
+
 
 def concentration(
-    scores: ChannelScores, # of a pair on an ability
-    rank: str = 'raw',     # 'raw', or 'module': after division by each module's mean
-) -> dict: # top_0_1, top_1, top_5, top_10, gini, participation
+    scores: ChannelScores,  # of a pair on an ability
+    rank: str = 'raw',  # 'raw', or 'module': after division by each module's mean
+) -> dict:  # top_0_1, top_1, top_5, top_10, gini, participation
     "All statistics of one set of scores."
     x = (scores.normalised() if rank == 'module' else scores).flat().double().numpy()
     return dict({k: top_mass(x, q) for k, q in TOPS.items()}, gini=gini(x), participation=participation(x))
@@ -64,48 +65,61 @@ def concentration(
 # %% ../nbs/20_concentration.ipynb #20-024
 @torch.no_grad()
 def noise_twin(
-    base, like,    # models of one shape
-    seed: int = 0, # of the noise
-): # a new model
+    base,
+    like,  # models of one shape
+    seed: int = 0,  # of the noise
+):  # a new model
     "A copy of `base` with Gaussian noise in every parameter, as long as the change from `base` to `like`."
     twin, g = copy.deepcopy(base), torch.Generator().manual_seed(seed)
     there = dict(like.named_parameters())
     for name, p in twin.named_parameters():
         noise = torch.randn(p.shape, generator=g, dtype=torch.float32).to(p.device)
-        p += (noise*((there[name].float() - p.float()).norm()/noise.norm())).to(p.dtype)
+        p += (noise * ((there[name].float() - p.float()).norm() / noise.norm())).to(p.dtype)
     return twin
 
 # %% ../nbs/20_concentration.ipynb #20-027
-CONDITIONS = { # name -> (target, donor, shuffled?) made from the pair
-    'pair':                   lambda t, d, seed: (t, d, None),
-    'noise twin':             lambda t, d, seed: (noise_twin(d, t, seed), d, None),
-    'other items':            lambda t, d, seed: (t, d, seed),
-    'one model, other items': lambda t, d, seed: (d, d, seed)}
+CONDITIONS = {  # name -> (target, donor, shuffled?) made from the pair
+    'pair': lambda t, d, seed: (t, d, None),
+    'noise twin': lambda t, d, seed: (noise_twin(d, t, seed), d, None),
+    'other items': lambda t, d, seed: (t, d, seed),
+    'one model, other items': lambda t, d, seed: (d, d, seed),
+}
 
 # %% ../nbs/20_concentration.ipynb #20-029
 def plot_ccdf(
-    curves: pd.DataFrame, # score, share, condition, rank
-    axes=None,            # two axes to draw on
+    curves: pd.DataFrame,  # score, share, condition, rank
+    axes=None,  # two axes to draw on
 ):
     "Complementary distributions of all conditions, raw and module-normalised; returns the axes."
-    if axes is None: _, axes = plt.subplots(1, 2, figsize=(2*WIDTH, 2.3), sharey=True)
+    if axes is None:
+        _, axes = plt.subplots(1, 2, figsize=(2 * WIDTH, 2.3), sharey=True)
     for ax, (r, part) in zip(axes, curves.groupby('rank', sort=False)):
-        for (name, g), style in zip(part.groupby('condition', sort=False), ('-', '--', '-.', ':')): ax.plot(g.score, g.share, style, label=name, lw=1.3)
-        ax.set(xscale='log', yscale='log', title=dict(raw='raw', module='within modules')[r], xlabel='score' + (' (module mean = 1)' if r == 'module' else ' (activation units)'))
-        wide = part.score.max() > 100*part.score.min()
+        for (name, g), style in zip(part.groupby('condition', sort=False), ('-', '--', '-.', ':')):
+            ax.plot(g.score, g.share, style, label=name, lw=1.3)
+        ax.set(
+            xscale='log',
+            yscale='log',
+            title=dict(raw='raw', module='within modules')[r],
+            xlabel='score' + (' (module mean = 1)' if r == 'module' else ' (activation units)'),
+        )
+        wide = part.score.max() > 100 * part.score.min()
         ax.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
-        ax.xaxis.set_major_formatter('{x:g}'); ax.xaxis.set_minor_formatter('')
+        ax.xaxis.set_major_formatter('{x:g}')
+        ax.xaxis.set_minor_formatter('')
     axes[0].set_ylabel('share of channels at or above')
     axes[0].legend()
     return axes
 
 # %% ../nbs/20_concentration.ipynb #20-032
 def measure(
-    fam, target, donor, tok, # a Family; a pair in memory, its tokenizer
-    seeds=(0, 1, 2),         # of items, noise and shuffles
-    resamples: int = 20,     # of the items, for each seed
+    fam,
+    target,
+    donor,
+    tok,  # a Family; a pair in memory, its tokenizer
+    seeds=(0, 1, 2),  # of items, noise and shuffles
+    resamples: int = 20,  # of the items, for each seed
     progress: bool = False,  # show a bar
-): # (statistics, curves of the first focus ability): DataFrames
+):  # (statistics, curves of the first focus ability): DataFrames
     "Every statistic under every condition on the family's focus abilities, with intervals."
     rows, curves = [], []
     for name in bar(list(CONDITIONS), progress, desc='conditions'):
@@ -115,50 +129,84 @@ def measure(
             for ability, items in collect(fam, t, d, tok, fam.focus, seed, shuffle).items():
                 for r in ('raw', 'module'):
                     full.setdefault((ability, r), []).append(concentration(items.pool(), r))
-                    draws.setdefault((ability, r), []).extend(concentration(s, r) for s in items.resamples(resamples, seed))
-                    if seed == seeds[0] and ability == next(iter(full))[0]: curves.append(ccdf((items.pool().normalised() if r == 'module' else items.pool()).flat()).assign(condition=name, rank=r))
+                    draws.setdefault((ability, r), []).extend(
+                        concentration(s, r) for s in items.resamples(resamples, seed)
+                    )
+                    if seed == seeds[0] and ability == next(iter(full))[0]:
+                        curves.append(
+                            ccdf((items.pool().normalised() if r == 'module' else items.pool()).flat()).assign(
+                                condition=name, rank=r
+                            )
+                        )
         for (ability, r), f in full.items():
-            rows += [dict(condition=name, ability=ability, rank=r, statistic=k, **estimate([o[k] for o in f], [o[k] for o in draws[ability, r]])) for k in f[0]]
+            rows += [
+                dict(
+                    condition=name,
+                    ability=ability,
+                    rank=r,
+                    statistic=k,
+                    **estimate([o[k] for o in f], [o[k] for o in draws[ability, r]]),
+                )
+                for k in f[0]
+            ]
     return pd.DataFrame(rows), pd.concat(curves)
 
 # %% ../nbs/20_concentration.ipynb #20-033
 def cells(
-    scores: ChannelScores, # of a pair on an ability
-    p: float = .05,        # fraction of all channels in the mask
-) -> pd.DataFrame: # kind, layer, channels, sum, raw, module (share of the cell's channels in each mask), gini
+    scores: ChannelScores,  # of a pair on an ability
+    p: float = 0.05,  # fraction of all channels in the mask
+) -> pd.DataFrame:  # kind, layer, channels, sum, raw, module (share of the cell's channels in each mask), gini
     "Where the scores and the top channels lie: a row for each kind of module in each layer."
     flat = {k: s.data for k, s in dict(sum=scores, raw=top_p(scores, p), module=top_p(scores, p, 'module')).items()}
     total, out = float(scores.flat().sum()), []
     groups = {}
-    for m in scores.map: groups.setdefault((m.kind, m.layer), []).append(m.path)
+    for m in scores.map:
+        groups.setdefault((m.kind, m.layer), []).append(m.path)
     for (kind, layer), paths in groups.items():
         part = {k: torch.cat([d[o] for o in paths]).float() for k, d in flat.items()}
-        out.append(dict(kind=kind, layer=-1 if layer is None else layer, channels=len(part['sum']), sum=float(part['sum'].sum())/total, raw=float(part['raw'].mean()), module=float(part['module'].mean()), gini=gini(part['sum'])))
+        out.append(
+            dict(
+                kind=kind,
+                layer=-1 if layer is None else layer,
+                channels=len(part['sum']),
+                sum=float(part['sum'].sum()) / total,
+                raw=float(part['raw'].mean()),
+                module=float(part['module'].mean()),
+                gini=gini(part['sum']),
+            )
+        )
     return pd.DataFrame(out)
 
 # %% ../nbs/20_concentration.ipynb #20-035
 def plot_cells(
-    where: pd.DataFrame, # from `cells`
-    axes=None,           # three axes to draw on
+    where: pd.DataFrame,  # from `cells`
+    axes=None,  # three axes to draw on
 ):
     "Heat maps of layers x kinds: share of the sum, share of channels in the raw mask, in the module-normalised mask; returns the axes."
     import seaborn as sns
-    if axes is None: _, axes = plt.subplots(1, 3, figsize=(2*WIDTH, 1.1 + .16*where.layer.nunique()), sharey=True)
-    for ax, (k, title) in zip(axes, dict(sum='share of the sum (%)', raw='in the raw top 5 % (%)', module='in the normalised top 5 % (%)').items()):
-        grid = where.pivot(index='layer', columns='kind', values=k)[list(where.kind.unique())]*100
-        sns.heatmap(grid.rename(index={-1: '-'}), ax=ax, cmap='viridis', linewidths=.2, cbar_kws=dict(shrink=.8))
+
+    if axes is None:
+        _, axes = plt.subplots(1, 3, figsize=(2 * WIDTH, 1.1 + 0.16 * where.layer.nunique()), sharey=True)
+    for ax, (k, title) in zip(
+        axes,
+        dict(sum='share of the sum (%)', raw='in the raw top 5 % (%)', module='in the normalised top 5 % (%)').items(),
+    ):
+        grid = where.pivot(index='layer', columns='kind', values=k)[list(where.kind.unique())] * 100
+        sns.heatmap(grid.rename(index={-1: '-'}), ax=ax, cmap='viridis', linewidths=0.2, cbar_kws=dict(shrink=0.8))
         ax.set(title=title, xlabel='', ylabel='')
-        ax.tick_params(rotation=0, axis='y'); ax.tick_params(rotation=90, axis='x')
+        ax.tick_params(rotation=0, axis='y')
+        ax.tick_params(rotation=90, axis='x')
     axes[0].set_ylabel('layer')
     return axes
 
 # %% ../nbs/20_concentration.ipynb #20-037
 PAPER = 'a small set of channels, typically fewer than 5 % of all, carries the difference'
 
+
 def study(
-    fam,                     # a Family, or its name
-    seeds=(0, 1, 2),         # of items, noise and shuffles
-    resamples: int = 20,     # of the items, for each seed
+    fam,  # a Family, or its name
+    seeds=(0, 1, 2),  # of items, noise and shuffles
+    resamples: int = 20,  # of the items, for each seed
     progress: bool = False,  # show a bar
 ) -> Finding:
     "Is the difference concentrated, and more so than where nothing was learned?"
@@ -167,62 +215,95 @@ def study(
     stats, curves = measure(fam, target, donor, tok, seeds, resamples, progress)
     focus = collect(fam, target, donor, tok, fam.focus[:1], seeds[0])
     where = cells(next(iter(focus.values())).pool())
-    tables, meta = dict(statistics=stats, curves=curves, cells=where), about(fam, seeds=list(seeds), resamples=resamples)
+    tables, meta = (
+        dict(statistics=stats, curves=curves, cells=where),
+        about(fam, seeds=list(seeds), resamples=resamples),
+    )
     return Finding('concentration', fam.name, tables, PAPER, *verdict(tables, meta), meta)
 
 # %% ../nbs/20_concentration.ipynb #20-039
 def versus(
-    stats: pd.DataFrame,      # from `measure`
-    statistic: str = 'top_5', # a column of it
-    rank: str = 'raw',        # raw or module
-) -> pd.DataFrame: # condition, value, low, high (means over abilities), and how the pair compares
+    stats: pd.DataFrame,  # from `measure`
+    statistic: str = 'top_5',  # a column of it
+    rank: str = 'raw',  # raw or module
+) -> pd.DataFrame:  # condition, value, low, high (means over abilities), and how the pair compares
     "Every condition beside the pair, averaged over abilities: 'above', 'below', or 'not told apart' when intervals overlap."
-    d = stats[(stats.statistic == statistic) & (stats['rank'] == rank)].groupby('condition', sort=False)[['value', 'low', 'high']].mean()
+    d = (
+        stats[(stats.statistic == statistic) & (stats['rank'] == rank)]
+        .groupby('condition', sort=False)[['value', 'low', 'high']]
+        .mean()
+    )
     pair = d.loc['pair']
-    side = lambda r: '' if r.name == 'pair' else 'above' if pair.low > r.high else 'below' if pair.high < r.low else 'not told apart'
+    side = lambda r: (
+        '' if r.name == 'pair' else 'above' if pair.low > r.high else 'below' if pair.high < r.low else 'not told apart'
+    )
     return d.assign(pair_is=d.apply(side, axis=1)).reset_index()
 
+
 def verdict(
-    tables: dict, # of a study
-    meta: dict,   # its provenance
-) -> tuple: # (what was measured, why it may differ)
+    tables: dict,  # of a study
+    meta: dict,  # its provenance
+) -> tuple:  # (what was measured, why it may differ)
     "The finding in words, made from the numbers."
     text, stats = [], tables['statistics']
     for r, name in (('raw', 'ranked raw'), ('module', 'within modules')):
         d = versus(stats, 'top_5', r).set_index('condition')
         nulls = '; '.join(f"{k} {show(v, 100, 1)}, the pair is {v.pair_is}" for k, v in d.iterrows() if k != 'pair')
-        text.append(f"{name}, the top 5 % of channels hold {show(d.loc['pair'], 100, 1)} % of the summed difference ({nulls})")
-    half = d.loc['pair', 'value'] >= .5 and versus(stats).set_index('condition').loc['pair', 'value'] >= .5
-    why = 'the top 5 % hold more than half here too' if half else 'the top 5 % hold less than half. These models are smaller than those of the paper, whose own statistic is not known to us; and a share of the sum counts all differences, while the paper speaks of those that matter'
+        text.append(
+            f"{name}, the top 5 % of channels hold {show(d.loc['pair'], 100, 1)} % of the summed difference ({nulls})"
+        )
+    half = d.loc['pair', 'value'] >= 0.5 and versus(stats).set_index('condition').loc['pair', 'value'] >= 0.5
+    why = (
+        'the top 5 % hold more than half here too'
+        if half
+        else (
+            'the top 5 % hold less than half. These models are smaller than those of the paper, whose own statistic is'
+            ' not known to us; and a share of the sum counts all differences, while the paper speaks of those that'
+            ' matter'
+        )
+    )
     return '; '.join(text), why
 
 # %% ../nbs/20_concentration.ipynb #20-042
 def brief(
-    tables: dict, # of a study
-    meta: dict,   # its provenance
-) -> dict: # judgement, here
+    tables: dict,  # of a study
+    meta: dict,  # its provenance
+) -> dict:  # judgement, here
     "Holds when the top 5 % hold at least half of the sum, and more than in the noise twin; in part when either is so in one ranking."
     rows = [versus(tables['statistics'], 'top_5', r).set_index('condition') for r in ('raw', 'module')]
-    half, above = [d.value['pair'] >= .5 for d in rows], [d.pair_is['noise twin'] == 'above' for d in rows]
+    half, above = [d.value['pair'] >= 0.5 for d in rows], [d.pair_is['noise twin'] == 'above' for d in rows]
     word = 'holds' if any(h and a for h, a in zip(half, above)) else 'in part' if any(half + above) else 'does not hold'
-    text = '; '.join(f"{n} {show(d.loc['pair'], 100, 1)} (noise twin {show(d.loc['noise twin'], 100, 1)})" for n, d in zip(('raw', 'within modules'), rows))
+    text = '; '.join(
+        f"{n} {show(d.loc['pair'], 100, 1)} (noise twin {show(d.loc['noise twin'], 100, 1)})"
+        for n, d in zip(('raw', 'within modules'), rows)
+    )
     return dict(judgement=word, here=f'% of the sum in the top 5 %: {text}')
 
 # %% ../nbs/20_concentration.ipynb #20-043
 def plot_statistics(
-    stats: pd.DataFrame, # from `measure`
-    ax=None,             # axes to draw on
+    stats: pd.DataFrame,  # from `measure`
+    ax=None,  # axes to draw on
 ):
     "Share of the sum in the top 5 %, every condition and ability, raw and normalised, with 95 % intervals; returns the axes."
-    if ax is None: _, ax = plt.subplots(figsize=(WIDTH, 2.4))
+    if ax is None:
+        _, ax = plt.subplots(figsize=(WIDTH, 2.4))
     d = stats[stats.statistic == 'top_5']
     names = list(d.condition.unique())
-    for (r, part), mark, off in zip(d.groupby('rank', sort=False), 'os', (-.15, .15)):
+    for (r, part), mark, off in zip(d.groupby('rank', sort=False), 'os', (-0.15, 0.15)):
         for i, (ability, g) in enumerate(part.groupby('ability', sort=False)):
-            x = np.array([names.index(c) for c in g.condition]) + off + .06*(i - 1)
-            y = 100*g[['value', 'low', 'high']].to_numpy().T
-            ax.errorbar(x, y[0], yerr=[y[0] - y[1], y[2] - y[0]], fmt=mark, ms=3, lw=.8, color=f'C{0 if r == "raw" else 1}', label=r if i == 0 else None)
-    ax.axhline(5, color='.6', lw=.8, ls=':')
+            x = np.array([names.index(c) for c in g.condition]) + off + 0.06 * (i - 1)
+            y = 100 * g[['value', 'low', 'high']].to_numpy().T
+            ax.errorbar(
+                x,
+                y[0],
+                yerr=[y[0] - y[1], y[2] - y[0]],
+                fmt=mark,
+                ms=3,
+                lw=0.8,
+                color=f'C{0 if r == "raw" else 1}',
+                label=r if i == 0 else None,
+            )
+    ax.axhline(5, color='.6', lw=0.8, ls=':')
     ax.set_xticks(range(len(names)), [n.replace(', ', ',\n') for n in names])
     ax.set_ylabel('in the top 5 % of channels\n(% of the sum)')
     ax.legend()
@@ -230,8 +311,14 @@ def plot_statistics(
 
 # %% ../nbs/20_concentration.ipynb #20-046
 def by_size(
-    findings: list,           # of one kind, on families of several widths
-    statistic: str = 'top_5', # of `concentration`
-) -> pd.DataFrame: # family, rank, condition, value, low, high
+    findings: list,  # of one kind, on families of several widths
+    statistic: str = 'top_5',  # of `concentration`
+) -> pd.DataFrame:  # family, rank, condition, value, low, high
     "One statistic of several families, averaged over abilities."
-    return pd.concat([versus(f.tables['statistics'], statistic, r).assign(family=f.family, rank=r) for f in findings for r in ('raw', 'module')])
+    return pd.concat(
+        [
+            versus(f.tables['statistics'], statistic, r).assign(family=f.family, rank=r)
+            for f in findings
+            for r in ('raw', 'module')
+        ]
+    )

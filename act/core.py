@@ -17,8 +17,10 @@ from fastcore.script import anno_parser
 from tqdm.auto import tqdm
 from . import __version__
 
-try: import fcntl
-except ImportError as e: raise ImportError("act runs on Linux and macOS, where files can be locked: on Windows, use it inside WSL") from e
+try:
+    import fcntl
+except ImportError as e:
+    raise ImportError("act runs on Linux and macOS, where files can be locked: on Windows, use it inside WSL") from e
 
 # %% ../nbs/09_core.ipynb #09-006
 PACKAGE = Path(find_spec('act').origin).parent
@@ -28,7 +30,8 @@ class ActError(ValueError):
     "What is wrong, where, and what to do about it. The only error that the library raises for bad input."
 
 # %% ../nbs/09_core.ipynb #09-101
-_held = {} # locks of this process: path -> how many blocks use it
+_held = {}  # locks of this process: path -> how many blocks use it
+
 
 @contextlib.contextmanager
 def exclusive(path, wait=0):
@@ -40,12 +43,15 @@ def exclusive(path, wait=0):
     path = Path(os.path.abspath(path))
     if path in _held:
         _held[path] += 1
-        try: yield
-        finally: _held[path] -= 1
+        try:
+            yield
+        finally:
+            _held[path] -= 1
         return
     fd, lock = _locked(path, time.monotonic() + wait)
     _held[path] = 1
-    try: yield
+    try:
+        yield
     finally:
         del _held[path]
         lock.unlink(missing_ok=True)
@@ -53,7 +59,8 @@ def exclusive(path, wait=0):
 
 # %% ../nbs/09_core.ipynb #09-102
 _BUSY = "another run is writing {} now: wait until it is done, or choose another name"
-_NO_LOCKS = errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS # of file systems that have none
+_NO_LOCKS = errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS  # of file systems that have none
+
 
 def _locked(path, until):
     "(descriptor, file) of the lock of `path`."
@@ -62,58 +69,96 @@ def _locked(path, until):
         fd = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(fd), os.stat(lock)): return fd, lock # else it was another run's, which has just ended
-        except (BlockingIOError, FileNotFoundError): pass
+            if os.path.samestat(os.fstat(fd), os.stat(lock)):
+                return fd, lock  # else it was another run's, which has just ended
+        except (BlockingIOError, FileNotFoundError):
+            pass
         except OSError as e:
-            if e.errno in _NO_LOCKS: return fd, lock
+            if e.errno in _NO_LOCKS:
+                return fd, lock
             raise
         os.close(fd)
-        if time.monotonic() >= until: raise ActError(_BUSY.format(path))
-        time.sleep(.01)
+        if time.monotonic() >= until:
+            raise ActError(_BUSY.format(path))
+        time.sleep(0.01)
 
 # %% ../nbs/09_core.ipynb #09-104
-def _disk_failed(e): return isinstance(e, OSError) and e.errno and not isinstance(e, (FileNotFoundError, ConnectionError, TimeoutError)) or any(o in str(e) for o in ('IoError', 'I/O error', 'PytorchStreamWriter'))
+def _disk_failed(e):
+    return (
+        isinstance(e, OSError)
+        and e.errno
+        and not isinstance(e, (FileNotFoundError, ConnectionError, TimeoutError))
+        or any(o in str(e) for o in ('IoError', 'I/O error', 'PytorchStreamWriter'))
+    )
+
 
 @contextlib.contextmanager
 def writing(path):
     "What the disk refuses inside the block becomes one ActError about `path`."
-    try: yield
-    except ActError: raise
+    try:
+        yield
+    except ActError:
+        raise
     except Exception as e:
-        if not _disk_failed(e): raise
+        if not _disk_failed(e):
+            raise
         why = getattr(e, 'strerror', None) or str(e).splitlines()[0][:200]
         raise ActError(f"cannot write {path} ({why}): check the disk, its free space and its permissions") from e
 
 # %% ../nbs/09_core.ipynb #09-402
 def _check_parent(path):
     there = next(p for p in Path(os.path.abspath(path)).parents if p.exists())
-    if not there.is_dir(): raise ActError(f"cannot create the folder {path.parent} ({there} is a file): choose another output path")
-    if not os.access(there, os.W_OK): raise ActError(f"the folder {path.parent if path.parent.exists() else there} is read-only: choose another output path")
+    if not there.is_dir():
+        raise ActError(f"cannot create the folder {path.parent} ({there} is a file): choose another output path")
+    if not os.access(there, os.W_OK):
+        raise ActError(
+            f"the folder {path.parent if path.parent.exists() else there} is read-only: choose another output path"
+        )
     return there
+
 
 def _check_free(path):
     "No other process holds the lock of `path`."
-    if Path(os.path.abspath(path)) in _held: return
-    try: fd = os.open(path.with_name(f'.{path.name}.lock'), os.O_RDWR)
-    except OSError: return
-    try: fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError: raise ActError(_BUSY.format(path)) from None
-    except OSError: pass # of a file system without locks
-    finally: os.close(fd)
+    if Path(os.path.abspath(path)) in _held:
+        return
+    try:
+        fd = os.open(path.with_name(f'.{path.name}.lock'), os.O_RDWR)
+    except OSError:
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ActError(_BUSY.format(path)) from None
+    except OSError:
+        pass  # of a file system without locks
+    finally:
+        os.close(fd)
 
 # %% ../nbs/09_core.ipynb #09-403
 def check_room(path, need, ours=0):
     "ActError unless `need` bytes fit on the disk of `path`, where `ours` bytes will be written over."
     free = shutil.disk_usage(_check_parent(Path(path))).free + ours
-    if need > free: raise ActError(f"no room on disk for {path}: {need/1e6:,.0f} MB needed, {free/1e6:,.0f} MB free: free some space or choose another disk")
+    if need > free:
+        raise ActError(
+            f"no room on disk for {path}: {need / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free: free some space or"
+            " choose another disk"
+        )
 
-def _partial(path): return path.with_name(f'.{path.name}.partial')
-def _bytes_in(folder): return sum(f.stat().st_size for f in folder.rglob('*') if f.is_file())
+
+def _partial(path):
+    return path.with_name(f'.{path.name}.partial')
+
+
+def _bytes_in(folder):
+    return sum(f.stat().st_size for f in folder.rglob('*') if f.is_file())
 
 # %% ../nbs/09_core.ipynb #09-405
-_dry = None # in a dry run: what would be written, path -> about how many bytes
+_dry = None  # in a dry run: what would be written, path -> about how many bytes
 
-class _DryRun(BaseException): "Where a dry run ends."
+
+class _DryRun(BaseException):
+    "Where a dry run ends."
+
 
 def _place(path, need=0, end=False):
     "ActError unless `path` can be written; a dry run notes it, and ends here if `end`."
@@ -121,37 +166,53 @@ def _place(path, need=0, end=False):
     _check_parent(path)
     _check_free(path)
     check_room(path, need, _bytes_in(_partial(path)))
-    if _dry is not None: _dry[str(path)] = max(need, _dry.get(str(path), 0))
-    if end: begin()
+    if _dry is not None:
+        _dry[str(path)] = max(need, _dry.get(str(path), 0))
+    if end:
+        begin()
 
-def size_text(n, form=',.3g'): return next((f'{n/k:{form}} {u}' for k, u in ((1e12, 'TB'), (1e9, 'GB'), (1e6, 'MB'), (1e3, 'kB')) if n >= k), f'{n:,.0f} bytes')
+
+def size_text(n, form=',.3g'):
+    return next(
+        (f'{n / k:{form}} {u}' for k, u in ((1e12, 'TB'), (1e9, 'GB'), (1e6, 'MB'), (1e3, 'kB')) if n >= k),
+        f'{n:,.0f} bytes',
+    )
 
 # %% ../nbs/09_core.ipynb #09-406
 def begin(
-    reads=(),      # models, abilities and files that are read
-    writes=None,   # path -> about how many bytes will be written there
-    work: str = '', # how much there is to do
+    reads=(),  # models, abilities and files that are read
+    writes=None,  # path -> about how many bytes will be written there
+    work: str = '',  # how much there is to do
 ):
     "Inputs are read and checked, the work begins: the places to write are checked as well, and a dry run says what it would do and ends."
-    for path, need in (writes or {}).items(): _place(path, need)
-    if _dry is None: return
-    said = dict(reads=', '.join(map(str, reads)), writes=', '.join(f'{p} (about {size_text(n)})' if n else p for p, n in _dry.items()), work=work)
+    for path, need in (writes or {}).items():
+        _place(path, need)
+    if _dry is None:
+        return
+    said = dict(
+        reads=', '.join(map(str, reads)),
+        writes=', '.join(f'{p} (about {size_text(n)})' if n else p for p, n in _dry.items()),
+        work=work,
+    )
     raise _DryRun('\n'.join(['dry run, nothing was written', *(f'{k}: {v}' for k, v in said.items() if v)]))
 
 # %% ../nbs/09_core.ipynb #09-422
-def is_dry(): return _dry is not None
+def is_dry():
+    return _dry is not None
 
 # %% ../nbs/09_core.ipynb #09-013
 @contextlib.contextmanager
 def atomic_file(
-    path, # final name of the file; an existing file is replaced
+    path,  # final name of the file; an existing file is replaced
 ):
     "A temporary path beside `path`, renamed to it when the block ends without an error."
     path = Path(path)
-    if _dry is not None: _place(path, end=True)
+    if _dry is not None:
+        _place(path, end=True)
     writable_parent(path)
     with writing(path), exclusive(path, wait=10):
-        if _held[Path(os.path.abspath(path))] == 1: _sweep(path)
+        if _held[Path(os.path.abspath(path))] == 1:
+            _sweep(path)
         fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
         os.close(fd)
         try:
@@ -160,7 +221,8 @@ def atomic_file(
             flush(tmp)
             os.replace(tmp, path)
             flush(path.parent)
-        finally: Path(tmp).unlink(missing_ok=True)
+        finally:
+            Path(tmp).unlink(missing_ok=True)
 
 # %% ../nbs/09_core.ipynb #09-014
 def _umask():
@@ -168,38 +230,49 @@ def _umask():
     os.umask(mask)
     return mask
 
+
 def flush(path):
     "What was written under `path` is on the disk, not in memory only."
     fd = os.open(path, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
 
 def _sweep(path):
     "Remove what killed runs left of `path`."
-    for f in path.parent.glob(f'.{path.name}.*.tmp'): f.unlink(missing_ok=True)
+    for f in path.parent.glob(f'.{path.name}.*.tmp'):
+        f.unlink(missing_ok=True)
+
 
 def writable_parent(path):
     _check_parent(path)
-    if _dry is not None: return
-    try: path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise ActError(f"cannot create the folder {path.parent} ({e.strerror}): choose another output path") from e
+    if _dry is not None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ActError(f"cannot create the folder {path.parent} ({e.strerror}): choose another output path") from e
 
 # %% ../nbs/09_core.ipynb #09-017
 def check_absent(
-    path, # where output will go
+    path,  # where output will go
 ) -> Path:
     "The path, or ActError when something is there already."
-    if Path(path).exists(): raise ActError(f"the output folder {path} exists already: remove it or choose another name")
+    if Path(path).exists():
+        raise ActError(f"the output folder {path} exists already: remove it or choose another name")
     return Path(path)
 
 # %% ../nbs/09_core.ipynb #09-105
-_kept = [] # places where this process left work half done, to go on from
+_kept = []  # places where this process left work half done, to go on from
+
 
 @contextlib.contextmanager
 def work_folder(
-    path,             # final name of the output, a file or a folder
+    path,  # final name of the output, a file or a folder
     key: str = None,  # a hash of everything that decides the output; without it nothing is ever resumed
-    need: int = 0,    # bytes that will be written; checked against the free space first
+    need: int = 0,  # bytes that will be written; checked against the free space first
 ):
     "A folder `.NAME.partial` beside `path` for one run at a time; a run with the same key takes over what a killed one left there. Inside another such block for `path` it is that block's folder."
     path = Path(path)
@@ -210,111 +283,148 @@ def work_folder(
         return
     writable_parent(path)
     with writing(path), exclusive(path):
-        note = work/'key'
-        if not inner and not (key and note.is_file() and note.read_text() == key): shutil.rmtree(work, ignore_errors=True)
+        note = work / 'key'
+        if not inner and not (key and note.is_file() and note.read_text() == key):
+            shutil.rmtree(work, ignore_errors=True)
         check_room(path, need, 0 if inner else _bytes_in(work))
         try:
             work.mkdir(exist_ok=True)
-            if key and not inner: note.write_text(key)
+            if key and not inner:
+                note.write_text(key)
             yield work
-            if not inner: shutil.rmtree(work)
+            if not inner:
+                shutil.rmtree(work)
         except BaseException as e:
-            if inner: raise
-            if not key or isinstance(e, ActError) or _disk_failed(e): shutil.rmtree(work, ignore_errors=True)
-            else: _kept.append(path)
+            if inner:
+                raise
+            if not key or isinstance(e, ActError) or _disk_failed(e):
+                shutil.rmtree(work, ignore_errors=True)
+            else:
+                _kept.append(path)
             raise
 
 # %% ../nbs/09_core.ipynb #09-020
 @contextlib.contextmanager
 def atomic_folder(
-    path,            # final name of the folder; it must not exist yet
-    need: int = 0,   # bytes that will be written; checked against the free space first
-    key: str = None, # as in `work_folder`
+    path,  # final name of the folder; it must not exist yet
+    need: int = 0,  # bytes that will be written; checked against the free space first
+    key: str = None,  # as in `work_folder`
 ):
     "A folder that is renamed to `path` when the block ends without an error."
     path = check_absent(path)
-    if _dry is not None: _place(path, need, end=True)
+    if _dry is not None:
+        _place(path, need, end=True)
     with work_folder(path, key, need) as work:
-        check_absent(path) # it may have appeared while its lock was waited for
-        tmp = work/'out'
-        if not key: shutil.rmtree(tmp, ignore_errors=True) # of a killed run
+        check_absent(path)  # it may have appeared while its lock was waited for
+        tmp = work / 'out'
+        if not key:
+            shutil.rmtree(tmp, ignore_errors=True)  # of a killed run
         tmp.mkdir(exist_ok=True)
         yield tmp
         for f in (*(f for f in tmp.rglob('*') if f.is_file()), tmp):
             os.chmod(f, (0o777 if f is tmp else 0o666) & ~_umask())
             flush(f)
-        try: os.rename(tmp, path)
-        except OSError as e: raise ActError(f"the output folder {path} appeared while it was being written: remove it or choose another name") from e
+        try:
+            os.rename(tmp, path)
+        except OSError as e:
+            raise ActError(
+                f"the output folder {path} appeared while it was being written: remove it or choose another name"
+            ) from e
         flush(path.parent)
 
 # %% ../nbs/09_core.ipynb #09-023
 def write_json(
     obj,  # anything `json` can write
-    path, # final name of the file
+    path,  # final name of the file
 ) -> Path:
     "Write `obj` as JSON, atomically, and return the path."
-    with atomic_file(path) as tmp: tmp.write_text(json.dumps(obj, indent=1, ensure_ascii=False) + '\n')
+    with atomic_file(path) as tmp:
+        tmp.write_text(json.dumps(obj, indent=1, ensure_ascii=False) + '\n')
     return Path(path)
 
 # %% ../nbs/09_core.ipynb #09-302
-JSON_LIMIT = 16 << 20 # bytes of one text
+JSON_LIMIT = 16 << 20  # bytes of one text
+
 
 def parse_json(
-    source,            # a Path, or text as str or UTF-8 bytes
-    nan: bool = False, # let NaN and infinity pass, as `write_json` writes them
-): # raises ValueError that says what is wrong; OSError when a file cannot be read
+    source,  # a Path, or text as str or UTF-8 bytes
+    nan: bool = False,  # let NaN and infinity pass, as `write_json` writes them
+):  # raises ValueError that says what is wrong; OSError when a file cannot be read
     "What a JSON text that is not trusted holds."
     if isinstance(source, Path):
-        with open(source, 'rb') as f: source = f.read(JSON_LIMIT + 1)
-    if len(source) > JSON_LIMIT: raise ValueError(f'more than {JSON_LIMIT:,} bytes of JSON')
+        with open(source, 'rb') as f:
+            source = f.read(JSON_LIMIT + 1)
+    if len(source) > JSON_LIMIT:
+        raise ValueError(f'more than {JSON_LIMIT:,} bytes of JSON')
     text = source if isinstance(source, str) else source.decode()
-    try: d = json.loads(text, object_pairs_hook=_once, **({} if nan else dict(parse_constant=_finite, parse_float=_finite)))
-    except RecursionError as e: raise ValueError('it nests too deeply') from e
-    if _depth(d) > 100: raise ValueError('it nests too deeply')
-    if '\\u' in text: json.dumps(d, ensure_ascii=False).encode() # half of a surrogate pair is no character
+    try:
+        d = json.loads(
+            text, object_pairs_hook=_once, **({} if nan else dict(parse_constant=_finite, parse_float=_finite))
+        )
+    except RecursionError as e:
+        raise ValueError('it nests too deeply') from e
+    if _depth(d) > 100:
+        raise ValueError('it nests too deeply')
+    if '\\u' in text:
+        json.dumps(d, ensure_ascii=False).encode()  # half of a surrogate pair is no character
     return d
 
 # %% ../nbs/09_core.ipynb #09-303
 def _once(pairs):
     d, seen = dict(pairs), set()
-    if len(d) < len(pairs): raise ValueError(f'the key {next(k for k, _ in pairs if k in seen or seen.add(k))!r:.100} comes twice')
+    if len(d) < len(pairs):
+        raise ValueError(f'the key {next(k for k, _ in pairs if k in seen or seen.add(k))!r:.100} comes twice')
     return d
+
 
 def _finite(s):
     x = float(s)
-    if not abs(x) < float('inf'): raise ValueError(f'{s:.20} is not a finite number')
+    if not abs(x) < float('inf'):
+        raise ValueError(f'{s:.20} is not a finite number')
     return x
+
 
 def _depth(d):
     level, n = [[d]], 0
-    while level: level, n = [x for o in level for x in (o.values() if isinstance(o, dict) else o) if isinstance(x, (dict, list))], n + 1
+    while level:
+        level, n = (
+            [x for o in level for x in (o.values() if isinstance(o, dict) else o) if isinstance(x, (dict, list))],
+            n + 1,
+        )
     return n
 
 # %% ../nbs/09_core.ipynb #09-024
 def read_json(
-    path,        # file to read
-    format: str, # what it must say under "format"
-    noun: str,   # what it should be, for the message
+    path,  # file to read
+    format: str,  # what it must say under "format"
+    noun: str,  # what it should be, for the message
     maker: str,  # the command that makes one
-    make=None,   # function of what was read, by default left as it is; a key that it misses, or a value that it cannot use, is an ActError too
-): # raises ActError when it is absent, not JSON, of another format, or incomplete
+    make=None,  # function of what was read, by default left as it is; a key that it misses, or a value that it cannot use, is an ActError too
+):  # raises ActError when it is absent, not JSON, of another format, or incomplete
     "Read a result file of this package."
-    try: d = parse_json(Path(path), nan=True)
-    except (OSError, ValueError) as e: raise ActError(f"{path} is not a readable {noun} ({e}): make it with {maker}") from e
-    if not isinstance(d, dict) or d.get('format') != format: raise ActError(f"{path} is not of the format {format} ({noun}): make it with {maker}")
-    try: return make(d) if make else d
-    except KeyError as e: raise ActError(f"{path} lacks {str(e.args[0])[:100]!r} ({noun}): make it with {maker}") from e
-    except (TypeError, ValueError, AttributeError, IndexError) as e: raise ActError(f"{path} is not a usable {noun} ({str(e)[:200]}): make it with {maker}") from e
+    try:
+        d = parse_json(Path(path), nan=True)
+    except (OSError, ValueError) as e:
+        raise ActError(f"{path} is not a readable {noun} ({e}): make it with {maker}") from e
+    if not isinstance(d, dict) or d.get('format') != format:
+        raise ActError(f"{path} is not of the format {format} ({noun}): make it with {maker}")
+    try:
+        return make(d) if make else d
+    except KeyError as e:
+        raise ActError(f"{path} lacks {str(e.args[0])[:100]!r} ({noun}): make it with {maker}") from e
+    except (TypeError, ValueError, AttributeError, IndexError) as e:
+        raise ActError(f"{path} is not a usable {noun} ({str(e)[:200]}): make it with {maker}") from e
 
 # %% ../nbs/09_core.ipynb #09-027
 def sha256(
-    *chunks: bytes | str, # what to hash, in order
+    *chunks: bytes | str,  # what to hash, in order
 ) -> str:
     "Hexadecimal SHA-256 of the chunks, each preceded by its length so that no two lists collide."
     h = hashlib.sha256()
     for c in chunks:
         c = c.encode() if isinstance(c, str) else c
-        h.update(len(c).to_bytes(8, 'little')); h.update(c)
+        h.update(len(c).to_bytes(8, 'little'))
+        h.update(c)
     return h.hexdigest()
 
 # %% ../nbs/09_core.ipynb #09-029
@@ -324,33 +434,50 @@ def git_revision() -> str:
     run = lambda *a: subprocess.run(['git', '-C', str(PACKAGE), *a], capture_output=True, text=True, timeout=10)
     try:
         top, rev = run('rev-parse', '--show-toplevel'), run('rev-parse', '--short=12', 'HEAD')
-        if rev.returncode or not (Path(top.stdout.strip())/'settings.ini').exists(): return version_of('act-transfer')
+        if rev.returncode or not (Path(top.stdout.strip()) / 'settings.ini').exists():
+            return version_of('act-transfer')
         return rev.stdout.strip() + ('+' if run('status', '--porcelain', '-uno').stdout.strip() else '')
-    except (OSError, subprocess.TimeoutExpired): return version_of('act-transfer')
+    except (OSError, subprocess.TimeoutExpired):
+        return version_of('act-transfer')
 
 # %% ../nbs/09_core.ipynb #09-030
 @functools.cache
 def version_of(name):
-    try: return metadata.version(name)
-    except metadata.PackageNotFoundError: return 'not installed'
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return 'not installed'
+
 
 @functools.cache
 def _cpu():
-    try: return next(l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name'))
-    except (OSError, StopIteration): return platform.processor() or platform.machine()
+    try:
+        return next(
+            l.split(':')[1].strip()
+            for l in Path('/proc/cpuinfo').read_text().splitlines()
+            if l.startswith('model name')
+        )
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 # %% ../nbs/09_core.ipynb #09-031
 def origin() -> dict:
     "Git revision, versions and machine: what a file may say whose bytes must not change from run to run."
     import torch
+
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     libs = 'torch transformers datasets accelerate peft safetensors lm-eval'.split()
-    return dict(git=git_revision(), versions=dict(python=platform.python_version(), act=version_of('act-transfer'), **{o: version_of(o) for o in libs}),
-                machine=dict(cpu=_cpu(), cores=os.cpu_count(), gpu=gpu, system=platform.system()))
+    return dict(
+        git=git_revision(),
+        versions=dict(
+            python=platform.python_version(), act=version_of('act-transfer'), **{o: version_of(o) for o in libs}
+        ),
+        machine=dict(cpu=_cpu(), cores=os.cpu_count(), gpu=gpu, system=platform.system()),
+    )
 
 # %% ../nbs/09_core.ipynb #09-110
 def provenance(
-    **more, # what else belongs to this result: config, seed, hashes
+    **more,  # what else belongs to this result: config, seed, hashes
 ) -> dict:
     "What a result file must say about its origin: time, git revision, versions, machine, and `more`."
     return dict(time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), **origin(), **more)
@@ -361,122 +488,189 @@ def quiet():
     "Progress bars, log messages below errors and notices of future changes, of transformers and datasets, are off inside the block."
     import datasets
     from transformers.utils import logging as hf
+
     bars, level, shown = hf.is_progress_bar_enabled(), hf.get_verbosity(), datasets.utils.are_progress_bars_disabled()
-    hf.disable_progress_bar(); hf.set_verbosity_error(); datasets.disable_progress_bars()
+    hf.disable_progress_bar()
+    hf.set_verbosity_error()
+    datasets.disable_progress_bars()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', FutureWarning)
             yield
     finally:
         hf.set_verbosity(level)
-        if bars: hf.enable_progress_bar()
-        if not shown: datasets.enable_progress_bars()
+        if bars:
+            hf.enable_progress_bar()
+        if not shown:
+            datasets.enable_progress_bars()
 
 # %% ../nbs/09_core.ipynb #09-038
 class _Lines:
     "What tqdm draws, as lines of a log."
-    def write(self, s):
-        if s := s.strip(): print(s, file=sys.stderr, flush=True)
-    def flush(self): pass
 
-def _log(): # options of tqdm where nobody watches
-    return dict(file=_Lines(), delay=30, mininterval=30, miniters=1, bar_format='{desc} {n_fmt} of {total_fmt} {unit}, {elapsed} ({remaining} left)')
+    def write(self, s):
+        if s := s.strip():
+            print(s, file=sys.stderr, flush=True)
+
+    def flush(self):
+        pass
+
+
+def _log():  # options of tqdm where nobody watches
+    return dict(
+        file=_Lines(),
+        delay=30,
+        mininterval=30,
+        miniters=1,
+        bar_format='{desc} {n_fmt} of {total_fmt} {unit}, {elapsed} ({remaining} left)',
+    )
 
 # %% ../nbs/09_core.ipynb #09-409
 def bar(
-    items=None,            # what to go through; none for a bar that is moved by hand
-    progress: bool = True, # show it
-    **kwargs,              # of tqdm: total, desc, unit
+    items=None,  # what to go through; none for a bar that is moved by hand
+    progress: bool = True,  # show it
+    **kwargs,  # of tqdm: total, desc, unit
 ):
     "A progress bar for notebooks and terminals (tqdm); a line every half minute for logs."
     plain = not sys.stderr.isatty() and 'ipykernel' not in sys.modules
-    off = dict(disable=True) if not progress or os.environ.get('TQDM_DISABLE') else {} # which tqdm itself overlooks in notebooks
+    off = (
+        dict(disable=True) if not progress or os.environ.get('TQDM_DISABLE') else {}
+    )  # which tqdm itself overlooks in notebooks
     return tqdm(items, **kwargs | (_log() if plain else {}) | off)
 
 # %% ../nbs/09_core.ipynb #09-202
-def processes() -> tuple: # (number of this process, how many there are)
+def processes() -> tuple:  # (number of this process, how many there are)
     "This process among those that `torchrun` or `accelerate launch` started; the first call connects them, and makes `cuda` the process's own device."
-    if 'RANK' not in os.environ or int(os.environ.get('WORLD_SIZE', 1)) == 1: return 0, 1
+    if 'RANK' not in os.environ or int(os.environ.get('WORLD_SIZE', 1)) == 1:
+        return 0, 1
     import torch
+
     if not torch.distributed.is_initialized():
-        if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
         torch.distributed.init_process_group()
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 # %% ../nbs/09_core.ipynb #09-203
 def gathered(
-    obj=None, # anything that can be pickled
-) -> list: # one object a process, in their order, the same list everywhere
+    obj=None,  # anything that can be pickled
+) -> list:  # one object a process, in their order, the same list everywhere
     "What every process holds; it returns when all have come here."
     _, n = processes()
-    if n == 1: return [obj]
+    if n == 1:
+        return [obj]
     from torch.distributed import all_gather_object
-    out = [None]*n
+
+    out = [None] * n
     all_gather_object(out, obj)
     return out
 
 # %% ../nbs/09_core.ipynb #09-204
 def from_first(
-    f, # a function without arguments
+    f,  # a function without arguments
 ):
     "What `f()` returns on the first process, on all of them; when it raises an ActError there, the others stop without another message."
     value = error = None
     if not processes()[0]:
-        try: value = f()
-        except ActError as e: error = e
+        try:
+            value = f()
+        except ActError as e:
+            error = e
     value, failed = gathered((value, error is not None))[0]
-    if error: raise error
-    if failed: raise SystemExit(2)
+    if error:
+        raise error
+    if failed:
+        raise SystemExit(2)
     return value
 
 # %% ../nbs/09_core.ipynb #09-502
 class ActWarning(UserWarning):
     "Something to know about an input that is used all the same."
 
+
 def warn(
-    text: str, # what it is, where, and what could be done about it
+    text: str,  # what it is, where, and what could be done about it
 ):
     "Warn once; of several processes the first one does."
-    if not processes()[0]: warnings.warn(text, ActWarning, stacklevel=3)
+    if not processes()[0]:
+        warnings.warn(text, ActWarning, stacklevel=3)
 
 # %% ../nbs/09_core.ipynb #09-041
 def _parser(f):
     "fastcore's parser, where a parameter without a default is a required option, with examples, exit codes and the page in the docs below."
     p, name, params = anno_parser(f, f.__name__), f.__name__, inspect.signature(f).parameters
     for a in p._actions:
-        a.help = (a.help or '').removesuffix(' (default: False)' if a.const is True else ' (default: )') if a.help is not argparse.SUPPRESS else a.help
-        if a not in p._positionals._group_actions: continue
-        a.required = False # what is missing is said in one line for all
-        if a.dest == 'action': a.nargs = '?'
-        else: a.option_strings = [f'--{a.dest}']; p._option_string_actions[f'--{a.dest}'] = a
+        a.help = (
+            (a.help or '').removesuffix(' (default: False)' if a.const is True else ' (default: )')
+            if a.help is not argparse.SUPPRESS
+            else a.help
+        )
+        if a not in p._positionals._group_actions:
+            continue
+        a.required = False  # what is missing is said in one line for all
+        if a.dest == 'action':
+            a.nargs = '?'
+        else:
+            a.option_strings = [f'--{a.dest}']
+            p._option_string_actions[f'--{a.dest}'] = a
     p._positionals.title = 'required'
-    if 'dry_run' not in params: p.add_argument('--dry_run', action='store_true', help='check everything, say what would be written, and stop')
+    if 'dry_run' not in params:
+        p.add_argument('--dry_run', action='store_true', help='check everything, say what would be written, and stop')
     p.add_argument('--version', action='version', version=f'act {__version__}', help='show the version and stop')
     p.formatter_class = type('_Help', (p.formatter_class, argparse.RawDescriptionHelpFormatter), {})
     what, *quoted = f.__doc__.split('`')
-    p.usage, p.description = ' '.join([name, *(f'--{n} {n.upper()}' if f'--{n}' in p._option_string_actions else n for n in _required(f)), '[options]']), what.rstrip(' :\n')
-    p.epilog = 'example:\n' + ''.join(f'  {e}\n' for e in quoted[::2]) + f'\nexit codes: 0 done, 2 wrong input, 130 interrupted\ndocs: {_page(f)}'
-    def error(message): raise ActError(f'{message}: see {name} --help')
+    p.usage, p.description = (
+        ' '.join(
+            [
+                name,
+                *(f'--{n} {n.upper()}' if f'--{n}' in p._option_string_actions else n for n in _required(f)),
+                '[options]',
+            ]
+        ),
+        what.rstrip(' :\n'),
+    )
+    p.epilog = (
+        'example:\n'
+        + ''.join(f'  {e}\n' for e in quoted[::2])
+        + f'\nexit codes: 0 done, 2 wrong input, 130 interrupted\ndocs: {_page(f)}'
+    )
+
+    def error(message):
+        raise ActError(f'{message}: see {name} --help')
+
     p.error = error
     return p
 
-def _required(f): return [n for n, p in inspect.signature(f).parameters.items() if p.default is p.empty]
+
+def _required(f):
+    return [n for n, p in inspect.signature(f).parameters.items() if p.default is p.empty]
 
 # %% ../nbs/09_core.ipynb #09-411
 def _page(f):
     "Where the docs have a function."
     from act._modidx import d
+
     page = d['syms'].get(f.__module__, {}).get(f'{f.__module__}.{f.__name__}', ('',))[0]
     return f"{d['settings']['doc_host']}{d['settings']['doc_baseurl']}/{page}"
+
 
 def _ask(f, given):
     "ActError that names what is required and not given."
     missing = [n if n == 'action' else f'--{n}' for n in _required(f) if given.get(n) in (None, '')]
-    if missing: raise ActError(f"{f.__name__} needs {' and '.join([', '.join(missing[:-1])]*(len(missing) > 1) + missing[-1:])}: see {f.__name__} --help")
+    if missing:
+        raise ActError(
+            f"{f.__name__} needs {' and '.join([', '.join(missing[:-1])] * (len(missing) > 1) + missing[-1:])}: see"
+            f" {f.__name__} --help"
+        )
+
 
 def _unknown(p, word):
-    near = difflib.get_close_matches(word.split('=')[0], [o for o in p._option_string_actions if o not in ('--pdb', '--xtra')], 1)
-    return ActError(f"{p.prog} does not know {word}{f' (did you mean {near[0]}?)' if near else ''}: see {p.prog} --help")
+    near = difflib.get_close_matches(
+        word.split('=')[0], [o for o in p._option_string_actions if o not in ('--pdb', '--xtra')], 1
+    )
+    return ActError(
+        f"{p.prog} does not know {word}{f' (did you mean {near[0]}?)' if near else ''}: see {p.prog} --help"
+    )
 
 # %% ../nbs/09_core.ipynb #09-412
 def _run(f):
@@ -486,70 +680,99 @@ def _run(f):
         p = _parser(f)
         options, extra = p.parse_known_args()
         options = {k: v for k, v in vars(options).items() if k not in ('pdb', 'xtra')}
-        if extra: raise _unknown(p, extra[0])
+        if extra:
+            raise _unknown(p, extra[0])
         _dry = {} if options['dry_run'] else None
-        if 'dry_run' not in inspect.signature(f).parameters: del options['dry_run']
+        if 'dry_run' not in inspect.signature(f).parameters:
+            del options['dry_run']
         _ask(f, options)
-        gc.freeze() # what was imported stays: the collector need not look at it again and again
-        with _warnings_as_lines(): f(**options)
-    except ActError as e: return _say(f'error: {e}', 2)
-    except _DryRun as e: print(e) if not processes()[0] else None
+        gc.freeze()  # what was imported stays: the collector need not look at it again and again
+        with _warnings_as_lines():
+            f(**options)
+    except ActError as e:
+        return _say(f'error: {e}', 2)
+    except _DryRun as e:
+        print(e) if not processes()[0] else None
     except KeyboardInterrupt as e:
         bars = list(getattr(tqdm, '_instances', ()))
-        for b in bars: b.close() # one that ends later would write behind the message
-        how = str(e) or ('give the same command again to go on' if _kept else 'nothing is left of this run, the same command starts it again')
-        return _say('\n'*(not bars and sys.stderr.isatty()) + f'interrupted: {how}', 130)
-    finally: _dry = None
+        for b in bars:
+            b.close()  # one that ends later would write behind the message
+        how = str(e) or (
+            'give the same command again to go on'
+            if _kept
+            else 'nothing is left of this run, the same command starts it again'
+        )
+        return _say('\n' * (not bars and sys.stderr.isatty()) + f'interrupted: {how}', 130)
+    finally:
+        _dry = None
+
 
 def _say(text, code):
     print(text, file=sys.stderr)
     return code
+
 
 @contextlib.contextmanager
 def _warnings_as_lines():
     "An `ActWarning` is a line on standard error, the same one once."
     said = set()
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore', FutureWarning) # of libraries, about their own next version
+        warnings.simplefilter('ignore', FutureWarning)  # of libraries, about their own next version
         warnings.simplefilter('always', ActWarning)
         other = warnings.showwarning
+
         def show(message, category, *args, **kwargs):
-            if not issubclass(category, ActWarning): return other(message, category, *args, **kwargs)
-            if str(message) not in said: _say(f'warning: {message}', 0)
+            if not issubclass(category, ActWarning):
+                return other(message, category, *args, **kwargs)
+            if str(message) not in said:
+                _say(f'warning: {message}', 0)
             said.add(str(message))
+
         warnings.showwarning = show
         yield
 
 # %% ../nbs/09_core.ipynb #09-413
 def command(f):
     "Make `f` a command, with options and help from its signature, docments and docstring; an `ActError` becomes one line and exit code 2."
+
     @functools.wraps(f)
     def _command(*args, **kwargs):
         if args or kwargs:
             _ask(f, inspect.signature(f).bind_partial(*args, **kwargs).arguments)
             return f(*args, **kwargs)
         try:
-            try: return _run(f)
-            finally: sys.stdout.flush()
-        except BrokenPipeError: # nobody reads any more, as in act_x | head
-            for s in (sys.stdout, sys.stderr): os.dup2(os.open(os.devnull, os.O_WRONLY), s.fileno())
+            try:
+                return _run(f)
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:  # nobody reads any more, as in act_x | head
+            for s in (sys.stdout, sys.stderr):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), s.fileno())
             return 141
+
     _command.parser = functools.partial(_parser, f)
     return _command
 
 # %% ../nbs/09_core.ipynb #09-419
 def next_step(
-    name: str, # of a command, with an action that belongs to it
-    **options, # its options, as far as they are known
+    name: str,  # of a command, with an action that belongs to it
+    **options,  # its options, as far as they are known
 ):
     "Print the command that comes next, quoted for the shell."
     print('next:', name, option_line(options))
 
-def option_line(options): return shlex.join(w for k, v in options.items() if v is not None and v is not False for w in ([f'--{k}'] if v is True else [f'--{k}', str(v)]))
+
+def option_line(options):
+    return shlex.join(
+        w
+        for k, v in options.items()
+        if v is not None and v is not False
+        for w in ([f'--{k}'] if v is True else [f'--{k}', str(v)])
+    )
 
 # %% ../nbs/09_core.ipynb #09-600
 def imported(
-    where: str, # 'module:name'
+    where: str,  # 'module:name'
 ):
     "What a registry names by a string, imported when it is first asked for."
     module, _, name = where.partition(':')
@@ -557,15 +780,15 @@ def imported(
 
 # %% ../nbs/09_core.ipynb #09-420
 def beside(
-    path, # of a file
-    name: str, # of another one in its folder
+    path,  # of a file
+    name: str,  # of another one in its folder
 ) -> str:
     "A name for what comes next, in the folder of what was written."
     return str(Path(path).with_name(name))
 
 # %% ../nbs/09_core.ipynb #09-505
 def listed(
-    text: str, # names or paths, separated by commas
+    text: str,  # names or paths, separated by commas
 ) -> list:
     "The names; a comma inside the path of something that exists separates nothing."
     parts, out = (text or '').split(','), []
@@ -576,7 +799,13 @@ def listed(
     return [o for o in out if o]
 
 # %% ../nbs/09_core.ipynb #09-508
-def peak_memory() -> int: # bytes
+def peak_memory() -> int:  # bytes
     "The most memory that this process has held so far."
-    try: return 1024*int(next(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM'))) # without that of the program that started it
-    except (OSError, StopIteration): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024) # macOS counts bytes
+    try:
+        return 1024 * int(
+            next(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM'))
+        )  # without that of the program that started it
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == 'darwin' else 1024
+        )  # macOS counts bytes

@@ -12,19 +12,68 @@ from pathlib import Path
 from fastcore.basics import patch
 from fastcore.script import store_true
 from .channels import EMBEDDING, HEAD, ChannelMap
-from .checkpoints import BLOCK, DTYPES, FILE_TYPES, Checkpoint, all_finite, header_of, label_of, one_thread, opened, rows_of, check_pair, fitted, write_like, write_tensors
-from .core import ActError, exclusive, flush, writing, atomic_file, atomic_folder, begin, beside, check_absent, command, listed, next_step, origin, parse_json, provenance, sha256, write_json
+from act.checkpoints import (
+    BLOCK,
+    DTYPES,
+    FILE_TYPES,
+    Checkpoint,
+    all_finite,
+    header_of,
+    label_of,
+    one_thread,
+    opened,
+    rows_of,
+    check_pair,
+    fitted,
+    write_like,
+    write_tensors,
+)
+from act.core import (
+    ActError,
+    exclusive,
+    flush,
+    writing,
+    atomic_file,
+    atomic_folder,
+    begin,
+    beside,
+    check_absent,
+    command,
+    listed,
+    next_step,
+    origin,
+    parse_json,
+    provenance,
+    sha256,
+    write_json,
+)
 from .masks import ChannelMask
 from .show import Shown
-from .transfer import row_changes, check_masks, transfer_jobs, read_lams, moved_text, moved_parts, transfer_record, mask_slices
+from act.transfer import (
+    row_changes,
+    check_masks,
+    transfer_jobs,
+    read_lams,
+    moved_text,
+    moved_parts,
+    transfer_record,
+    mask_slices,
+)
 
 # %% ../nbs/15_deltas.ipynb #15-009
-_INTS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
+_INTS = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
 _NAMES = {t: n for n, t in FILE_TYPES.items() if n[0] == 'I'}
+
 
 def _pick(x, axis, idx):
     "The bits of some rows or columns."
     return x.index_select(axis, idx).view(_INTS[x.dtype])
+
 
 def _stored(shape, axis, chosen):
     "Shape of the chosen rows or columns of a parameter."
@@ -33,36 +82,52 @@ def _stored(shape, axis, chosen):
 # %% ../nbs/15_deltas.ipynb #15-011
 def _parts(shape, axis, chosen, itemsize):
     "For every block of a parameter that has any: (first row, row to stop before, chosen entries within it, where they begin and end in the delta)."
-    step, every, first = max(1, BLOCK//max(1, itemsize*torch.Size(shape[1:]).numel())), chosen.nonzero()[:, 0], 0
+    step, every, first = max(1, BLOCK // max(1, itemsize * torch.Size(shape[1:]).numel())), chosen.nonzero()[:, 0], 0
     for a in range(0, shape[0], step):
         b = min(a + step, shape[0])
         idx = every if axis else chosen[a:b].nonzero()[:, 0]
         n = b - a if axis else len(idx)
-        if len(idx): yield a, b, idx, first, first + n
+        if len(idx):
+            yield a, b, idx, first, first + n
         first += n
 
 # %% ../nbs/15_deltas.ipynb #15-014
 @torch.no_grad()
 def make_delta(
-    target, donors, masks, # as in `transfer_checkpoint`
-    lam: float = 1.,       # lambda, or one for each mask
-    out=None,              # file to write
-    check: bool = True,    # the pair fits, and the mask was made for these weights
-    rule: str = 'sum',     # where several donors claim a channel: sum (the paper's), mean or sign
+    target,
+    donors,
+    masks,  # as in `transfer_checkpoint`
+    lam: float = 1.0,  # lambda, or one for each mask
+    out=None,  # file to write
+    check: bool = True,  # the pair fits, and the mask was made for these weights
+    rule: str = 'sum',  # where several donors claim a channel: sum (the paper's), mean or sign
 ) -> Path:
     "Stage 2 of ACT as a file: the bits that the transfer changes in the target, and nothing else."
     jobs = transfer_jobs(donors, masks, lam, rule)
     if check:
-        for d, _, _ in jobs: check_pair(target, d)
+        for d, _, _ in jobs:
+            check_pair(target, d)
     hashes = check_masks(target, jobs, check)
     ours, theirs, mask = opened(target), [opened(d) for d, _, _ in jobs], jobs[0][1]
-    for _, m, _ in jobs[1:]: mask = mask | m
+    for _, m, _ in jobs[1:]:
+        mask = mask | m
     slices, meta = mask_slices(mask), dict(transfer_record(target, jobs, rule, hashes), **origin())
-    bits = {f'bits.{n}': (_NAMES[_INTS[DTYPES[t.dtype]]], _stored(t.shape, *s)) for n, s in slices.items() for t in [ours.tensors[n]]}
+    bits = {
+        f'bits.{n}': (_NAMES[_INTS[DTYPES[t.dtype]]], _stored(t.shape, *s))
+        for n, s in slices.items()
+        for t in [ours.tensors[n]]
+    }
     tensors = dict(mask=('U8', (mask.total,)), **bits, digests=('U8', (len(slices), 2, 32)))
     head = dict(format='act-delta-1', map=json.dumps(mask.map.to_dict()), meta=json.dumps(meta, ensure_ascii=False))
-    begin([target, *(d for d, _, _ in jobs)], {out: sum(FILE_TYPES[t].itemsize*math.prod(s) for t, s in tensors.values()) + sum(map(len, head.values()))}, '; '.join(map(moved_text, meta['moved'])))
-    with atomic_file(out) as tmp, one_thread(): write_tensors(tmp, tensors, head, _stream(ours, row_changes(ours, [fitted(d, ours) for d in theirs], jobs, rule), mask))
+    begin(
+        [target, *(d for d, _, _ in jobs)],
+        {out: sum(FILE_TYPES[t].itemsize * math.prod(s) for t, s in tensors.values()) + sum(map(len, head.values()))},
+        '; '.join(map(moved_text, meta['moved'])),
+    )
+    with atomic_file(out) as tmp, one_thread():
+        write_tensors(
+            tmp, tensors, head, _stream(ours, row_changes(ours, [fitted(d, ours) for d in theirs], jobs, rule), mask)
+        )
     return Path(out)
 
 # %% ../nbs/15_deltas.ipynb #15-015
@@ -75,9 +140,14 @@ def _stream(ours, change, mask):
         for a, b, idx, _, _ in _parts(t.shape, axis, chosen, DTYPES[t.dtype].itemsize):
             rows = ours.read(name, a, b)
             old, new = _pick(rows, axis, idx), change[name](rows, a, b)
-            if not all_finite(new): raise ActError(f"tensor {name} of {ours.folder.name} holds NaN or infinity, or would after the change: target or donor is damaged, or lam is too large for {t.dtype}")
+            if not all_finite(new):
+                raise ActError(
+                    f"tensor {name} of {ours.folder.name} holds NaN or infinity, or would after the change: target or"
+                    f" donor is damaged, or lam is too large for {t.dtype}"
+                )
             new = _pick(new, axis, idx)
-            before.update(old.numpy().data); after.update(new.numpy().data)
+            before.update(old.numpy().data)
+            after.update(new.numpy().data)
             yield old ^ new
         digests.append(before.digest() + after.digest())
     yield torch.frombuffer(bytearray(b''.join(digests)), dtype=torch.uint8)
@@ -85,27 +155,45 @@ def _stream(ours, change, mask):
 # %% ../nbs/15_deltas.ipynb #15-018
 class Delta(Shown):
     "A delta file: `.mask` says which channels change, `.meta` in which target, from which donors and by how much."
-    def __init__(self,
-        path,              # the file
-        mask: ChannelMask, # channels that change
-        meta: dict,        # what the file says of its origin
-        digests: dict,     # parameter -> (SHA-256 of its chosen entries before, after)
-        tensors: dict,     # parameter -> `TensorInfo` of its bits
-    ): self.path, self.mask, self.meta, self.digests, self.tensors = Path(path), mask, meta, digests, tensors
+
+    def __init__(
+        self,
+        path,  # the file
+        mask: ChannelMask,  # channels that change
+        meta: dict,  # what the file says of its origin
+        digests: dict,  # parameter -> (SHA-256 of its chosen entries before, after)
+        tensors: dict,  # parameter -> `TensorInfo` of its bits
+    ):
+        self.path, self.mask, self.meta, self.digests, self.tensors = Path(path), mask, meta, digests, tensors
 
     @property
-    def hash(self): return sha256(self.mask.hash, *(d for name in sorted(self.digests) for d in self.digests[name]))
-    def bits(self,
-        name, start=0, stop=None, # a parameter, and which rows of what is stored of it
+    def hash(self):
+        return sha256(self.mask.hash, *(d for name in sorted(self.digests) for d in self.digests[name]))
+
+    def bits(
+        self,
+        name,
+        start=0,
+        stop=None,  # a parameter, and which rows of what is stored of it
     ) -> torch.Tensor:
         "The bits that differ, as integers."
         return rows_of(self.tensors[name], start, stop)
 
-    def __repr__(self): return f"Delta: {self.mask.count:,} of {self.mask.total:,} channels of {self.meta['target']}, {self.path.stat().st_size/1e6:,.2f} MB; " + ', '.join(f"lam {m['lam']:g} from {m['donor']}" for m in self.meta['moved'])
+    def __repr__(self):
+        return (
+            f"Delta: {self.mask.count:,} of {self.mask.total:,} channels of {self.meta['target']},"
+            f" {self.path.stat().st_size / 1e6:,.2f} MB; "
+            + ', '.join(f"lam {m['lam']:g} from {m['donor']}" for m in self.meta['moved'])
+        )
+
     def _parts(self):
-        first, *_, last = moved_parts([{**m, 'where': None} for m in self.meta['moved']], {k: v for k, v in self.meta.items() if k not in ('format', 'moved')})
+        first, *_, last = moved_parts(
+            [{**m, 'where': None} for m in self.meta['moved']],
+            {k: v for k, v in self.meta.items() if k not in ('format', 'moved')},
+        )
         strip, bars, *_ = self.mask._parts()
         return first, strip, bars, last
+
     def plot(self, ax=None):
         "Share of the channels that change by layer and kind; returns the axes."
         return self.mask.plot(ax)
@@ -114,35 +202,63 @@ class Delta(Shown):
 @patch(cls_method=True)
 def load(
     cls: Delta,
-    path, # file to open
-): # raises ActError for a file that is truncated, malformed, or holds impossible values
+    path,  # file to open
+):  # raises ActError for a file that is truncated, malformed, or holds impossible values
     "Open what `make_delta` wrote."
     path = Path(path)
-    if not path.is_file(): raise ActError(f"there is no delta file {path}: check the path")
+    if not path.is_file():
+        raise ActError(f"there is no delta file {path}: check the path")
     try:
         tensors, head = header_of(path, {n: t for n, t in FILE_TYPES.items() if not t.is_floating_point})
-        if head.get('format') != 'act-delta-1': raise ValueError(f"its format is {head.get('format')!r:.80}, expected 'act-delta-1'")
+        if head.get('format') != 'act-delta-1':
+            raise ValueError(f"its format is {head.get('format')!r:.80}, expected 'act-delta-1'")
         map_, meta = ChannelMap.from_dict(parse_json(head.get('map', ''))), parse_json(head.get('meta', ''))
         bits = {k.removeprefix('bits.'): t for k, t in tensors.items() if k.startswith('bits.')}
-        if len(tensors) != len(bits) + 2: raise ValueError('it holds other tensors than mask, bits and digests')
+        if len(tensors) != len(bits) + 2:
+            raise ValueError('it holds other tensors than mask, bits and digests')
         mask, digests = rows_of(tensors['mask']), rows_of(tensors['digests'])
-        if why := _odd(map_, meta, mask, digests, bits): raise ValueError(why)
-    except (OSError, ValueError, KeyError) as e: raise ActError(f"{path} is not a usable delta file ({str(e)[:300]}): get it again") from e
+        if why := _odd(map_, meta, mask, digests, bits):
+            raise ValueError(why)
+    except (OSError, ValueError, KeyError) as e:
+        raise ActError(f"{path} is not a usable delta file ({str(e)[:300]}): get it again") from e
     mask = ChannelMask.from_flat(mask.bool(), map_, meta)
-    return cls(path, mask, meta, {n: tuple(bytes(d.tolist()) for d in pair) for n, pair in zip(mask_slices(mask), digests)}, bits)
+    return cls(
+        path,
+        mask,
+        meta,
+        {n: tuple(bytes(d.tolist()) for d in pair) for n, pair in zip(mask_slices(mask), digests)},
+        bits,
+    )
 
 # %% ../nbs/15_deltas.ipynb #15-020
 def _odd(map_, meta, mask, digests, bits):
     "What is wrong with the contents of a delta file; None when nothing is."
-    if mask.dtype != torch.uint8 or tuple(mask.shape) != (map_.total,) or mask.max() > 1: return f'its mask is not {map_.total:,} zeros and ones'
+    if mask.dtype != torch.uint8 or tuple(mask.shape) != (map_.total,) or mask.max() > 1:
+        return f'its mask is not {map_.total:,} zeros and ones'
     slices = mask_slices(ChannelMask.from_flat(mask.bool(), map_))
-    if digests.dtype != torch.uint8 or tuple(digests.shape) != (len(slices), 2, 32): return f'it does not hold two digests for each of {len(slices)} parameters'
-    if odd := sorted(slices.keys() ^ bits.keys()): return f"the bits of {odd[0]} are {'missing' if odd[0] in slices else 'there, but its mask does not touch them'}"
+    if digests.dtype != torch.uint8 or tuple(digests.shape) != (len(slices), 2, 32):
+        return f'it does not hold two digests for each of {len(slices)} parameters'
+    if odd := sorted(slices.keys() ^ bits.keys()):
+        return (
+            f"the bits of {odd[0]} are {'missing' if odd[0] in slices else 'there, but its mask does not touch them'}"
+        )
     for n, (axis, chosen) in slices.items():
         t, k = bits[n], int(chosen.sum())
-        if t.dtype not in _NAMES.values() or len(t.shape) <= axis or t.shape[axis] != k: return f'the bits of {n} are {t.dtype} of shape {t.shape}, its mask chooses {k}'
+        if t.dtype not in _NAMES.values() or len(t.shape) <= axis or t.shape[axis] != k:
+            return f'the bits of {n} are {t.dtype} of shape {t.shape}, its mask chooses {k}'
     moved = meta.get('moved') if isinstance(meta, dict) else None
-    if not (isinstance(moved, list) and isinstance(meta.get('target'), str) and all(isinstance(m, dict) and isinstance(m.get('donor'), str) and type(m.get('lam')) in (int, float) and abs(m['lam']) < 1e9 for m in moved)): return 'it does not name its target, donors and lam'
+    if not (
+        isinstance(moved, list)
+        and isinstance(meta.get('target'), str)
+        and all(
+            isinstance(m, dict)
+            and isinstance(m.get('donor'), str)
+            and type(m.get('lam')) in (int, float)
+            and abs(m['lam']) < 1e9
+            for m in moved
+        )
+    ):
+        return 'it does not name its target, donors and lam'
 
 # %% ../nbs/15_deltas.ipynb #15-023
 def verify_delta(delta, undo, tensors, read, where):
@@ -150,23 +266,45 @@ def verify_delta(delta, undo, tensors, read, where):
     delta.mask.map.check({n: s for n, (_, s) in tensors.items()}, where)
     for name, (axis, chosen) in mask_slices(delta.mask).items():
         dtype, shape = tensors[name]
-        if _NAMES.get(_INTS.get(dtype)) != delta.tensors[name].dtype: raise ActError(f"{name} of {where} is stored as {str(dtype).removeprefix('torch.')}, the delta holds {delta.tensors[name].dtype[1:]} bits for each number: use the model in the type of {delta.meta['target']}")
-        if _stored(shape, axis, chosen) != delta.tensors[name].shape: raise ActError(f"{name} of {where} has shape {tuple(shape)}, the delta holds bits of shape {delta.tensors[name].shape}: it was made for another model")
+        if _NAMES.get(_INTS.get(dtype)) != delta.tensors[name].dtype:
+            raise ActError(
+                f"{name} of {where} is stored as {str(dtype).removeprefix('torch.')}, the delta holds"
+                f" {delta.tensors[name].dtype[1:]} bits for each number: use the model in the type of"
+                f" {delta.meta['target']}"
+            )
+        if _stored(shape, axis, chosen) != delta.tensors[name].shape:
+            raise ActError(
+                f"{name} of {where} has shape {tuple(shape)}, the delta holds bits of shape"
+                f" {delta.tensors[name].shape}: it was made for another model"
+            )
         now, then = hashlib.sha256(), hashlib.sha256()
         for a, b, idx, x, y in _parts(shape, axis, chosen, dtype.itemsize):
             old = read(name, axis, a, b, idx).contiguous()
-            now.update(old.numpy().data); then.update((old ^ delta.bits(name, x, y)).numpy().data)
-        want = delta.digests[name][::-1 if undo else 1]
+            now.update(old.numpy().data)
+            then.update((old ^ delta.bits(name, x, y)).numpy().data)
+        want = delta.digests[name][:: -1 if undo else 1]
         if now.digest() != want[0]:
             other = '; the delta has been applied to it already' if not undo and now.digest() == want[1] else ''
-            raise ActError(f"{name} of {where} is not what the delta {'made' if undo else 'was made for'}{other}: {'undo it in its result' if undo else 'apply it to ' + delta.meta['target']}")
-        if then.digest() != want[1]: raise ActError(f"the bits of {name} in {delta.path} are damaged: get the delta again")
+            raise ActError(
+                f"{name} of {where} is not what the delta {'made' if undo else 'was made for'}{other}:"
+                f" {'undo it in its result' if undo else 'apply it to ' + delta.meta['target']}"
+            )
+        if then.digest() != want[1]:
+            raise ActError(f"the bits of {name} in {delta.path} are damaged: get the delta again")
 
 # %% ../nbs/15_deltas.ipynb #15-024
-def bits_in_folder(ck): return {n: (DTYPES[t.dtype], t.shape) for n, t in ck.tensors.items() if not ck.is_copy(n)}, lambda n, axis, a, b, idx: _pick(ck.read(n, a, b), axis, idx) if axis else ck.rows(n, a + idx).view(_INTS[DTYPES[ck.tensors[n].dtype]])
+def bits_in_folder(ck):
+    return (
+        {n: (DTYPES[t.dtype], t.shape) for n, t in ck.tensors.items() if not ck.is_copy(n)},
+        lambda n, axis, a, b, idx: (
+            _pick(ck.read(n, a, b), axis, idx) if axis else ck.rows(n, a + idx).view(_INTS[DTYPES[ck.tensors[n].dtype]])
+        ),
+    )
+
 
 def _flips(ck, delta):
     "For `write_like`: parameter -> function that flips the bits of a block of its rows."
+
     def flip(name, axis, chosen, before, rows, a, b):
         idx = chosen.nonzero()[:, 0] if axis else chosen[a:b].nonzero()[:, 0]
         x, y = (a, b) if axis else (int(before[a]), int(before[a]) + len(idx))
@@ -174,42 +312,68 @@ def _flips(ck, delta):
             ints = rows.view(_INTS[rows.dtype])
             ints.index_copy_(axis, idx, ints.index_select(axis, idx) ^ delta.bits(name, x, y))
         return rows
-    out = {n: partial(flip, n, axis, chosen, chosen.cumsum(0) - chosen.int()) for n, (axis, chosen) in mask_slices(delta.mask).items()}
-    if EMBEDDING in out and HEAD in ck.tensors and ck.tied: out[HEAD] = out[EMBEDDING]
+
+    out = {
+        n: partial(flip, n, axis, chosen, chosen.cumsum(0) - chosen.int())
+        for n, (axis, chosen) in mask_slices(delta.mask).items()
+    }
+    if EMBEDDING in out and HEAD in ck.tensors and ck.tied:
+        out[HEAD] = out[EMBEDDING]
     return out
 
 # %% ../nbs/15_deltas.ipynb #15-026
 @torch.no_grad()
 @one_thread()
 def apply_delta(
-    target,                # a folder, hub id, lab/NAME, smollm2/NAME, or a model in memory (which stays as it is)
-    delta,                 # a Delta or its file
-    out=None,              # folder to create; for a model in memory, none
-    undo: bool = False,    # take it back instead
-    inplace: bool = False, # change the folder itself
-): # the folder, or a new model
+    target,  # a folder, hub id, lab/NAME, smollm2/NAME, or a model in memory (which stays as it is)
+    delta,  # a Delta or its file
+    out=None,  # folder to create; for a model in memory, none
+    undo: bool = False,  # take it back instead
+    inplace: bool = False,  # change the folder itself
+):  # the folder, or a new model
     "The target with a delta's bits flipped: what the transfer gave, or, with `undo`, the target again, bit for bit."
     delta = delta if isinstance(delta, Delta) else Delta.load(delta)
-    if isinstance(target, torch.nn.Module): return _apply_in_memory(target, delta, undo)
-    if bool(out) == bool(inplace): raise ActError("say where the result goes: either a new folder (out) or inplace=True")
-    if inplace: return _apply_in_place(Path(target), delta, undo)
+    if isinstance(target, torch.nn.Module):
+        return _apply_in_memory(target, delta, undo)
+    if bool(out) == bool(inplace):
+        raise ActError("say where the result goes: either a new folder (out) or inplace=True")
+    if inplace:
+        return _apply_in_place(Path(target), delta, undo)
     out, ck = check_absent(out), opened(target)
     verify_delta(delta, undo, *bits_in_folder(ck), label_of(target))
     begin([target, delta.path], {out: ck.nbytes}, f'{delta.mask.count:,} of {delta.mask.total:,} channels')
     with atomic_folder(out, ck.nbytes, sha256(delta.hash, str(undo), str(ck.folder))) as tmp:
         write_like(ck, tmp, _flips(ck, delta))
-        if not undo: _note(delta, tmp)
+        if not undo:
+            _note(delta, tmp)
     return out
 
 # %% ../nbs/15_deltas.ipynb #15-027
-def _note(delta, folder): write_json(dict(format='act-transfer-1', **{k: delta.meta[k] for k in ('target', 'rule', 'moved', 'hashes', 'trained_on') if k in delta.meta}, delta=delta.hash, provenance=provenance()), folder/'act_transfer.json')
+def _note(delta, folder):
+    write_json(
+        dict(
+            format='act-transfer-1',
+            **{k: delta.meta[k] for k in ('target', 'rule', 'moved', 'hashes', 'trained_on') if k in delta.meta},
+            delta=delta.hash,
+            provenance=provenance(),
+        ),
+        folder / 'act_transfer.json',
+    )
+
 
 def _apply_in_memory(model, delta, undo):
     known = {n: p.detach() for n, p in model.named_parameters()}
-    verify_delta(delta, undo, {n: (p.dtype, tuple(p.shape)) for n, p in known.items()}, lambda n, axis, a, b, idx: _pick(known[n][a:b].cpu(), axis, idx), label_of(model))
+    verify_delta(
+        delta,
+        undo,
+        {n: (p.dtype, tuple(p.shape)) for n, p in known.items()},
+        lambda n, axis, a, b, idx: _pick(known[n][a:b].cpu(), axis, idx),
+        label_of(model),
+    )
     out = copy.deepcopy(model)
     for name, p in out.named_parameters():
-        if name not in delta.digests: continue
+        if name not in delta.digests:
+            continue
         axis, chosen = mask_slices(delta.mask)[name]
         ints, idx = p.data.view(_INTS[p.dtype]), chosen.nonzero()[:, 0].to(p.device)
         ints.index_copy_(axis, idx, ints.index_select(axis, idx) ^ delta.bits(name).to(p.device))
@@ -217,9 +381,16 @@ def _apply_in_memory(model, delta, undo):
 
 # %% ../nbs/15_deltas.ipynb #15-028
 def _apply_in_place(folder, delta, undo):
-    if not folder.is_dir(): raise ActError(f"{folder} is not a folder: only a folder of your own is changed in place; give a new one with out (--out)")
+    if not folder.is_dir():
+        raise ActError(
+            f"{folder} is not a folder: only a folder of your own is changed in place; give a new one with out (--out)"
+        )
     folder = Path(os.path.abspath(folder))
-    key, new, done = sha256(delta.hash, str(undo)), folder.with_name(f'.{folder.name}.new'), folder.with_name(f'.{folder.name}.done')
+    key, new, done = (
+        sha256(delta.hash, str(undo)),
+        folder.with_name(f'.{folder.name}.new'),
+        folder.with_name(f'.{folder.name}.done'),
+    )
     with writing(folder), exclusive(folder):
         if not new.exists():
             ck = Checkpoint(folder)
@@ -227,40 +398,52 @@ def _apply_in_place(folder, delta, undo):
             begin([delta.path], {folder: ck.nbytes}, f'{delta.mask.count:,} of {delta.mask.total:,} channels, in place')
             with atomic_folder(new, ck.nbytes, key) as tmp:
                 write_like(ck, tmp, _flips(ck, delta))
-                if not undo: _note(delta, tmp)
-                (tmp/'key').write_text(key)
-        if (new/'key').read_text() != key: raise ActError(f"an exchange of the files of {folder} by another delta was stopped half-way: finish that one first, by the same call again")
+                if not undo:
+                    _note(delta, tmp)
+                (tmp / 'key').write_text(key)
+        if (new / 'key').read_text() != key:
+            raise ActError(
+                f"an exchange of the files of {folder} by another delta was stopped half-way: finish that one first, by"
+                " the same call again"
+            )
         begin([delta.path], {folder: 0}, 'finish an exchange of files that was stopped half-way')
-        shutil.rmtree(done, ignore_errors=True) # of a run that was killed at its very end
+        shutil.rmtree(done, ignore_errors=True)  # of a run that was killed at its very end
         _exchange(new, folder)
-        os.rename(new, done) # as a whole: what is left of it has nothing more to say
+        os.rename(new, done)  # as a whole: what is left of it has nothing more to say
         shutil.rmtree(done)
     return folder
 
 # %% ../nbs/15_deltas.ipynb #15-029
 _INDEX = 'model.safetensors.index.json'
 
+
 def _exchange(new, folder):
     "Put the weight files of `new` in place of those of `folder`, which does not load in between."
-    aside = folder/f'{_INDEX}.aside'
-    if (folder/_INDEX).exists(): os.rename(folder/_INDEX, aside); flush(folder)
-    for f in new.glob('*.safetensors'): os.replace(f, folder/f.name)
+    aside = folder / f'{_INDEX}.aside'
+    if (folder / _INDEX).exists():
+        os.rename(folder / _INDEX, aside)
+        flush(folder)
+    for f in new.glob('*.safetensors'):
+        os.replace(f, folder / f.name)
     flush(folder)
-    if aside.exists(): os.rename(aside, folder/_INDEX)
-    if (new/'act_transfer.json').exists(): os.replace(new/'act_transfer.json', folder/'act_transfer.json')
-    else: (folder/'act_transfer.json').unlink(missing_ok=True)
+    if aside.exists():
+        os.rename(aside, folder / _INDEX)
+    if (new / 'act_transfer.json').exists():
+        os.replace(new / 'act_transfer.json', folder / 'act_transfer.json')
+    else:
+        (folder / 'act_transfer.json').unlink(missing_ok=True)
     flush(folder)
 
 # %% ../nbs/15_deltas.ipynb #15-041
 @command
 def act_delta(
-    target: str,         # the model that receives: folder, .gguf file, hub id, lab/NAME or smollm2/NAME
-    donor: str,          # the model that gives; several separated by commas
-    mask: str,           # mask file; several separated by commas, one for each donor or all of one
-    out: str,            # file to write
-    lam: str = '1',      # lambda; one for all or one for each mask
-    rule: str = 'sum',   # where several donors claim a channel: sum (the paper's), mean or sign
-    no_check: store_true = False, # do not compare shapes, weights and hashes first
+    target: str,  # the model that receives: folder, .gguf file, hub id, lab/NAME or smollm2/NAME
+    donor: str,  # the model that gives; several separated by commas
+    mask: str,  # mask file; several separated by commas, one for each donor or all of one
+    out: str,  # file to write
+    lam: str = '1',  # lambda; one for all or one for each mask
+    rule: str = 'sum',  # where several donors claim a channel: sum (the paper's), mean or sign
+    no_check: store_true = False,  # do not compare shapes, weights and hashes first
 ):
     "Write the change of a transfer alone: `act_delta --target lab/maths-en --donor lab/base --mask mask.safetensors --lam 0.5 --out delta.safetensors`"
     delta = Delta.load(make_delta(target, listed(donor), listed(mask), read_lams(lam), out, not no_check, rule))
@@ -269,21 +452,25 @@ def act_delta(
 
 # %% ../nbs/15_deltas.ipynb #15-042
 def _apply(target, delta, out, in_place, undo):
-    if bool(out) == in_place: raise ActError("say where the result goes: --out, a folder to create, or --in_place")
+    if bool(out) == in_place:
+        raise ActError("say where the result goes: --out, a folder to create, or --in_place")
     d = Delta.load(delta)
     apply_delta(target, d, out, undo, in_place)
     print(f'{d} -> {out or target}')
-    if undo: next_step('act_evaluate', model=out or target, ability='ABILITY')
-    elif in_place: next_step('act_undo', target=target, delta=delta, in_place=True)
-    else: next_step('act_finetune', model=out, ability='ABILITY', out=beside(out, 'tuned'))
+    if undo:
+        next_step('act_evaluate', model=out or target, ability='ABILITY')
+    elif in_place:
+        next_step('act_undo', target=target, delta=delta, in_place=True)
+    else:
+        next_step('act_finetune', model=out, ability='ABILITY', out=beside(out, 'tuned'))
 
 # %% ../nbs/15_deltas.ipynb #15-043
 @command
 def act_apply(
-    target: str,         # the model that the delta was made for: folder, .gguf file, hub id, lab/NAME or smollm2/NAME
-    delta: str,          # file written by act_delta
-    out: str = None,     # folder to create
-    in_place: store_true = False, # change the target's folder instead
+    target: str,  # the model that the delta was made for: folder, .gguf file, hub id, lab/NAME or smollm2/NAME
+    delta: str,  # file written by act_delta
+    out: str = None,  # folder to create
+    in_place: store_true = False,  # change the target's folder instead
 ):
     "Apply a change: `act_apply --target lab/maths-en --delta delta.safetensors --out recovered`"
     _apply(target, delta, out, in_place, False)
@@ -291,10 +478,10 @@ def act_apply(
 # %% ../nbs/15_deltas.ipynb #15-044
 @command
 def act_undo(
-    target: str,         # folder that the delta was applied to
-    delta: str,          # the same file
-    out: str = None,     # folder to create
-    in_place: store_true = False, # change the folder instead
+    target: str,  # folder that the delta was applied to
+    delta: str,  # the same file
+    out: str = None,  # folder to create
+    in_place: store_true = False,  # change the folder instead
 ):
     "Take a change back, bit for bit: `act_undo --target recovered --delta delta.safetensors --in_place`"
     _apply(target, delta, out, in_place, True)

@@ -17,49 +17,75 @@ from .masks import ChannelScores, compare, square, top_p
 
 # %% ../nbs/21_disentanglement.ipynb #21-009
 def shared(
-    masks: dict, # name -> ChannelMask, of one model
-) -> pd.DataFrame: # a, b, iou, overlap, expected, log10_p: a row for each two masks
+    masks: dict,  # name -> ChannelMask, of one model
+) -> pd.DataFrame:  # a, b, iou, overlap, expected, log10_p: a row for each two masks
     "Overlap of every two masks, what chance would give, and the probability of at least as much by chance (log10, hypergeometric)."
     both = compare(masks)
     t, n = both.frame(), both.total
-    chance = np.maximum(t.size_a, t.size_b)/n # of the smaller one, expected in the other
-    return t[['a', 'b', 'iou', 'overlap']].assign(expected=chance, log10_p=stats.hypergeom.logsf(t.shared - 1, n, t.size_a, t.size_b)/np.log(10))
+    chance = np.maximum(t.size_a, t.size_b) / n  # of the smaller one, expected in the other
+    return t[['a', 'b', 'iou', 'overlap']].assign(
+        expected=chance, log10_p=stats.hypergeom.logsf(t.shared - 1, n, t.size_a, t.size_b) / np.log(10)
+    )
 
 # %% ../nbs/21_disentanglement.ipynb #21-012
 def specific(
-    scores: dict, # ability -> ChannelScores, of one pair
-) -> dict: # the same with the common component removed
+    scores: dict,  # ability -> ChannelScores, of one pair
+) -> dict:  # the same with the common component removed
     "Module-normalised scores above their mean over all abilities; zero elsewhere."
     flat = {k: s.normalised().flat() for k, s in scores.items()}
     common = torch.stack(list(flat.values())).mean(0)
-    return {k: ChannelScores.from_flat((v - common).clamp(min=0), scores[k].map, {**scores[k].meta, 'made': 'above the mean of all abilities'}) for k, v in flat.items()}
+    return {
+        k: ChannelScores.from_flat(
+            (v - common).clamp(min=0), scores[k].map, {**scores[k].meta, 'made': 'above the mean of all abilities'}
+        )
+        for k, v in flat.items()
+    }
 
 # %% ../nbs/21_disentanglement.ipynb #21-014
-VARIANTS = { # name -> from the scores of all abilities of a pair to masks of a fraction p
-    'raw':      lambda scores, p: {k: top_p(s, p) for k, s in scores.items()},
-    'module':   lambda scores, p: {k: top_p(s, p, 'module') for k, s in scores.items()},
-    'specific': lambda scores, p: {k: top_p(s, p) for k, s in specific(scores).items()}}
+VARIANTS = {  # name -> from the scores of all abilities of a pair to masks of a fraction p
+    'raw': lambda scores, p: {k: top_p(s, p) for k, s in scores.items()},
+    'module': lambda scores, p: {k: top_p(s, p, 'module') for k, s in scores.items()},
+    'specific': lambda scores, p: {k: top_p(s, p) for k, s in specific(scores).items()},
+}
 
 # %% ../nbs/21_disentanglement.ipynb #21-017
 def plot_overlap(
-    table: pd.DataFrame, # from `shared`
-    value: str = 'overlap', # its column
+    table: pd.DataFrame,  # from `shared`
+    value: str = 'overlap',  # its column
 ):
     "Clustered heat map of the overlap of every two masks, in percent; returns the figure."
     import seaborn as sns
-    grid = 100*square(table, value)
-    layout, plt.rcParams['figure.constrained_layout.use'] = plt.rcParams['figure.constrained_layout.use'], False # clustermap lays out by itself
-    try: g = sns.clustermap(grid, figsize=(WIDTH + .6, WIDTH + .6), cmap='viridis', vmin=0, vmax=100, dendrogram_ratio=.12, cbar_pos=(.02, .86, .03, .12), linewidths=.2, xticklabels=True, yticklabels=True)
-    finally: plt.rcParams['figure.constrained_layout.use'] = layout
+
+    grid = 100 * square(table, value)
+    layout, plt.rcParams['figure.constrained_layout.use'] = (
+        plt.rcParams['figure.constrained_layout.use'],
+        False,
+    )  # clustermap lays out by itself
+    try:
+        g = sns.clustermap(
+            grid,
+            figsize=(WIDTH + 0.6, WIDTH + 0.6),
+            cmap='viridis',
+            vmin=0,
+            vmax=100,
+            dendrogram_ratio=0.12,
+            cbar_pos=(0.02, 0.86, 0.03, 0.12),
+            linewidths=0.2,
+            xticklabels=True,
+            yticklabels=True,
+        )
+    finally:
+        plt.rcParams['figure.constrained_layout.use'] = layout
     g.ax_cbar.set_title(f'{value} (%)', size=7)
     return g.figure
 
 # %% ../nbs/21_disentanglement.ipynb #21-020
 FACTORS = 'pair', 'skill', 'language'
 
+
 def relations(
-    table: pd.DataFrame, # from `shared`; names are 'pair|skill-language' or 'skill-language'
-) -> pd.DataFrame: # with same_pair, same_skill, same_language
+    table: pd.DataFrame,  # from `shared`; names are 'pair|skill-language' or 'skill-language'
+) -> pd.DataFrame:  # with same_pair, same_skill, same_language
     "What the two abilities of each row share."
     split = lambda s: (s.rpartition('|')[0], *skill_language(s.rpartition('|')[2]))
     a, b = (pd.DataFrame([split(s) for s in table[c]], index=table.index, columns=FACTORS) for c in 'ab')
@@ -67,31 +93,37 @@ def relations(
 
 # %% ../nbs/21_disentanglement.ipynb #21-021
 def additive(
-    table: pd.DataFrame, # from `relations`
+    table: pd.DataFrame,  # from `relations`
     value: str = 'overlap',
-) -> pd.DataFrame: # term, coefficient, alone (share of variance that only this term explains); R2 as the last row
+) -> pd.DataFrame:  # term, coefficient, alone (share of variance that only this term explains); R2 as the last row
     "Least squares of the overlap on what two abilities share; factors that never or always hold are left out."
     used = [k for k in FACTORS if table[f'same_{k}'].nunique() > 1]
     y = table[value].to_numpy(float)
+
     def fit(terms):
         x = np.column_stack([np.ones(len(y)), *[table[f'same_{k}'].to_numpy(float) for k in terms]])
         coef = np.linalg.lstsq(x, y, rcond=None)[0]
-        return coef, 1 - ((y - x @ coef)**2).sum()/max(((y - y.mean())**2).sum(), 1e-30)
+        return coef, 1 - ((y - x @ coef) ** 2).sum() / max(((y - y.mean()) ** 2).sum(), 1e-30)
+
     coef, r2 = fit(used)
     rows = [dict(term='nothing shared', coefficient=coef[0], alone=np.nan)]
-    rows += [dict(term=k, coefficient=c, alone=r2 - fit([o for o in used if o != k])[1]) for k, c in zip(used, coef[1:])]
+    rows += [
+        dict(term=k, coefficient=c, alone=r2 - fit([o for o in used if o != k])[1]) for k, c in zip(used, coef[1:])
+    ]
     return pd.DataFrame([*rows, dict(term='all', coefficient=np.nan, alone=r2)])
 
 # %% ../nbs/21_disentanglement.ipynb #21-024
-RELATIONS = { # name -> which rows of `relations` belong to it
-    'same skill':     lambda d: d.same_skill & ~d.same_language,
-    'same language':  lambda d: d.same_language & ~d.same_skill,
-    'nothing shared': lambda d: ~d.same_language & ~d.same_skill}
+RELATIONS = {  # name -> which rows of `relations` belong to it
+    'same skill': lambda d: d.same_skill & ~d.same_language,
+    'same language': lambda d: d.same_language & ~d.same_skill,
+    'nothing shared': lambda d: ~d.same_language & ~d.same_skill,
+}
+
 
 def by_relation(
-    scores: dict, # ability -> ChannelScores, of one pair
-    p: float = .05,
-) -> dict: # (variant, relation) -> mean overlap
+    scores: dict,  # ability -> ChannelScores, of one pair
+    p: float = 0.05,
+) -> dict:  # (variant, relation) -> mean overlap
     "Mean overlap of the abilities that share a skill, a language, or neither."
     out = {}
     for v, make in VARIANTS.items():
@@ -101,12 +133,12 @@ def by_relation(
 
 # %% ../nbs/21_disentanglement.ipynb #21-025
 def ceiling(
-    items: dict,    # ability -> ItemScores
-    p: float = .05,
+    items: dict,  # ability -> ItemScores
+    p: float = 0.05,
     seed: int = 0,  # of the halves
-) -> dict: # (variant, 'same ability, other items') -> mean overlap of disjoint halves
+) -> dict:  # (variant, 'same ability, other items') -> mean overlap of disjoint halves
     "What two samples of one ability share."
-    halves = {k: s.split(len(s)//2, len(s)//2, seed=seed) for k, s in items.items()}
+    halves = {k: s.split(len(s) // 2, len(s) // 2, seed=seed) for k, s in items.items()}
     first, second = ({k: h[i] for k, h in halves.items()} for i in (0, 1))
     out = {}
     for v, make in VARIANTS.items():
@@ -116,22 +148,28 @@ def ceiling(
 
 # %% ../nbs/21_disentanglement.ipynb #21-027
 def curve(
-    scores: dict, # ability -> ChannelScores, of one pair
-    ps=(.005, .01, .02, .05, .1, .2, .3, .5), # fractions of all channels
-) -> pd.DataFrame: # variant, p, iou (mean over pairs of abilities), chance
+    scores: dict,  # ability -> ChannelScores, of one pair
+    ps=(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5),  # fractions of all channels
+) -> pd.DataFrame:  # variant, p, iou (mean over pairs of abilities), chance
     "Mean IoU of all abilities over the fraction; random masks of fraction p have p / (2 - p)."
-    rows = [dict(variant=v, p=p, iou=shared(make(scores, p)).iou.mean(), chance=p/(2 - p)) for v, make in VARIANTS.items() for p in ps]
+    rows = [
+        dict(variant=v, p=p, iou=shared(make(scores, p)).iou.mean(), chance=p / (2 - p))
+        for v, make in VARIANTS.items()
+        for p in ps
+    ]
     return pd.DataFrame(rows)
 
 # %% ../nbs/21_disentanglement.ipynb #21-028
 def plot_curve(
-    curves: pd.DataFrame, # from `curve`
-    ax=None,              # axes to draw on
+    curves: pd.DataFrame,  # from `curve`
+    ax=None,  # axes to draw on
 ):
     "Mean IoU against p for every variant, and chance; returns the axes."
-    if ax is None: _, ax = plt.subplots(figsize=(WIDTH, 2.2))
-    for (v, g), mark in zip(curves.groupby('variant', sort=False), 'os^'): ax.plot(100*g.p, 100*g.iou, mark + '-', ms=3, lw=1, label=v)
-    ax.plot(100*g.p, 100*g.chance, ':', color='.4', label='chance')
+    if ax is None:
+        _, ax = plt.subplots(figsize=(WIDTH, 2.2))
+    for (v, g), mark in zip(curves.groupby('variant', sort=False), 'os^'):
+        ax.plot(100 * g.p, 100 * g.iou, mark + '-', ms=3, lw=1, label=v)
+    ax.plot(100 * g.p, 100 * g.chance, ':', color='.4', label='chance')
     ax.set(xscale='log', xlabel='channels in the mask (%)', ylabel='mean IoU of two abilities (%)', ylim=(0, 100))
     ax.xaxis.set_major_formatter('{x:g}')
     ax.legend()
@@ -140,11 +178,12 @@ def plot_curve(
 # %% ../nbs/21_disentanglement.ipynb #21-030
 PAPER = 'the channel sets of different abilities (skill x language) overlap little'
 
+
 def study(
-    fam,                     # a Family, or its name
-    seeds=(0, 1, 2),         # of items and noise
-    resamples: int = 10,     # of the items, for each seed
-    p: float = .05,          # fraction of all channels
+    fam,  # a Family, or its name
+    seeds=(0, 1, 2),  # of items and noise
+    resamples: int = 10,  # of the items, for each seed
+    p: float = 0.05,  # fraction of all channels
     progress: bool = False,  # show a bar
 ) -> Finding:
     "How much do the masks of different abilities share, and what explains it?"
@@ -155,26 +194,45 @@ def study(
         for i, (t, d) in enumerate(fam.pairs):
             target, donor, tok = load_pair(fam, i)
             items[t] = collect(fam, target, donor, tok, seed=seed)
-            if i == 0: noise = collect(fam, noise_twin(donor, target, seed), donor, tok, seed=seed)
+            if i == 0:
+                noise = collect(fam, noise_twin(donor, target, seed), donor, tok, seed=seed)
         first = items[fam.pairs[0][0]]
         pool = lambda by: {k: s.pool() for k, s in by.items()}
         for name, by in (('pair', first), ('noise twin', noise)):
             whole = {**by_relation(pool(by), p), **ceiling(by, p, seed)}
-            for k, v in whole.items(): full.setdefault((name, *k), []).append(v)
+            for k, v in whole.items():
+                full.setdefault((name, *k), []).append(v)
             for scores in zip(*[s.resamples(resamples, seed) for s in by.values()]):
-                for k, v in by_relation(dict(zip(by, scores)), p).items(): draws.setdefault((name, *k), []).append(v)
+                for k, v in by_relation(dict(zip(by, scores)), p).items():
+                    draws.setdefault((name, *k), []).append(v)
             for h in range(resamples):
-                for k, v in ceiling(by, p, 1000*(seed + 1) + h).items(): draws.setdefault((name, *k), []).append(v)
+                for k, v in ceiling(by, p, 1000 * (seed + 1) + h).items():
+                    draws.setdefault((name, *k), []).append(v)
         tables += [shared(make(pool(first), p)).assign(variant=v, seed=seed) for v, make in VARIANTS.items()]
         models += _fits({t: pool(by) for t, by in items.items()}, p, seed, 'full')
         for r, scores in enumerate(zip(*[s.resamples(resamples, seed) for by in items.values() for s in by.values()])):
             keys = [(t, a) for t, by in items.items() for a in by]
-            models += _fits({t: {a: s for (o, a), s in zip(keys, scores) if o == t} for t in items}, p, seed, 'resample')
-    summary = pd.DataFrame([dict(condition=n, variant=v, relation=r, **estimate(x, draws[n, v, r])) for (n, v, r), x in full.items()])
+            models += _fits(
+                {t: {a: s for (o, a), s in zip(keys, scores) if o == t} for t in items}, p, seed, 'resample'
+            )
+    summary = pd.DataFrame(
+        [dict(condition=n, variant=v, relation=r, **estimate(x, draws[n, v, r])) for (n, v, r), x in full.items()]
+    )
     fits = pd.concat(models)
-    terms = pd.DataFrame([dict(variant=v, term=t, quantity=q, **estimate(g[g.sample_ == 'full'][q], g[g.sample_ == 'resample'][q]))
-                          for (v, t), g in fits.groupby(['variant', 'term'], sort=False) for q in ('coefficient', 'alone') if g[q].notna().all()])
-    overlaps = pd.concat(tables).groupby(['variant', 'a', 'b'], sort=False)[['iou', 'overlap', 'expected', 'log10_p']].mean().reset_index()
+    terms = pd.DataFrame(
+        [
+            dict(variant=v, term=t, quantity=q, **estimate(g[g.sample_ == 'full'][q], g[g.sample_ == 'resample'][q]))
+            for (v, t), g in fits.groupby(['variant', 'term'], sort=False)
+            for q in ('coefficient', 'alone')
+            if g[q].notna().all()
+        ]
+    )
+    overlaps = (
+        pd.concat(tables)
+        .groupby(['variant', 'a', 'b'], sort=False)[['iou', 'overlap', 'expected', 'log10_p']]
+        .mean()
+        .reset_index()
+    )
     tables = dict(summary=summary, terms=terms, overlaps=overlaps, curve=curve(pool(first)))
     meta = about(fam, seeds=list(seeds), resamples=resamples, p=p)
     return Finding('disentanglement', fam.name, tables, PAPER, *verdict(tables, meta), meta)
@@ -190,46 +248,78 @@ def _fits(scores, p, seed, sample):
 
 # %% ../nbs/21_disentanglement.ipynb #21-032
 def verdict(
-    tables: dict, # of a study
-    meta: dict,   # its provenance
-) -> tuple: # (what was measured, why it may differ)
+    tables: dict,  # of a study
+    meta: dict,  # its provenance
+) -> tuple:  # (what was measured, why it may differ)
     "The finding in words, made from the numbers."
     p, s = meta['p'], {(r['condition'], r['variant'], r['relation']): r for r in tables['summary'].to_dict('records')}
-    alone = {r['term']: r for r in tables['terms'].to_dict('records') if r['variant'] == 'module' and r['quantity'] == 'alone' and r['term'] in FACTORS}
+    alone = {
+        r['term']: r
+        for r in tables['terms'].to_dict('records')
+        if r['variant'] == 'module' and r['quantity'] == 'alone' and r['term'] in FACTORS
+    }
     parts = []
     for v, name in (('raw', 'ranked raw'), ('module', 'within modules'), ('specific', 'without the common component')):
         rel = '; '.join(f"{r} {show(x, 100, 0)}" for (c, o, r), x in s.items() if (c, o) == ('pair', v))
-        parts.append(f"{name}: {rel} (noise twin, nothing shared: {show(s['noise twin', v, 'nothing shared'], 100, 0)})")
+        parts.append(
+            f"{name}: {rel} (noise twin, nothing shared: {show(s['noise twin', v, 'nothing shared'], 100, 0)})"
+        )
     share = '; '.join(f"{k} {show(x, 100, 0)}" for k, x in alone.items())
-    here = f"percent of the top {100*p:g} % that two abilities share (chance {100*p:g}). {'. '.join(parts)}. Percent of the variance of the overlap that each explains alone, within modules: {share}"
+    here = (
+        f"percent of the top {100 * p:g} % that two abilities share (chance {100 * p:g}). {'. '.join(parts)}. Percent"
+        f" of the variance of the overlap that each explains alone, within modules: {share}"
+    )
     most = max(alone, key=lambda k: alone[k]['value'])
-    return here, f"within modules most of the overlap goes with a shared {most}{', which every ability of one pair has in common' if most == 'pair' else ''}; what the paper counts as little overlap is not known to us as a number; the models are smaller and the abilities fewer"
+    return (
+        here,
+        (
+            "within modules most of the overlap goes with a shared"
+            f" {most}{', which every ability of one pair has in common' if most == 'pair' else ''}; what the paper"
+            " counts as little overlap is not known to us as a number; the models are smaller and the abilities fewer"
+        ),
+    )
 
 # %% ../nbs/21_disentanglement.ipynb #21-033
 def brief(
-    tables: dict, # of a study
-    meta: dict,   # its provenance
-) -> dict: # judgement, here
+    tables: dict,  # of a study
+    meta: dict,  # its provenance
+) -> dict:  # judgement, here
     "Holds when abilities that share nothing overlap, within modules, by less than half of what two samples of one ability do, and by less than in the noise twin; in part when only one is so."
     s = {(r['condition'], r['relation']): r for r in tables['summary'].to_dict('records') if r['variant'] == 'module'}
-    far, near, noise = s['pair', 'nothing shared'], s['pair', 'same ability, other items'], s['noise twin', 'nothing shared']
-    true = [far['high'] < near['low']/2, far['high'] < noise['low']]
-    text = f"% of the top {100*meta['p']:g} % shared, within modules: by abilities that share nothing {show(far, 100, 0)} (noise twin {show(noise, 100, 0)}), by two samples of one ability {show(near, 100, 0)}"
+    far, near, noise = (
+        s['pair', 'nothing shared'],
+        s['pair', 'same ability, other items'],
+        s['noise twin', 'nothing shared'],
+    )
+    true = [far['high'] < near['low'] / 2, far['high'] < noise['low']]
+    text = (
+        f"% of the top {100 * meta['p']:g} % shared, within modules: by abilities that share nothing"
+        f" {show(far, 100, 0)} (noise twin {show(noise, 100, 0)}), by two samples of one ability {show(near, 100, 0)}"
+    )
     return dict(judgement=('does not hold', 'in part', 'holds')[sum(true)], here=text)
 
 # %% ../nbs/21_disentanglement.ipynb #21-036
 def plot_summary(
-    summary: pd.DataFrame, # of the study
-    axes=None,             # one axes for each variant
+    summary: pd.DataFrame,  # of the study
+    axes=None,  # one axes for each variant
 ):
     "Overlap by what two abilities share, the pair beside its noise twin, with 95 % intervals; returns the axes."
-    if axes is None: _, axes = plt.subplots(1, len(VARIANTS), figsize=(2*WIDTH, 2.4), sharey=True)
+    if axes is None:
+        _, axes = plt.subplots(1, len(VARIANTS), figsize=(2 * WIDTH, 2.4), sharey=True)
     for ax, (v, part) in zip(axes, summary.groupby('variant', sort=False)):
         names = list(part.relation.unique())
-        for (c, g), mark, off in zip(part.groupby('condition', sort=False), 'os', (-.12, .12)):
-            y = 100*g[['value', 'low', 'high']].to_numpy().T
-            ax.errorbar([names.index(r) + off for r in g.relation], y[0], yerr=[y[0] - y[1], y[2] - y[0]], fmt=mark, ms=3, lw=.8, label=c)
-        ax.axhline(5, color='.6', lw=.8, ls=':')
+        for (c, g), mark, off in zip(part.groupby('condition', sort=False), 'os', (-0.12, 0.12)):
+            y = 100 * g[['value', 'low', 'high']].to_numpy().T
+            ax.errorbar(
+                [names.index(r) + off for r in g.relation],
+                y[0],
+                yerr=[y[0] - y[1], y[2] - y[0]],
+                fmt=mark,
+                ms=3,
+                lw=0.8,
+                label=c,
+            )
+        ax.axhline(5, color='.6', lw=0.8, ls=':')
         ax.set_xticks(range(len(names)), [n.replace(' ', '\n', 1).replace(', ', ',\n') for n in names], size=6)
         ax.set(title=v, ylim=(0, 103))
     axes[0].set_ylabel('shared channels (% of a mask)')

@@ -17,13 +17,40 @@ from fastcore.script import store_true
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from scipy import stats
-from .abilities import LANGUAGE_NAMES, Ability, EncodedItem, Item, batches, check_fits, encode, encode_prompts, load_ability, reads
+from act.abilities import (
+    LANGUAGE_NAMES,
+    Ability,
+    EncodedItem,
+    Item,
+    batches,
+    check_fits,
+    encode,
+    encode_prompts,
+    load_ability,
+    reads,
+)
 from .checkpoints import check_use, label_of, opened, load_model, load_tokenizer, trained_on, weight_hash
-from .core import PACKAGE, ActError, bar, begin, beside, command, gathered, listed, next_step, processes, provenance, quiet, read_json, warn, write_json
+from act.core import (
+    PACKAGE,
+    ActError,
+    bar,
+    begin,
+    beside,
+    command,
+    gathered,
+    listed,
+    next_step,
+    processes,
+    provenance,
+    quiet,
+    read_json,
+    warn,
+    write_json,
+)
 from .show import Shown, folded, intervals, place, table
 
 # %% ../nbs/14_evaluate.ipynb #14-009
-TASKS = PACKAGE/'tasks'
+TASKS = PACKAGE / 'tasks'
 
 # %% ../nbs/14_evaluate.ipynb #14-011
 @contextlib.contextmanager
@@ -36,166 +63,255 @@ def silent():
         with warnings.catch_warnings(), quiet():
             warnings.simplefilter('ignore')
             yield
-    finally: log.setLevel(level)
+    finally:
+        log.setLevel(level)
 
 # %% ../nbs/14_evaluate.ipynb #14-012
 def task_items(
-    spec: str,           # what `load_ability` takes
-    split: str = 'test', # train, localize, sft, validation, test or all
-    n: int = None,       # items
-    **_,                 # lm-eval passes the task's metadata too
-) -> dict: # {'test': datasets.Dataset} with the columns prompt, answer, id, choices, eos (the end-of-text token belongs to the answer) and language
+    spec: str,  # what `load_ability` takes
+    split: str = 'test',  # train, localize, sft, validation, test or all
+    n: int = None,  # items
+    **_,  # lm-eval passes the task's metadata too
+) -> dict:  # {'test': datasets.Dataset} with the columns prompt, answer, id, choices, eos (the end-of-text token belongs to the answer) and language
     "The items of an ability as lm-eval wants them; task files name this function."
     return _dataset(load_ability(spec, split, n))
 
 # %% ../nbs/14_evaluate.ipynb #14-013
 def _dataset(ability, eos=None):
     from datasets import Dataset
+
     more = dict(eos=ability.eos if eos is None else eos, language=ability.language)
-    return dict(test=Dataset.from_list([dict(prompt=o.prompt, answer=o.answer, id=o.id or str(i), choices=list(o.choices), **more) for i, o in enumerate(ability)]))
+    return dict(
+        test=Dataset.from_list(
+            [
+                dict(prompt=o.prompt, answer=o.answer, id=o.id or str(i), choices=list(o.choices), **more)
+                for i, o in enumerate(ability)
+            ]
+        )
+    )
 
 # %% ../nbs/14_evaluate.ipynb #14-014
 def bits_per_byte(
-    loglik, # log-likelihood of an answer in nats: a number, or an array over answers
-    nbytes, # its length in bytes, as UTF-8
+    loglik,  # log-likelihood of an answer in nats: a number, or an array over answers
+    nbytes,  # its length in bytes, as UTF-8
 ):
     "Bits that the answer costs, for each of its bytes: comparable across tokenizers; lower is better."
-    return -loglik/math.log(2)/nbytes
+    return -loglik / math.log(2) / nbytes
 
 # %% ../nbs/14_evaluate.ipynb #14-015
 def score_answer(
-    doc: dict,     # an item of `task_items`
-    results: list, # [(log-likelihood in nats, is every token the most likely one)]
-) -> dict: # acc (0 or 1) and bits_per_byte
+    doc: dict,  # an item of `task_items`
+    results: list,  # [(log-likelihood in nats, is every token the most likely one)]
+) -> dict:  # acc (0 or 1) and bits_per_byte
     "What the task template for given answers reports for an item."
     loglik, greedy = results[0]
     return dict(acc=int(greedy), bits_per_byte=bits_per_byte(loglik, len(doc['answer'].encode())))
 
 # %% ../nbs/14_evaluate.ipynb #14-016
 def right_choice(
-    doc: dict, # an item of `task_items`
+    doc: dict,  # an item of `task_items`
 ) -> int:
     "Which of the choices is the answer."
     return doc['choices'].index(doc['answer'])
 
+
 def score_choices(
-    doc: dict,     # an item of `task_items`
-    results: list, # for every choice (log-likelihood in nats, is every token the most likely one)
-) -> dict: # acc (is the answer the likeliest choice) and bits_per_byte of the answer
+    doc: dict,  # an item of `task_items`
+    results: list,  # for every choice (log-likelihood in nats, is every token the most likely one)
+) -> dict:  # acc (is the answer the likeliest choice) and bits_per_byte of the answer
     "What the task template for multiple choice reports for an item."
     logliks, right = [ll for ll, _ in results], right_choice(doc)
-    return dict(acc=int(int(np.argmax(logliks)) == right), bits_per_byte=bits_per_byte(logliks[right], len(doc['answer'].encode())))
+    return dict(
+        acc=int(int(np.argmax(logliks)) == right),
+        bits_per_byte=bits_per_byte(logliks[right], len(doc['answer'].encode())),
+    )
 
 # %% ../nbs/14_evaluate.ipynb #14-310
-DECIMAL_POINT = 'am bn en gu he hi ja kn ko ml mr ms my ne pa si sw ta te th ur zh' # languages with a point before the decimals
-DECIMAL_COMMA = 'az be bg bs ca cs da de el es et eu fi fr gl hr hu hy id is it ka kk lt lv mk nb nl nn no pl pt ro ru sk sl sq sr sv tr uk uz vi' # with a comma
+DECIMAL_POINT = (  # languages with a point before the decimals
+    'am bn en gu he hi ja kn ko ml mr ms my ne pa si sw ta te th ur zh'
+)
+DECIMAL_COMMA = (  # with a comma
+    'az be bg bs ca cs da de el es et eu fi fr gl hr hu hy id is it ka kk lt lv mk nb nl nn no pl pt ro ru sk sl sq sr'
+    ' sv tr uk uz vi'
+)
+
 
 def read_number(
-    text: str,            # with a number in it
-    language: str = None, # of the text, such as 'de'
+    text: str,  # with a number in it
+    language: str = None,  # of the text, such as 'de'
     whole: bool = False,  # the number that is looked for has no decimals: '1.000' is a thousand unless the language is one with decimal points
-) -> str: # plain digits, with a point before decimals if any; None where there is no number
+) -> str:  # plain digits, with a point before decimals if any; None where there is no number
     "The last number of a text."
-    plain = {**dict.fromkeys(map(ord, '\u2212\u2013\ufe63\uff0d'), '-'), **dict.fromkeys(map(ord, '\u00a0\u202f\u2009\u2007\u2019\u066c'), "'"), 0xff0c: ',', 0xff0e: '.'}
-    text = ''.join(str(unicodedata.decimal(c, c)) for c in text if unicodedata.category(c) != 'Cf').translate(plain).replace('{,}', ',').replace('\\,', "'")
+    plain = {
+        **dict.fromkeys(map(ord, '\u2212\u2013\ufe63\uff0d'), '-'),
+        **dict.fromkeys(map(ord, '\u00a0\u202f\u2009\u2007\u2019\u066c'), "'"),
+        0xFF0C: ',',
+        0xFF0E: '.',
+    }
+    text = (
+        ''.join(str(unicodedata.decimal(c, c)) for c in text if unicodedata.category(c) != 'Cf')
+        .translate(plain)
+        .replace('{,}', ',')
+        .replace('\\,', "'")
+    )
     point, comma = language in DECIMAL_POINT.split(), language in DECIMAL_COMMA.split()
-    grouped = [r'\d{1,3}(?:\.\d{3})+,\d+', r'\d{1,3}(?:,\d{3})+\.\d+', r'\d{1,2}(?:,\d{2})+,\d{3}(?:\.\d+)?', # a second separator says what the first one is
-               r"\d{1,3}(?:'\d{3})+(?:[.,\u066b]\d+)?", r'\d{1,3}(?:\.\d{3}){2,}', r'\d{1,3}(?:,\d{3}){2,}']
-    if not point: grouped.append(r'\d{1,3}(?: \d{3})+(?:[.,\u066b]\d+)?')
-    if comma or whole and not point: grouped.append(r'[1-9]\d{0,2}\.\d{3}')
-    if not comma or whole: grouped.append(r'[1-9]\d{0,2},\d{3}')
+    grouped = [
+        r'\d{1,3}(?:\.\d{3})+,\d+',
+        r'\d{1,3}(?:,\d{3})+\.\d+',
+        r'\d{1,2}(?:,\d{2})+,\d{3}(?:\.\d+)?',  # a second separator says what the first one is
+        r"\d{1,3}(?:'\d{3})+(?:[.,\u066b]\d+)?",
+        r'\d{1,3}(?:\.\d{3}){2,}',
+        r'\d{1,3}(?:,\d{3}){2,}',
+    ]
+    if not point:
+        grouped.append(r'\d{1,3}(?: \d{3})+(?:[.,\u066b]\d+)?')
+    if comma or whole and not point:
+        grouped.append(r'[1-9]\d{0,2}\.\d{3}')
+    if not comma or whole:
+        grouped.append(r'[1-9]\d{0,2},\d{3}')
     decimals = r'\d+[.\u066b]\d+' if point else r'\d+[.,\u066b]\d+'
-    found = re.findall(rf'((?<![0-9A-Za-z\u00c0-\u024f\u0370-\u04ff)\]])-(?=[$€£¥₹]?\d))?[$€£¥₹]?(?:((?:{"|".join(grouped)})(?!\d))|({decimals})|(\d+))', text, re.A)
-    if not found: return None
+    found = re.findall(
+        rf'((?<![0-9A-Za-z\u00c0-\u024f\u0370-\u04ff)\]])-(?=[$€£¥₹]?\d))?[$€£¥₹]?(?:((?:{"|".join(grouped)})(?!\d))|({decimals})|(\d+))',
+        text,
+        re.A,
+    )
+    if not found:
+        return None
     sign, number, *other = found[-1]
-    if number: number = number.replace(re.search(r'\D', number)[0], '')
+    if number:
+        number = number.replace(re.search(r'\D', number)[0], '')
     head, _, tail = re.sub(r'\D', '.', number or other[0] or other[1]).partition('.')
     head, tail = head.lstrip('0') or '0', tail.rstrip('0')
     return (sign if tail or head != '0' else '') + head + ('.' + tail if tail else '')
 
 # %% ../nbs/14_evaluate.ipynb #14-019
 def final_answer(
-    doc: dict, # an item of `task_items`
+    doc: dict,  # an item of `task_items`
 ) -> str:
     "What must be found: the last number of the answer, or the whole answer when it has none."
     return read_number(doc['answer'], doc.get('language')) or doc['answer'].strip()
 
+
 def read_answer(
-    doc: dict, # an item of `task_items`
-    text: str, # what the model wrote
-) -> str: # None where a number was looked for and there is none
+    doc: dict,  # an item of `task_items`
+    text: str,  # what the model wrote
+) -> str:  # None where a number was looked for and there is none
     "What counts of a model's text."
     right = read_number(doc['answer'], doc.get('language'))
     return text.strip() if right is None else read_number(text, doc.get('language'), '.' not in right)
 
+
 def compare_answers(
-    doc: dict,      # an item of `task_items`
+    doc: dict,  # an item of `task_items`
     results: list,  # with the model's text
-) -> dict: # exact_match: 0 or 1
+) -> dict:  # exact_match: 0 or 1
     "Compare what the model wrote with the answer; the task template for generation names this function."
     return dict(exact_match=int(read_answer(doc, results[0]) == final_answer(doc)))
 
 # %% ../nbs/14_evaluate.ipynb #14-024
 def write_tasks(
-    folder=TASKS, # where the two templates are
-    lab: tuple = (), # abilities of the lab, such as science-zh
-) -> list: # names of the tasks
+    folder=TASKS,  # where the two templates are
+    lab: tuple = (),  # abilities of the lab, such as science-zh
+) -> list:  # names of the tasks
     "Write a task file for every ability of the lab and of the public sources."
+
     def write(kind, source, languages, suffix=''):
         for spec in (f'{source}/{o}' for o in languages):
             name = 'act_' + spec.replace('/', '_').replace('-', '_') + suffix
-            (Path(folder)/f'{name}.yaml').write_text(f'include: act_{kind}.yaml\ntask: {name}\ndataset_kwargs:\n  spec: {spec}\n')
+            (Path(folder) / f'{name}.yaml').write_text(
+                f'include: act_{kind}.yaml\ntask: {name}\ndataset_kwargs:\n  spec: {spec}\n'
+            )
+
     write('loglikelihood', 'lab', lab)
-    for source, languages in dict(gsm8k=['en'], mgsm='bn de en es fr ja ru sw te th zh'.split(), msvamp='bn de en es fr ja ru sw th zh'.split()).items():
+    for source, languages in dict(
+        gsm8k=['en'], mgsm='bn de en es fr ja ru sw te th zh'.split(), msvamp='bn de en es fr ja ru sw th zh'.split()
+    ).items():
         write('loglikelihood', source, languages)
         write('generate', source, languages, suffix='_generate')
-    for source in ('xquad', 'xquad-text'): write('loglikelihood', source, 'ar de el en es hi ro ru th tr vi zh'.split())
-    for source in ('exams', 'exams-science'): write('choices', source, LANGUAGE_NAMES)
-    write('choices', 'arc', 'ar bn ca da de en es eu fr gu hi hr hu hy id is it kn ml mr nb ne nl pt ro ru sk sr sv ta te uk vi zh'.split())
+    for source in ('xquad', 'xquad-text'):
+        write('loglikelihood', source, 'ar de el en es hi ro ru th tr vi zh'.split())
+    for source in ('exams', 'exams-science'):
+        write('choices', source, LANGUAGE_NAMES)
+    write(
+        'choices',
+        'arc',
+        'ar bn ca da de en es eu fr gu hi hr hu hy id is it kn ml mr nb ne nl pt ro ru sk sr sv ta te uk vi zh'.split(),
+    )
     return sorted(p.stem for p in Path(folder).glob('act_*_*.yaml'))
 
 # %% ../nbs/14_evaluate.ipynb #14-027
-def task_kind(ability, generate): return 'choices' if all(o.choices for o in ability) else 'generate' if generate else 'loglikelihood' # which template
+def task_kind(ability, generate):
+    return (
+        'choices' if all(o.choices for o in ability) else 'generate' if generate else 'loglikelihood'
+    )  # which template
+
 
 def _template(kind):
     "A template as a dictionary, with the functions that it names."
     import yaml
-    class Loader(yaml.SafeLoader): pass
+
+    class Loader(yaml.SafeLoader):
+        pass
+
     def function(loader, node):
         module, _, name = node.value.rpartition('.')
         return getattr(importlib.import_module(module), name)
+
     Loader.add_constructor('!function', function)
-    return yaml.load((TASKS/f'act_{kind}.yaml').read_text(encoding='utf-8'), Loader)
+    return yaml.load((TASKS / f'act_{kind}.yaml').read_text(encoding='utf-8'), Loader)
+
 
 @lru_cache(maxsize=256)
 def cached_task(key, kind, eos, write):
     from lm_eval.api.task import ConfigurableTask
+
     class Task(ConfigurableTask):
         def build_all_requests(self, **kwargs):
-            with contextlib.redirect_stderr(io.StringIO()): super().build_all_requests(**kwargs) # its bar over documents, which nothing else can switch off
+            with contextlib.redirect_stderr(io.StringIO()):
+                super().build_all_requests(**kwargs)  # its bar over documents, which nothing else can switch off
+
     config = _template(kind)
-    if kind == 'generate': config['generation_kwargs']['max_gen_toks'] = write
-    return Task(config={**config, 'task': key.name, 'dataset_kwargs': None, 'custom_dataset': lambda **_: _dataset(key.ability, eos)})
+    if kind == 'generate':
+        config['generation_kwargs']['max_gen_toks'] = write
+    return Task(
+        config={
+            **config,
+            'task': key.name,
+            'dataset_kwargs': None,
+            'custom_dataset': lambda **_: _dataset(key.ability, eos),
+        }
+    )
+
 
 class TaskKey:
     "An ability under its name, equal to any other with the same items."
-    def __init__(self, name, ability): self.name, self.ability, self.id = name, ability, (name, ability.hash)
-    def __eq__(self, o): return self.id == o.id
-    def __hash__(self): return hash(self.id)
+
+    def __init__(self, name, ability):
+        self.name, self.ability, self.id = name, ability, (name, ability.hash)
+
+    def __eq__(self, o):
+        return self.id == o.id
+
+    def __hash__(self):
+        return hash(self.id)
 
 # %% ../nbs/14_evaluate.ipynb #14-302
 def _logits(model, batch, at):
     "(rows, len(at), entries) at the positions `at` of a batch."
     inputs = {k: batch[k].to(model.device) for k in ('input_ids', 'attention_mask', 'position_ids')}
-    if 'logits_to_keep' in inspect.signature(model.forward).parameters: return model(**inputs, use_cache=False, logits_to_keep=at.to(model.device)).logits
+    if 'logits_to_keep' in inspect.signature(model.forward).parameters:
+        return model(**inputs, use_cache=False, logits_to_keep=at.to(model.device)).logits
     return model(**inputs, use_cache=False).logits[:, at]
+
 
 def _answer_logps(model, batch):
     "(log-likelihood in nats, is every token the most likely one) of every row's answer; positions are those that predict it."
     at = batch['positions'].any(0).nonzero()[:, 0]
     logits, where, targets = _logits(model, batch, at), batch['positions'][:, at], batch['input_ids'][:, at + 1]
     rows, want = logits[where.to(logits.device)], targets[where].to(logits.device)
-    logp = torch.cat([r.float().log_softmax(-1).gather(1, t[:, None])[:, 0] for r, t in zip(rows.split(1024), want.split(1024))]).cpu() # float32, a part at a time
+    logp = torch.cat(
+        [r.float().log_softmax(-1).gather(1, t[:, None])[:, 0] for r, t in zip(rows.split(1024), want.split(1024))]
+    ).cpu()  # float32, a part at a time
     right, counts = (rows.argmax(-1) == want).cpu(), where.sum(1).tolist()
     return [(p.double().sum().item(), bool(r.all())) for p, r in zip(logp.split(counts), right.split(counts))]
 
@@ -203,20 +319,40 @@ def _answer_logps(model, batch):
 def _write(model, tokenizer, batch, stop, most):
     "(text, was the limit hit) of every row of a batch that is padded on the left."
     from transformers import GenerationConfig, StoppingCriteria
-    ends, width, tail = _ends(model, tokenizer), batch['input_ids'].shape[1], 4*max(map(len, stop), default=0) + 4
+
+    ends, width, tail = _ends(model, tokenizer), batch['input_ids'].shape[1], 4 * max(map(len, stop), default=0) + 4
     text = lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
     class Stop(StoppingCriteria):
-        def __call__(self, ids, scores, **_): return torch.tensor([any(s in text(row[max(width, len(row) - tail):]) for s in stop) for row in ids], device=ids.device)
+        def __call__(self, ids, scores, **_):
+            return torch.tensor(
+                [any(s in text(row[max(width, len(row) - tail) :]) for s in stop) for row in ids], device=ids.device
+            )
+
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends[0] if ends else 0)
-    how = GenerationConfig(max_new_tokens=most, do_sample=False, num_beams=1, repetition_penalty=1., no_repeat_ngram_size=0, eos_token_id=ends or None, pad_token_id=pad)
-    out = model.generate(**{k: batch[k].to(model.device) for k in ('input_ids', 'attention_mask')}, generation_config=how, stopping_criteria=[Stop()] if stop else None)
+    how = GenerationConfig(
+        max_new_tokens=most,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        eos_token_id=ends or None,
+        pad_token_id=pad,
+    )
+    out = model.generate(
+        **{k: batch[k].to(model.device) for k in ('input_ids', 'attention_mask')},
+        generation_config=how,
+        stopping_criteria=[Stop()] if stop else None,
+    )
     return [_until(row[width:].tolist(), text, ends, stop, most) for row in out]
+
 
 def _ends(model, tokenizer):
     "The ids after which nothing comes."
     own = getattr(model.generation_config, 'eos_token_id', None)
     own = own if isinstance(own, (list, tuple)) else [own]
     return sorted({i for i in (*own, tokenizer.eos_token_id) if i is not None})
+
 
 def _until(ids, text, ends, stop, most):
     n = next((i for i, t in enumerate(ids) if t in ends), None)
@@ -227,48 +363,78 @@ def _until(ids, text, ends, stop, most):
 # %% ../nbs/14_evaluate.ipynb #14-306
 class ActLM(LM):
     "A model for lm-eval, under the name `act`, that scores the ids and answer positions of `encode`."
-    def __init__(self,
-        pretrained,              # a model in memory, or what `load_model` takes
-        tokenizer=None,          # of a model in memory
-        dtype: str = 'auto',     # float32, bfloat16 or float16; as stored by default
-        device: str = None,      # cpu, cuda, ...
+
+    def __init__(
+        self,
+        pretrained,  # a model in memory, or what `load_model` takes
+        tokenizer=None,  # of a model in memory
+        dtype: str = 'auto',  # float32, bfloat16 or float16; as stored by default
+        device: str = None,  # cpu, cuda, ...
         device_map: str = None,  # auto spreads the model over all devices
-        chat: bool = False,      # prompts through the tokenizer's chat template
+        chat: bool = False,  # prompts through the tokenizer's chat template
         max_length: int = None,  # tokens of prompt and answer; longer prompts are cut on the left
-        batch_size: int = 64,    # items at once
-        max_batch_size: int = None, # lm-eval gives it; not used
-        progress: bool = True,   # show bars
+        batch_size: int = 64,  # items at once
+        max_batch_size: int = None,  # lm-eval gives it; not used
+        progress: bool = True,  # show bars
     ):
         super().__init__()
-        if not str(batch_size).isdigit() or not int(batch_size): raise ActError(f"batch_size is {batch_size!r}: give the number of items at once")
-        processes() # connected, each with its own device
-        if device == 'cuda:0': device = 'cuda' if torch.cuda.is_available() else None # lm-eval asks for cuda:0 unless it is told otherwise
-        loaded = load_model(pretrained, dtype, device, device_map) if isinstance(pretrained, (str, Path)) else (pretrained, tokenizer)
+        if not str(batch_size).isdigit() or not int(batch_size):
+            raise ActError(f"batch_size is {batch_size!r}: give the number of items at once")
+        processes()  # connected, each with its own device
+        if device == 'cuda:0':
+            device = (
+                'cuda' if torch.cuda.is_available() else None
+            )  # lm-eval asks for cuda:0 unless it is told otherwise
+        loaded = (
+            load_model(pretrained, dtype, device, device_map)
+            if isinstance(pretrained, (str, Path))
+            else (pretrained, tokenizer)
+        )
         self.model, self.tokenizer = loaded
         self.chat, self.max_length, self.batch_size, self.progress = chat, max_length, int(batch_size), progress
         self.rows, self.context = reads(self.model)
-        self.room = min((n for n in (max_length, self.context) if n), default=None) # most tokens of a text
-        self.at_limit = {} # (task, item) -> was the limit hit before the model had ended
+        self.room = min((n for n in (max_length, self.context) if n), default=None)  # most tokens of a text
+        self.at_limit = {}  # (task, item) -> was the limit hit before the model had ended
 
     def loglikelihood(self, requests) -> list:
         "(log-likelihood in nats of the continuation, is every token the most likely one) of every (context, continuation)."
         ends = lambda r: isinstance(r.doc, dict) and r.doc.get('eos') is True
-        return self._score([encode([self._item(r, *r.args[:2])], self.tokenizer, 'predict', self.chat, self.max_length, ends(r), 'left')[0] for r in requests])
+        return self._score(
+            [
+                encode(
+                    [self._item(r, *r.args[:2])], self.tokenizer, 'predict', self.chat, self.max_length, ends(r), 'left'
+                )[0]
+                for r in requests
+            ]
+        )
 
     def loglikelihood_rolling(self, requests) -> list:
         "Log-likelihood in nats of every text, from its first token on, in windows of what the model reads."
         from lm_eval.utils import get_rolling_token_windows
+
         first = next((i for i in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id) if i is not None), None)
-        if first is None: raise ActError("the tokenizer has neither a beginning- nor an end-of-text token to begin a text with: use another one")
+        if first is None:
+            raise ActError(
+                "the tokenizer has neither a beginning- nor an end-of-text token to begin a text with: use another one"
+            )
         windows, owner = [], []
         for i, r in enumerate(requests):
             ids = encode_prompts([self._item(r, r.args[0], '')], self.tokenizer)[0].input_ids
             ids = ids[1:] if ids[0] == self.tokenizer.bos_token_id else ids
             for before, new in get_rolling_token_windows(ids, first, (self.room or len(ids) + 1) - 1, 1):
-                windows.append(EncodedItem(before + new[-1:], list(range(len(before) - len(new), len(before))), [], '', self._item(r, '', '').id))
+                windows.append(
+                    EncodedItem(
+                        before + new[-1:],
+                        list(range(len(before) - len(new), len(before))),
+                        [],
+                        '',
+                        self._item(r, '', '').id,
+                    )
+                )
                 owner.append(i)
-        sums = [0.]*len(requests)
-        for i, (loglik, _) in zip(owner, self._score(windows)): sums[i] += loglik
+        sums = [0.0] * len(requests)
+        for i, (loglik, _) in zip(owner, self._score(windows)):
+            sums[i] += loglik
         return sums
 
     def generate_until(self, requests) -> list:
@@ -276,23 +442,43 @@ class ActLM(LM):
         jobs, prompts = {}, []
         for i, r in enumerate(requests):
             stop, most = self._limits(r.args[1])
-            prompt, = encode_prompts([self._item(r, r.args[0], '')], self.tokenizer, self.chat, self.max_length and self.max_length - min(most, self.max_length//2))
+            (prompt,) = encode_prompts(
+                [self._item(r, r.args[0], '')],
+                self.tokenizer,
+                self.chat,
+                self.max_length and self.max_length - min(most, self.max_length // 2),
+            )
             prompts.append(prompt)
             jobs.setdefault((stop, min(most, self.room - len(prompt.input_ids)) if self.room else most), []).append(i)
         check_fits(prompts, self.rows, self.context and self.context - 1, label_of(self.model))
-        work = [(b, [some[k] for k in b['index']], *job) for job, some in jobs.items() for b in batches([prompts[i] for i in some], self.tokenizer, padding_side='left', batch_size=self.batch_size)]
-        out = self._shared(work, lambda b, _, stop, most: _write(self.model, self.tokenizer, b, stop, most), len(requests), 'writing')
-        for r, (_, hit) in zip(requests, out): self.at_limit[r.task_name, r.doc_id] = hit
+        work = [
+            (b, [some[k] for k in b['index']], *job)
+            for job, some in jobs.items()
+            for b in batches(
+                [prompts[i] for i in some], self.tokenizer, padding_side='left', batch_size=self.batch_size
+            )
+        ]
+        out = self._shared(
+            work, lambda b, _, stop, most: _write(self.model, self.tokenizer, b, stop, most), len(requests), 'writing'
+        )
+        for r, (_, hit) in zip(requests, out):
+            self.at_limit[r.task_name, r.doc_id] = hit
         return [text for text, _ in out]
 
     @property
-    def tokenizer_name(self): raise ActError("lm-eval's own chat templating is not used with the model act: leave --apply_chat_template out, and give chat=True in --model_args")
+    def tokenizer_name(self):
+        raise ActError(
+            "lm-eval's own chat templating is not used with the model act: leave --apply_chat_template out, and give"
+            " chat=True in --model_args"
+        )
 
-    def _item(self, r, prompt, answer): return Item(prompt, answer, f'{r.task_name}:{r.doc_id}')
+    def _item(self, r, prompt, answer):
+        return Item(prompt, answer, f'{r.task_name}:{r.doc_id}')
 
     def _limits(self, how):
         "(stop strings, most tokens) of a task's generation settings."
-        if how.get('do_sample'): raise ActError("the model act writes greedily, and the task asks for samples: set do_sample to false")
+        if how.get('do_sample'):
+            raise ActError("the model act writes greedily, and the task asks for samples: set do_sample to false")
         stop = how.get('until') or ()
         return (stop,) if isinstance(stop, str) else tuple(stop), int(how.get('max_gen_toks', 256))
 
@@ -305,7 +491,15 @@ class ActLM(LM):
     def _shared(self, work, run, n, desc):
         "What `run(batch, numbers of its items, ...)` returns for the items of all batches, in order; every process runs its share."
         (rank, world), found = processes(), {}
-        with quiet(), bar(progress=self.progress and not rank, total=sum(len(w[1]) for w in work[rank::world]), desc=desc, unit='item') as shown:
+        with (
+            quiet(),
+            bar(
+                progress=self.progress and not rank,
+                total=sum(len(w[1]) for w in work[rank::world]),
+                desc=desc,
+                unit='item',
+            ) as shown,
+        ):
             for w in work[rank::world]:
                 found.update(zip(w[1], run(*w)))
                 shown.update(len(w[1]))
@@ -313,31 +507,46 @@ class ActLM(LM):
         return [found[i] for i in range(n)]
 
 # %% ../nbs/14_evaluate.ipynb #14-312
-if __name__ != '__main__': register_model('act')(ActLM) # by the module, once, not by this notebook
+if __name__ != '__main__':
+    register_model('act')(ActLM)  # by the module, once, not by this notebook
 
 # %% ../nbs/14_evaluate.ipynb #14-029
 def bootstrap_ci(
-    x,                 # values, one an item
-    n: int = 2000,     # resamples
-    level: float = .95, # confidence
+    x,  # values, one an item
+    n: int = 2000,  # resamples
+    level: float = 0.95,  # confidence
     seed: int = 0,
-) -> tuple: # (low, high)
+) -> tuple:  # (low, high)
     "Percentile bootstrap interval of the mean (scipy.stats.bootstrap); all values equal give a width of zero."
     x = np.asarray(x, float)
-    if not len(x): raise ActError("no values to resample: the result has no items")
-    if len(x) < 2 or (x == x[0]).all(): return float(x.mean()), float(x.mean())
-    ci = stats.bootstrap((x,), np.mean, n_resamples=n, confidence_level=level, method='percentile', rng=np.random.default_rng(seed), batch=200).confidence_interval
+    if not len(x):
+        raise ActError("no values to resample: the result has no items")
+    if len(x) < 2 or (x == x[0]).all():
+        return float(x.mean()), float(x.mean())
+    ci = stats.bootstrap(
+        (x,),
+        np.mean,
+        n_resamples=n,
+        confidence_level=level,
+        method='percentile',
+        rng=np.random.default_rng(seed),
+        batch=200,
+    ).confidence_interval
     return float(ci.low), float(ci.high)
 
 # %% ../nbs/14_evaluate.ipynb #14-032
 _COLUMNS, _WRITTEN = 'ability id correct loglik bytes tokens'.split(), 'text read limit'.split()
 
+
 class EvalResult(Shown):
     "Results item by item: `.items` has a row an item; `.table()` sums up; `.save()` writes them with their provenance."
-    def __init__(self,
-        items: pd.DataFrame, # ability, id, correct (0 or 1), loglik (nats), bytes and tokens of the answer; where models wrote: text, what was read in it, and whether the limit was hit
-        meta: dict,          # how they were made
-    ): self.items, self.meta = items, meta
+
+    def __init__(
+        self,
+        items: pd.DataFrame,  # ability, id, correct (0 or 1), loglik (nats), bytes and tokens of the answer; where models wrote: text, what was read in it, and whether the limit was hit
+        meta: dict,  # how they were made
+    ):
+        self.items, self.meta = items, meta
 
     @property
     def bits(self) -> pd.Series:
@@ -350,8 +559,20 @@ class EvalResult(Shown):
         for name, g in self.items.groupby('ability', sort=False):
             low, high = bootstrap_ci(g.correct)
             loglik = g.loglik.sum() if g.loglik.notna().all() else math.nan
-            rows.append((name, len(g), g.correct.mean(), low, high, loglik/g.tokens.sum(), bits_per_byte(loglik, g.bytes.sum())))
-        return pd.DataFrame(rows, columns='ability items accuracy low high nats_per_token bits_per_byte'.split()).set_index('ability')
+            rows.append(
+                (
+                    name,
+                    len(g),
+                    g.correct.mean(),
+                    low,
+                    high,
+                    loglik / g.tokens.sum(),
+                    bits_per_byte(loglik, g.bytes.sum()),
+                )
+            )
+        return pd.DataFrame(
+            rows, columns='ability items accuracy low high nats_per_token bits_per_byte'.split()
+        ).set_index('ability')
 
     def save(self, path):
         "Write one JSON file: provenance, and a list of values for each column of the items."
@@ -361,57 +582,121 @@ class EvalResult(Shown):
     @classmethod
     def load(cls, path):
         "Read what `save` wrote."
+
         def items(d):
             written = {k: pd.Series(list(d[k]), dtype=object) for k in _WRITTEN if k in d}
-            return pd.DataFrame({**{k: list(d[k]) for k in _COLUMNS}, **written}).astype(dict(correct=int, bytes=int, tokens=int))
-        return read_json(path, 'act-eval-1', 'evaluation result', 'act_evaluate', lambda d: cls(items(d['items']), dict(d['meta'])))
+            return pd.DataFrame({**{k: list(d[k]) for k in _COLUMNS}, **written}).astype(
+                dict(correct=int, bytes=int, tokens=int)
+            )
+
+        return read_json(
+            path, 'act-eval-1', 'evaluation result', 'act_evaluate', lambda d: cls(items(d['items']), dict(d['meta']))
+        )
 
     def plot(self, ax=None):
         "Accuracy of each ability with its 95 % interval; returns the axes."
         import matplotlib.pyplot as plt
-        t = 100*self.table()[['accuracy', 'low', 'high']].astype(float)
-        if ax is None: _, ax = plt.subplots(figsize=(3.4, .9 + .25*len(t)), constrained_layout=True)
-        ax.errorbar(t.accuracy, range(len(t)), xerr=[t.accuracy - t.low, t.high - t.accuracy], fmt='o', label=place(self.meta.get('model') or 'a model'))
-        ax.set(yticks=range(len(t)), yticklabels=t.index, ylim=(len(t) - .5, -.5), xlim=(-4, 104), xlabel='accuracy (% of items)', ylabel='ability')
+
+        t = 100 * self.table()[['accuracy', 'low', 'high']].astype(float)
+        if ax is None:
+            _, ax = plt.subplots(figsize=(3.4, 0.9 + 0.25 * len(t)), constrained_layout=True)
+        ax.errorbar(
+            t.accuracy,
+            range(len(t)),
+            xerr=[t.accuracy - t.low, t.high - t.accuracy],
+            fmt='o',
+            label=place(self.meta.get('model') or 'a model'),
+        )
+        ax.set(
+            yticks=range(len(t)),
+            yticklabels=t.index,
+            ylim=(len(t) - 0.5, -0.5),
+            xlim=(-4, 104),
+            xlabel='accuracy (% of items)',
+            ylabel='ability',
+        )
         return ax
 
-    def __repr__(self): return self.table().round(3).to_string()
-    def _title(self): return f"EvalResult: {place(self.meta.get('model') or 'a model')}, {len(self.items):,} items"
+    def __repr__(self):
+        return self.table().round(3).to_string()
+
+    def _title(self):
+        return f"EvalResult: {place(self.meta.get('model') or 'a model')}, {len(self.items):,} items"
+
     def _parts(self):
         t = self.table()
-        yield intervals([(a, 100*r.accuracy, 100*r.low, 100*r.high) for a, r in zip(t.index, t.itertuples())], 'correct, with 95 % interval over items', '%', (0, 100))
-        yield table(t, 'by ability', {**dict.fromkeys(['accuracy', 'low', 'high'], '{:.1%}'.format), **dict.fromkeys(['nats_per_token', 'bits_per_byte'], '{:.3f}'.format)})
-        if self.meta: yield folded('where it comes from', self.meta)
+        yield intervals(
+            [(a, 100 * r.accuracy, 100 * r.low, 100 * r.high) for a, r in zip(t.index, t.itertuples())],
+            'correct, with 95 % interval over items',
+            '%',
+            (0, 100),
+        )
+        yield table(
+            t,
+            'by ability',
+            {
+                **dict.fromkeys(['accuracy', 'low', 'high'], '{:.1%}'.format),
+                **dict.fromkeys(['nats_per_token', 'bits_per_byte'], '{:.3f}'.format),
+            },
+        )
+        if self.meta:
+            yield folded('where it comes from', self.meta)
 
 # %% ../nbs/14_evaluate.ipynb #14-033
 def evaluate(
-    model, abilities, tokenizer,  # a model in memory; abilities (or one); its tokenizer
-    batch_size: int = 64,         # items at once
-    generate: bool | int = False, # let the model write (at most so many tokens; True: 512; never more than half of what it can read) and compare the last number or the text, instead of scoring the answer; questions with choices stay as they are
-    eos: bool = None,             # the end-of-text token belongs to the answer; by default as the ability says
-    max_length: int = None,       # tokens of prompt and answer; longer prompts are cut on the left
-    chat: bool = False,           # prompts through the tokenizer's chat template
-    progress: bool = True,        # show bars
+    model,
+    abilities,
+    tokenizer,  # a model in memory; abilities (or one); its tokenizer
+    batch_size: int = 64,  # items at once
+    generate: (
+        bool | int
+    ) = False,  # let the model write (at most so many tokens; True: 512; never more than half of what it can read) and compare the last number or the text, instead of scoring the answer; questions with choices stay as they are
+    eos: bool = None,  # the end-of-text token belongs to the answer; by default as the ability says
+    max_length: int = None,  # tokens of prompt and answer; longer prompts are cut on the left
+    chat: bool = False,  # prompts through the tokenizer's chat template
+    progress: bool = True,  # show bars
 ) -> EvalResult:
     "Score abilities with lm-eval: is the answer the model's own (greedy, every token; the likeliest, where there are choices), and how likely is it?"
     import lm_eval
+
     abilities = [abilities] if isinstance(abilities, Ability) else list(abilities)
     _check_names(abilities)
     lm = ActLM(model, tokenizer, chat=chat, max_length=max_length, batch_size=batch_size, progress=progress)
     kinds = {a.name: task_kind(a, generate) for a in abilities}
     ends = {a.name: (a.eos if eos is None else eos) and kinds[a.name] != 'generate' for a in abilities}
     encoded = {a.name: _encoded(a, tokenizer, kinds[a.name], ends[a.name], chat, max_length) for a in abilities}
-    for e in encoded.values(): check_fits(e, lm.rows, lm.context, label_of(model))
+    for e in encoded.values():
+        check_fits(e, lm.rows, lm.context, label_of(model))
     write = 512 if generate is True else int(generate)
-    if lm.room: write = min(write, lm.room//2) # the other half is for the prompt
+    if lm.room:
+        write = min(write, lm.room // 2)  # the other half is for the prompt
     with silent():
         tasks = {a.name: cached_task(TaskKey(a.name, a), kinds[a.name], ends[a.name], write) for a in abilities}
         out = lm_eval.evaluate(lm, dict(tasks=tasks), bootstrap_iters=0)
     rows = [row for a in abilities for row in _item_rows(a, out['samples'][a.name], encoded[a.name], kinds[a.name], lm)]
-    meta = provenance(model=label_of(model), abilities={a.name: dict(hash=a.hash, items=len(a), source=a.source, kind=kinds[a.name], task_version=t.VERSION, filters=sorted({s['filter'] for s in out['samples'][a.name]})) for a, t in zip(abilities, tasks.values())},
-                      batch_size=batch_size, generate=write, dtype=str(model.dtype).removeprefix('torch.'), max_length=max_length, chat=chat, lm_eval=lm_eval.__version__)
+    meta = provenance(
+        model=label_of(model),
+        abilities={
+            a.name: dict(
+                hash=a.hash,
+                items=len(a),
+                source=a.source,
+                kind=kinds[a.name],
+                task_version=t.VERSION,
+                filters=sorted({s['filter'] for s in out['samples'][a.name]}),
+            )
+            for a, t in zip(abilities, tasks.values())
+        },
+        batch_size=batch_size,
+        generate=write,
+        dtype=str(model.dtype).removeprefix('torch.'),
+        max_length=max_length,
+        chat=chat,
+        lm_eval=lm_eval.__version__,
+    )
     items = pd.DataFrame([{k: row[k] for k in _COLUMNS} for row in rows])
-    if 'generate' in kinds.values(): items = items.assign(**{k: pd.Series([row.get(k) for row in rows], dtype=object) for k in _WRITTEN})
+    if 'generate' in kinds.values():
+        items = items.assign(**{k: pd.Series([row.get(k) for row in rows], dtype=object) for k in _WRITTEN})
     return EvalResult(items, meta)
 
 # %% ../nbs/14_evaluate.ipynb #14-401
@@ -419,17 +704,28 @@ def _warn_of_trained(model, abilities):
     "A warning for items that a model's own record of fine-tuning names."
     trained = trained_on(model)
     for a in abilities:
-        if n := sum(h in trained for h in a.item_hashes): warn(f"{n} of the {len(a)} items of ability {a.name} were trained on (notes of {Path(model).name}): their score says nothing about new items, evaluate on another split or another file")
+        if n := sum(h in trained for h in a.item_hashes):
+            warn(
+                f"{n} of the {len(a)} items of ability {a.name} were trained on (notes of {Path(model).name}): their"
+                " score says nothing about new items, evaluate on another split or another file"
+            )
+
 
 def _check_names(abilities):
-    if not abilities: raise ActError("no abilities to evaluate: pass at least one")
-    if len({a.name for a in abilities}) < len(abilities): raise ActError(f"two abilities share a name ({', '.join(a.name for a in abilities)}): give them different names")
+    if not abilities:
+        raise ActError("no abilities to evaluate: pass at least one")
+    if len({a.name for a in abilities}) < len(abilities):
+        raise ActError(
+            f"two abilities share a name ({', '.join(a.name for a in abilities)}): give them different names"
+        )
 
 # %% ../nbs/14_evaluate.ipynb #14-034
 def _encoded(ability, tokenizer, kind, eos, chat, max_length):
     "The items as the model will read them: prompts where it writes, else prompts and answers."
-    if kind == 'generate': return encode_prompts(ability, tokenizer, chat, max_length)
+    if kind == 'generate':
+        return encode_prompts(ability, tokenizer, chat, max_length)
     return encode(ability, tokenizer, 'predict', chat, max_length, eos, 'left')
+
 
 def _item_rows(ability, samples, encoded, kind, lm):
     samples = {s['doc_id']: s for s in samples}
@@ -437,56 +733,81 @@ def _item_rows(ability, samples, encoded, kind, lm):
         s, row = samples[i], dict(ability=ability.name, id=o.id or str(i))
         if kind == 'generate':
             text, tokens = s['resps'][0][0], lm.tokenizer(o.answer, add_special_tokens=False)['input_ids']
-            yield dict(row, correct=int(s['exact_match']), loglik=None, bytes=len(o.answer.encode()), tokens=len(tokens), text=text, read=read_answer(s['doc'], text), limit=lm.at_limit[ability.name, i])
+            yield dict(
+                row,
+                correct=int(s['exact_match']),
+                loglik=None,
+                bytes=len(o.answer.encode()),
+                tokens=len(tokens),
+                text=text,
+                read=read_answer(s['doc'], text),
+                limit=lm.at_limit[ability.name, i],
+            )
         else:
             loglik = s['filtered_resps'][o.choices.index(o.answer) if kind == 'choices' else 0][0]
-            yield dict(row, correct=int(s['acc']), loglik=float(loglik), bytes=len(e.text.encode()), tokens=len(e.answer))
+            yield dict(
+                row, correct=int(s['acc']), loglik=float(loglik), bytes=len(e.text.encode()), tokens=len(e.answer)
+            )
 
 # %% ../nbs/14_evaluate.ipynb #14-040
 def paired_bootstrap(
-    a, b,           # values of two models on the same items, in the same order
+    a,
+    b,  # values of two models on the same items, in the same order
     n: int = 2000,  # resamples
     seed: int = 0,
-) -> dict: # difference (mean of a - b), low, high (95 %), p (two-sided)
+) -> dict:  # difference (mean of a - b), low, high (95 %), p (two-sided)
     "Paired bootstrap of a difference of means."
     a, b = np.asarray(a, float), np.asarray(b, float)
-    if a.shape != b.shape: raise ActError(f"{len(a)} and {len(b)} values cannot be paired: evaluate both models on the same items")
+    if a.shape != b.shape:
+        raise ActError(f"{len(a)} and {len(b)} values cannot be paired: evaluate both models on the same items")
     d = a - b
     low, high = bootstrap_ci(d, n, seed=seed)
     means = d[np.random.default_rng(seed).integers(len(d), size=(n, len(d)))].mean(1)
     tail = min((means <= 0).sum(), (means >= 0).sum())
-    return dict(difference=float(d.mean()), low=low, high=high, p=float(min(1., 2*(tail + 1)/(n + 1))))
+    return dict(difference=float(d.mean()), low=low, high=high, p=float(min(1.0, 2 * (tail + 1) / (n + 1))))
 
 # %% ../nbs/14_evaluate.ipynb #14-041
 def mcnemar(
-    a, b, # 0 or 1 for every item, of two models on the same items
-) -> dict: # only_a, only_b: items that one alone got right; p: exact, two-sided
+    a,
+    b,  # 0 or 1 for every item, of two models on the same items
+) -> dict:  # only_a, only_b: items that one alone got right; p: exact, two-sided
     "McNemar's exact test (scipy.stats.binomtest)."
     a, b = np.asarray(a, bool), np.asarray(b, bool)
-    if a.shape != b.shape: raise ActError(f"{len(a)} and {len(b)} values cannot be paired: evaluate both models on the same items")
+    if a.shape != b.shape:
+        raise ActError(f"{len(a)} and {len(b)} values cannot be paired: evaluate both models on the same items")
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    return dict(only_a=only_a, only_b=only_b, p=float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.)
+    return dict(
+        only_a=only_a,
+        only_b=only_b,
+        p=float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0,
+    )
 
 # %% ../nbs/14_evaluate.ipynb #14-045
 def holm(
-    ps, # p-values of one family of comparisons
-) -> np.ndarray: # corrected, in the same order
+    ps,  # p-values of one family of comparisons
+) -> np.ndarray:  # corrected, in the same order
     "Holm's correction for many comparisons."
     ps = np.asarray(ps, float)
     order, m = ps.argsort(kind='stable'), len(ps)
     out = np.empty(m)
-    out[order] = np.minimum(1, np.maximum.accumulate(ps[order]*(m - np.arange(m))))
+    out[order] = np.minimum(1, np.maximum.accumulate(ps[order] * (m - np.arange(m))))
     return out
 
 # %% ../nbs/14_evaluate.ipynb #14-208
 class Paired(Shown):
     "Two results on the same items, ability by ability: difference in accuracy, interval, McNemar's exact test, and Holm's correction."
-    def __init__(self,
-        a: EvalResult, b: EvalResult,
-        names: tuple = ('a', 'b'), # what to call them
-    ): # raises ActError unless both have the same items
+
+    def __init__(
+        self,
+        a: EvalResult,
+        b: EvalResult,
+        names: tuple = ('a', 'b'),  # what to call them
+    ):  # raises ActError unless both have the same items
         self.a, self.b, self.names = a, b, names
-        if a.items[['ability', 'id']].values.tolist() != b.items[['ability', 'id']].values.tolist(): raise ActError("the two results are not of the same items: evaluate both models on the same abilities and split")
+        if a.items[['ability', 'id']].values.tolist() != b.items[['ability', 'id']].values.tolist():
+            raise ActError(
+                "the two results are not of the same items: evaluate both models on the same abilities and split"
+            )
 
     def table(self) -> pd.DataFrame:
         "A row an ability."
@@ -494,65 +815,119 @@ class Paired(Shown):
         for name, g in self.a.items.groupby('ability', sort=False):
             x, y = g.correct, self.b.items.correct[g.index]
             boot, test = paired_bootstrap(x, y), mcnemar(x, y)
-            rows.append({'ability': name, 'items': len(g), a: x.mean(), b: y.mean(), 'difference': boot['difference'], 'low': boot['low'], 'high': boot['high'], f'only {a}': test['only_a'], f'only {b}': test['only_b'], 'p': test['p']})
+            rows.append(
+                {
+                    'ability': name,
+                    'items': len(g),
+                    a: x.mean(),
+                    b: y.mean(),
+                    'difference': boot['difference'],
+                    'low': boot['low'],
+                    'high': boot['high'],
+                    f'only {a}': test['only_a'],
+                    f'only {b}': test['only_b'],
+                    'p': test['p'],
+                }
+            )
         return pd.DataFrame(rows).assign(holm=lambda t: holm(t.p)).set_index('ability')
 
     def plot(self, ax=None):
         "Differences with 95 % intervals, in points; returns the axes."
         import matplotlib.pyplot as plt
-        t = 100*self.table()[['difference', 'low', 'high']]
-        if ax is None: _, ax = plt.subplots(figsize=(3.4, .9 + .25*len(t)), constrained_layout=True)
-        ax.axvline(0, color='.5', lw=.8)
+
+        t = 100 * self.table()[['difference', 'low', 'high']]
+        if ax is None:
+            _, ax = plt.subplots(figsize=(3.4, 0.9 + 0.25 * len(t)), constrained_layout=True)
+        ax.axvline(0, color='.5', lw=0.8)
         ax.errorbar(t.difference, range(len(t)), xerr=[t.difference - t.low, t.high - t.difference], fmt='o')
-        ax.set(yticks=range(len(t)), yticklabels=t.index, ylim=(len(t) - .5, -.5), xlabel=f'{self.names[0]} above {self.names[1]} (points)', ylabel='ability')
+        ax.set(
+            yticks=range(len(t)),
+            yticklabels=t.index,
+            ylim=(len(t) - 0.5, -0.5),
+            xlabel=f'{self.names[0]} above {self.names[1]} (points)',
+            ylabel='ability',
+        )
         return ax
 
-    def __repr__(self): return f"Paired: {self.names[0]} and {self.names[1]} on {len(self.a.items):,} items of {self.a.items.ability.nunique()} abilities"
+    def __repr__(self):
+        return (
+            f"Paired: {self.names[0]} and {self.names[1]} on {len(self.a.items):,} items of"
+            f" {self.a.items.ability.nunique()} abilities"
+        )
+
     def _parts(self):
         t = self.table()
-        far = 100*max(t.low.abs().max(), t.high.abs().max())
-        yield intervals([(n, 100*r.difference, 100*r.low, 100*r.high) for n, r in zip(t.index, t.itertuples())], f'{self.names[0]} above {self.names[1]}, with 95 % interval', 'points', (-far, far))
+        far = 100 * max(t.low.abs().max(), t.high.abs().max())
+        yield intervals(
+            [(n, 100 * r.difference, 100 * r.low, 100 * r.high) for n, r in zip(t.index, t.itertuples())],
+            f'{self.names[0]} above {self.names[1]}, with 95 % interval',
+            'points',
+            (-far, far),
+        )
         yield table(t, 'by ability', dict.fromkeys([*self.names, 'difference', 'low', 'high'], '{:.1%}'.format))
 
 # %% ../nbs/14_evaluate.ipynb #14-050
 @command
 def act_evaluate(
-    model: str,            # folder, .gguf file, hub id, lab/NAME or smollm2/NAME
-    ability: str,          # names or jsonl files, separated by commas
-    out: str = None,       # result file (JSON) to write
-    split: str = 'test',   # train, localize, sft, validation, test or all
-    n: int = None,         # items of each ability; all by default
+    model: str,  # folder, .gguf file, hub id, lab/NAME or smollm2/NAME
+    ability: str,  # names or jsonl files, separated by commas
+    out: str = None,  # result file (JSON) to write
+    split: str = 'test',  # train, localize, sft, validation, test or all
+    n: int = None,  # items of each ability; all by default
     batch_size: int = 64,  # items at once
-    max_length: int = None, # tokens of prompt and answer; longer prompts are cut on the left
-    dtype: str = 'auto',   # float32, bfloat16 or float16; as stored by default
-    device: str = None,    # cpu, cuda, ...
-    device_map: str = None, # auto spreads the model over all devices
-    generate: int = 0,     # let the model write so many tokens at most, instead of scoring the answer
-    chat: store_true = False,     # prompts through the chat template
+    max_length: int = None,  # tokens of prompt and answer; longer prompts are cut on the left
+    dtype: str = 'auto',  # float32, bfloat16 or float16; as stored by default
+    device: str = None,  # cpu, cuda, ...
+    device_map: str = None,  # auto spreads the model over all devices
+    generate: int = 0,  # let the model write so many tokens at most, instead of scoring the answer
+    chat: store_true = False,  # prompts through the chat template
 ):
     "Score a model on abilities: `act_evaluate --model lab/base --ability lab/multiplication-en,lab/science-zh --out base.json`"
     abilities = [load_ability(a, split, n) for a in listed(ability)]
     _check_names(abilities)
     check_use(dtype, device)
-    headers, first, tok = opened(model), not processes()[0], load_tokenizer(model) # all that can be wrong is looked for before anything is loaded
+    headers, first, tok = (
+        opened(model),
+        not processes()[0],
+        load_tokenizer(model),
+    )  # all that can be wrong is looked for before anything is loaded
     encoded = [e for a in abilities for e in _encoded(a, tok, task_kind(a, generate), a.eos, chat, max_length)]
     check_fits(encoded, *reads(headers), model)
     _warn_of_trained(model, abilities)
-    begin([model, *listed(ability)], {out: 1000 + 80*len(encoded)} if out else {}, f'{len(encoded):,} items, {sum(len(e.answer) for e in encoded):,} answer tokens')
+    begin(
+        [model, *listed(ability)],
+        {out: 1000 + 80 * len(encoded)} if out else {},
+        f'{len(encoded):,} items, {sum(len(e.answer) for e in encoded):,} answer tokens',
+    )
     net, tok = load_model(model, dtype, device, device_map)
     result = evaluate(net, abilities, tok, batch_size, generate, max_length=max_length, chat=chat)
-    if not first: return
+    if not first:
+        return
     result.meta.update(model=model, weights=weight_hash(model))
-    if out: result.save(out)
+    if out:
+        result.save(out)
     print(f'{result}\n-> {out}' if out else result)
-    if not out: next_step('act_evaluate', model=model, ability=ability, split=split if split != 'test' else None, n=n, chat=chat, generate=generate or None, out=f'{Path(model).name}.json')
-    elif any((Path(model)/f'act_{o}.json').exists() for o in ('transfer', 'finetune')): next_step('act_publish', model=model, scores=out, out=beside(out, 'published'))
+    if not out:
+        next_step(
+            'act_evaluate',
+            model=model,
+            ability=ability,
+            split=split if split != 'test' else None,
+            n=n,
+            chat=chat,
+            generate=generate or None,
+            out=f'{Path(model).name}.json',
+        )
+    elif any((Path(model) / f'act_{o}.json').exists() for o in ('transfer', 'finetune')):
+        next_step('act_publish', model=model, scores=out, out=beside(out, 'published'))
 
 # %% ../nbs/14_evaluate.ipynb #14-314
 def act_lm_eval():
     "lm-eval's own command line, with the model `act`: `act_lm_eval run --model act --model_args pretrained=lab/base,chat=False --tasks TASK --include_path FOLDER`"
     from lm_eval.__main__ import cli_evaluate
-    try: cli_evaluate()
+
+    try:
+        cli_evaluate()
     except ActError as e:
         print(f'error: {e}', file=sys.stderr)
         return 2

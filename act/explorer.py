@@ -16,7 +16,20 @@ from fastcore.script import store_true
 from .abilities import load_ability
 from .channels import KINDS
 from .checkpoints import preflight, weight_hash
-from .core import ActError, atomic_file, bar, begin, beside, command, next_step, provenance, read_json, write_json, peak_memory, listed
+from act.core import (
+    ActError,
+    atomic_file,
+    bar,
+    begin,
+    beside,
+    command,
+    next_step,
+    provenance,
+    read_json,
+    write_json,
+    peak_memory,
+    listed,
+)
 from .masks import ChannelScores, top_p
 from .recover import CASES, METHODS, RESULTS, Bench, Case, group_samples, interval
 
@@ -29,29 +42,45 @@ def _columns(case, values):
 
 # %% ../nbs/37_explorer.ipynb #37-012
 def chosen_counts(
-    scores: ChannelScores, # of the pair and ability
-    ps: tuple,             # fractions of all channels
-    ranks: tuple = ('raw', 'module'), # how they are ranked
-) -> tuple: # DataFrame with a row a module: path, kind, layer, width; dict (rank, p) -> chosen channels of each
+    scores: ChannelScores,  # of the pair and ability
+    ps: tuple,  # fractions of all channels
+    ranks: tuple = ('raw', 'module'),  # how they are ranked
+) -> tuple:  # DataFrame with a row a module: path, kind, layer, width; dict (rank, p) -> chosen channels of each
     "How many channels of each module are in the top p."
-    modules = pd.DataFrame({c: pd.Series([getattr(m, c) for m in scores.map], dtype=object if c == 'layer' else None) for c in ('path', 'kind', 'layer', 'width')})
+    modules = pd.DataFrame(
+        {
+            c: pd.Series([getattr(m, c) for m in scores.map], dtype=object if c == 'layer' else None)
+            for c in ('path', 'kind', 'layer', 'width')
+        }
+    )
     return modules, {(r, p): [int(v.sum()) for v in top_p(scores, p, r).data.values()] for r in ranks for p in ps}
 
 # %% ../nbs/37_explorer.ipynb #37-015
 _GRID = 'row p lam rank sft column value low high'.split()
 _AXES = ['p', 'lam', 'rank', 'sft']
 
+
 def _checked(grid):
     "The grid with its types right; ActError that names what is missing or odd."
-    if miss := [c for c in _GRID if c not in grid]: raise ActError(f"the grid lacks the column {miss[0]}: it needs {', '.join(_GRID)}")
+    if miss := [c for c in _GRID if c not in grid]:
+        raise ActError(f"the grid lacks the column {miss[0]}: it needs {', '.join(_GRID)}")
     g = grid[_GRID].reset_index(drop=True)
-    for c in ('p', 'lam', 'value', 'low', 'high'): g[c] = pd.to_numeric(g[c], errors='coerce')
+    for c in ('p', 'lam', 'value', 'low', 'high'):
+        g[c] = pd.to_numeric(g[c], errors='coerce')
     at = g.p.notna()
     g['sft'], g['rank'] = g.sft.astype(str).isin(('True', 'true', '1', '1.0')) & at, g['rank'].where(at, None)
-    odd = ~np.isfinite(g[['value', 'low', 'high']]).all(axis=1) | at & (~g.p.between(0, 1, 'right') | ~np.isfinite(g.lam) | g['rank'].isna())
-    if odd.any(): raise ActError(f"row {odd.idxmax()} of the grid is odd ({', '.join(f'{k} {v}' for k, v in g.loc[odd.idxmax()].items())}): p is in (0, 1], the other numbers are finite, a point has a rank")
-    if miss := [c for c in ('retained', 'recovered', 'mean') if c not in set(g.column)]: raise ActError(f"the grid has no values for {miss[0]}: it needs retained, recovered and mean")
-    if not at.any(): raise ActError("the grid has no points: every row is without p")
+    odd = ~np.isfinite(g[['value', 'low', 'high']]).all(axis=1) | at & (
+        ~g.p.between(0, 1, 'right') | ~np.isfinite(g.lam) | g['rank'].isna()
+    )
+    if odd.any():
+        raise ActError(
+            f"row {odd.idxmax()} of the grid is odd ({', '.join(f'{k} {v}' for k, v in g.loc[odd.idxmax()].items())}):"
+            " p is in (0, 1], the other numbers are finite, a point has a rank"
+        )
+    if miss := [c for c in ('retained', 'recovered', 'mean') if c not in set(g.column)]:
+        raise ActError(f"the grid has no values for {miss[0]}: it needs retained, recovered and mean")
+    if not at.any():
+        raise ActError("the grid has no points: every row is without p")
     return g
 
 # %% ../nbs/37_explorer.ipynb #37-016
@@ -60,143 +89,250 @@ def _nested(g):
     columns, points, given = list(dict.fromkeys(g.column)), {}, {}
     for o in g.itertuples(index=False):
         into = points.setdefault((o.p, o.lam, o.rank, bool(o.sft)), {}) if o.p == o.p else given.setdefault(o.row, {})
-        if o.column in into: raise ActError(f"the grid holds {o.column} twice for {o.row if o.p != o.p else _said(o.p, o.lam, o.rank, o.sft)}: keep one")
+        if o.column in into:
+            raise ActError(
+                f"the grid holds {o.column} twice for {o.row if o.p != o.p else _said(o.p, o.lam, o.rank, o.sft)}:"
+                " keep one"
+            )
         into[o.column] = o.value, o.low, o.high
     axes = [sorted({k[i] for k in points}) if i != 2 else list(dict.fromkeys(k[2] for k in points)) for i in range(4)]
     for k, v in (*((k, points.get(k, {})) for k in itertools.product(*axes)), *given.items()):
-        if miss := [c for c in columns if c not in v]: raise ActError(f"the grid has no {miss[0]} for {k if isinstance(k, str) else _said(*k)}: record every combination of p, lam, rank and sft")
+        if miss := [c for c in columns if c not in v]:
+            raise ActError(
+                f"the grid has no {miss[0]} for {k if isinstance(k, str) else _said(*k)}: record every combination of"
+                " p, lam, rank and sft"
+            )
     return axes, columns, points, given
 
 # %% ../nbs/37_explorer.ipynb #37-017
-def _percent(p): return f'{100*p:.4g} %'
-def _said(p, lam, rank, sft): return f"p {_percent(p)}, λ {lam:g}, ranked {_RANKED.get(rank, rank)}, {'with' if sft else 'without'} fine-tuning"
+def _percent(p):
+    return f'{100 * p:.4g} %'
+
+
+def _said(p, lam, rank, sft):
+    return f"p {_percent(p)}, λ {lam:g}, ranked {_RANKED.get(rank, rank)}, {'with' if sft else 'without'} fine-tuning"
+
 
 _RANKED = dict(raw='raw', module='within modules')
 
 # %% ../nbs/37_explorer.ipynb #37-019
 class Explorer:
     "A recorded grid to look around in: shows itself as a page fragment with sliders; `.widget()` for a live notebook, `.save()` for a page or the grid's file."
-    def __init__(self,
-        grid: pd.DataFrame, # the table above
-        scores,             # ChannelScores of the pair, or what `chosen_counts` made of them for every p and rank of the grid
+
+    def __init__(
+        self,
+        grid: pd.DataFrame,  # the table above
+        scores,  # ChannelScores of the pair, or what `chosen_counts` made of them for every p and rank of the grid
         meta: dict = None,  # where it comes from; case (a Case as a dict) gives names and metric
-    ): # raises ActError for a grid with holes, and for counts that do not go with it
+    ):  # raises ActError for a grid with holes, and for counts that do not go with it
         self.grid, self.meta = _checked(grid), dict(meta or {})
         (self.ps, self.lams, self.ranks, self.sfts), self.columns, self._points, self.given = _nested(self.grid)
-        self.modules, self.counts = chosen_counts(scores, self.ps, self.ranks) if isinstance(scores, ChannelScores) else scores
+        self.modules, self.counts = (
+            chosen_counts(scores, self.ps, self.ranks) if isinstance(scores, ChannelScores) else scores
+        )
         for k in itertools.product(self.ranks, self.ps):
             n = self.counts.get(k, [])
-            if len(n) != len(self.modules) or any(not 0 <= a <= b for a, b in zip(n, self.modules.width)): raise ActError(f"the counts of chosen channels for rank {k[0]}, p {k[1]} are missing or do not fit the {len(self.modules)} modules: make them with chosen_counts")
+            if len(n) != len(self.modules) or any(not 0 <= a <= b for a, b in zip(n, self.modules.width)):
+                raise ActError(
+                    f"the counts of chosen channels for rank {k[0]}, p {k[1]} are missing or do not fit the"
+                    f" {len(self.modules)} modules: make them with chosen_counts"
+                )
         self.case = self.meta.get('case') or {}
-        self.lower = self.case.get('metric', 'correct') != 'correct' # lower is better
+        self.lower = self.case.get('metric', 'correct') != 'correct'  # lower is better
         self.scale, self.digits = (1, 3) if self.lower else (100, 1)
 
     def _known(self, p, lam, rank, sft):
         key = p, lam, rank, bool(sft)
-        if key in self._points: return key
+        if key in self._points:
+            return key
         axes = zip(_AXES, key, (self.ps, self.lams, self.ranks, self.sfts))
-        raise ActError('; '.join(f"{n} {v} was not recorded: choose one of {', '.join(map(str, o))}" for n, v, o in axes if v not in o))
-    def at(self, p, lam=1., rank='raw', sft=False) -> pd.DataFrame:
+        raise ActError(
+            '; '.join(
+                f"{n} {v} was not recorded: choose one of {', '.join(map(str, o))}" for n, v, o in axes if v not in o
+            )
+        )
+
+    def at(self, p, lam=1.0, rank='raw', sft=False) -> pd.DataFrame:
         "Scores at a recorded point: a row a column, with value, low and high."
         return pd.DataFrame(self._points[self._known(p, lam, rank, sft)], index=['value', 'low', 'high']).T
+
     def best(self, column='mean', below=math.inf) -> dict:
         "The recorded point with the best value of a column, among those with p below `below`."
-        return dict(zip(_AXES, (min if self.lower else max)((k for k in self._points if k[0] < below), key=lambda k: self._points[k][column][0])))
+        return dict(
+            zip(
+                _AXES,
+                (min if self.lower else max)(
+                    (k for k in self._points if k[0] < below), key=lambda k: self._points[k][column][0]
+                ),
+            )
+        )
+
     @property
     def start(self) -> tuple:
         "The point shown first: the best that leaves some channels out, where there is one."
         return tuple(self.best(below=1 if self.ps[0] < 1 else math.inf).values())
-    def __repr__(self): return f"Explorer: {len(self._points)} points, p {self.ps[0]:g} to {self.ps[-1]:g}, lam {self.lams[0]:g} to {self.lams[-1]:g}" + (f"; {self.case['target']} <- {self.case['donor']}" if {'target', 'donor'} <= self.case.keys() else '')
+
+    def __repr__(self):
+        return (
+            f"Explorer: {len(self._points)} points, p {self.ps[0]:g} to {self.ps[-1]:g}, lam {self.lams[0]:g} to"
+            f" {self.lams[-1]:g}"
+            + (f"; {self.case['target']} <- {self.case['donor']}" if {'target', 'donor'} <= self.case.keys() else '')
+        )
 
 # %% ../nbs/37_explorer.ipynb #37-023
-PS, LAMS = (.01, .02, .05, .1, .2, .3, .5, 1.), (.25, .5, .75, 1., 1.25)
+PS, LAMS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0), (0.25, 0.5, 0.75, 1.0, 1.25)
+
 
 def record(
-    case,                  # a Case, or a name in CASES
-    ps: tuple = PS,        # fractions of all channels
-    lams: tuple = LAMS,    # lambdas
-    ranks: tuple = ('raw', 'module'), # how channels are ranked
-    sft: tuple = (False, True), # without and with the case's light fine-tuning afterwards
-    seed: int = 0,         # of the localisation sample and the fine-tuning
-    device=None,           # where the models go
-    progress: bool = True, # show a bar
-    bench: Bench = None,   # of the case; made here by default
+    case,  # a Case, or a name in CASES
+    ps: tuple = PS,  # fractions of all channels
+    lams: tuple = LAMS,  # lambdas
+    ranks: tuple = ('raw', 'module'),  # how channels are ranked
+    sft: tuple = (False, True),  # without and with the case's light fine-tuning afterwards
+    seed: int = 0,  # of the localisation sample and the fine-tuning
+    device=None,  # where the models go
+    progress: bool = True,  # show a bar
+    bench: Bench = None,  # of the case; made here by default
 ) -> Explorer:
     "Make and score a model for every point, on validation items."
     case, start = _case(case), time.time()
     bench = bench or Bench(case, device, progress)
     items = bench.val + [load_ability(a, 'validation', n=case.n) for a in case.others]
     rows, known, scores = [], {}, bench.scores(seed)
-    def add(row, got, **at): rows.extend(dict(row=row, **at, column=c, value=v, low=a, high=b) for c, (v, a, b) in got.items())
-    for name in bench.names: add(name, _columns(case, bench.values(bench.given[name], items)))
-    if any(sft): add('target + SFT', _columns(case, bench.values(bench.model(seed=seed), items)))
+
+    def add(row, got, **at):
+        rows.extend(dict(row=row, **at, column=c, value=v, low=a, high=b) for c, (v, a, b) in got.items())
+
+    for name in bench.names:
+        add(name, _columns(case, bench.values(bench.given[name], items)))
+    if any(sft):
+        add('target + SFT', _columns(case, bench.values(bench.model(seed=seed), items)))
     for s, r, p, lam in bar(list(itertools.product(sft, ranks, ps, lams)), progress, desc='recording', unit='point'):
         key = s, top_p(scores, p, r).hash, lam
-        if key not in known: known[key] = _columns(case, bench.values(bench.model(METHODS['ACT'], seed, s, p=p, lam=lam, rank=r), items))
+        if key not in known:
+            known[key] = _columns(case, bench.values(bench.model(METHODS['ACT'], seed, s, p=p, lam=lam, rank=r), items))
         add('ACT', known[key], p=p, lam=lam, rank=r, sft=s)
-    return Explorer(pd.DataFrame(rows).reindex(columns=_GRID), scores, _made(case, bench, items, seed, time.time() - start))
+    return Explorer(
+        pd.DataFrame(rows).reindex(columns=_GRID), scores, _made(case, bench, items, seed, time.time() - start)
+    )
 
 # %% ../nbs/37_explorer.ipynb #37-024
 def _case(case):
-    if isinstance(case, Case): return case
-    if case not in CASES: raise ActError(f"no case is called {case!r}: choose one of {', '.join(CASES)}")
+    if isinstance(case, Case):
+        return case
+    if case not in CASES:
+        raise ActError(f"no case is called {case!r}: choose one of {', '.join(CASES)}")
     return CASES[case]
+
 
 def _made(case, bench, items, seed, seconds):
     "Where a grid comes from."
     used = {o.prompt for a in (bench.sample(seed), *bench.sft) for o in a}
-    return provenance(case=asdict(case), split='validation', seed=seed, resamples=2000, seconds=round(seconds), peak_memory_mb=peak_memory() >> 20,
-                      items={a.name: len(a) for a in items}, used=sum(o.prompt in used for a in items for o in a), data={a.name: a.hash for a in items}, target_hash=weight_hash(bench.target), donor_hash=weight_hash(bench.donor))
+    return provenance(
+        case=asdict(case),
+        split='validation',
+        seed=seed,
+        resamples=2000,
+        seconds=round(seconds),
+        peak_memory_mb=peak_memory() >> 20,
+        items={a.name: len(a) for a in items},
+        used=sum(o.prompt in used for a in items for o in a),
+        data={a.name: a.hash for a in items},
+        target_hash=weight_hash(bench.target),
+        donor_hash=weight_hash(bench.donor),
+    )
 
 # %% ../nbs/37_explorer.ipynb #37-029
 @patch(cls_method=True)
 def load(
     cls: Explorer,
-    path=None, # file that `save` wrote; by default the lab's grid that ships with the package
-): # raises ActError for any other file
+    path=None,  # file that `save` wrote; by default the lab's grid that ships with the package
+):  # raises ActError for any other file
     "Read a recorded grid."
     table = lambda d: pd.DataFrame({c: pd.Series(v, dtype=object if c == 'layer' else None) for c, v in d.items()})
-    make = lambda d: cls(pd.DataFrame(d['grid']), (table(d['modules']), {(o['rank'], o['p']): o['chosen'] for o in d['counts']}), d['meta'])
-    return read_json(path or RESULTS/'explore-lab.json', 'act-explore-1', 'recorded grid', 'act_explore --record', make)
+    make = lambda d: cls(
+        pd.DataFrame(d['grid']),
+        (table(d['modules']), {(o['rank'], o['p']): o['chosen'] for o in d['counts']}),
+        d['meta'],
+    )
+    return read_json(
+        path or RESULTS / 'explore-lab.json', 'act-explore-1', 'recorded grid', 'act_explore --record', make
+    )
 
 # %% ../nbs/37_explorer.ipynb #37-030
 @patch
 def save(
     self: Explorer,
-    path, # NAME.html for a whole page, NAME.json for the grid
+    path,  # NAME.html for a whole page, NAME.json for the grid
 ) -> Path:
     "Write the page, with nothing to load from elsewhere, or the grid, which `load` reads; atomically."
     path, plain = _check_name(path), lambda v: None if v is None or v != v else v
     if path.suffix == '.json':
         table = lambda f: {c: [plain(v) for v in f[c].tolist()] for c in f}
         counts = [dict(rank=r, p=p, chosen=n) for (r, p), n in self.counts.items()]
-        return write_json(dict(format='act-explore-1', meta=self.meta, modules=table(self.modules), counts=counts, grid=table(self.grid.round(5))), path)
-    with atomic_file(path) as tmp: tmp.write_text(_PAGE.format(title=escape(self.title), body=self.html('act')), encoding='utf-8')
+        return write_json(
+            dict(
+                format='act-explore-1',
+                meta=self.meta,
+                modules=table(self.modules),
+                counts=counts,
+                grid=table(self.grid.round(5)),
+            ),
+            path,
+        )
+    with atomic_file(path) as tmp:
+        tmp.write_text(_PAGE.format(title=escape(self.title), body=self.html('act')), encoding='utf-8')
     return path
 
 # %% ../nbs/37_explorer.ipynb #37-031
 def _check_name(path):
-    if Path(path).suffix not in ('.html', '.htm', '.json'): raise ActError(f"cannot tell what to write to {path}: end its name in .html for the page or .json for the grid")
+    if Path(path).suffix not in ('.html', '.htm', '.json'):
+        raise ActError(f"cannot tell what to write to {path}: end its name in .html for the page or .json for the grid")
     return Path(path)
 
 # %% ../nbs/37_explorer.ipynb #37-037
 @patch
 def plot(
     self: Explorer,
-    column: str = 'mean', # of the grid
-    rank: str = None,     # raw or module; the first by default
-    sft: bool = None,     # with the fine-tuning; where recorded by default
-    ax=None,              # axes to draw on
+    column: str = 'mean',  # of the grid
+    rank: str = None,  # raw or module; the first by default
+    sft: bool = None,  # with the fine-tuning; where recorded by default
+    ax=None,  # axes to draw on
 ):
     "Heat map of p x lambda; returns the axes."
     import matplotlib.pyplot as plt, seaborn as sns
-    if column not in self.columns: raise ActError(f"the grid has no column {column!r}: choose one of {', '.join(self.columns)}")
+
+    if column not in self.columns:
+        raise ActError(f"the grid has no column {column!r}: choose one of {', '.join(self.columns)}")
     rank, sft = self.ranks[0] if rank is None else rank, self.sfts[-1] if sft is None else sft
-    df = pd.DataFrame({f'{lam:g}': {_percent(p): self.scale*self._points[self._known(p, lam, rank, sft)][column][0] for p in self.ps} for lam in self.lams})
-    if ax is None: _, ax = plt.subplots(figsize=(3.6, 3), constrained_layout=True)
-    every = [self.scale*o[column][0] for o in self._points.values()]
-    sns.heatmap(df, ax=ax, cmap='viridis_r' if self.lower else 'viridis', vmin=min(every), vmax=max(every), annot=True, fmt=f'.{2 if self.lower else 0}f', annot_kws=dict(size=7), linewidths=.3, cbar=False)
-    ax.set(xlabel='λ', ylabel='share of channels', title=f"{column}, ranked {_RANKED.get(rank, rank)}\n{'with' if sft else 'without'} fine-tuning")
+    df = pd.DataFrame(
+        {
+            f'{lam:g}': {
+                _percent(p): self.scale * self._points[self._known(p, lam, rank, sft)][column][0] for p in self.ps
+            }
+            for lam in self.lams
+        }
+    )
+    if ax is None:
+        _, ax = plt.subplots(figsize=(3.6, 3), constrained_layout=True)
+    every = [self.scale * o[column][0] for o in self._points.values()]
+    sns.heatmap(
+        df,
+        ax=ax,
+        cmap='viridis_r' if self.lower else 'viridis',
+        vmin=min(every),
+        vmax=max(every),
+        annot=True,
+        fmt=f'.{2 if self.lower else 0}f',
+        annot_kws=dict(size=7),
+        linewidths=0.3,
+        cbar=False,
+    )
+    ax.set(
+        xlabel='λ',
+        ylabel='share of channels',
+        title=f"{column}, ranked {_RANKED.get(rank, rank)}\n{'with' if sft else 'without'} fine-tuning",
+    )
     ax.tick_params(axis='y', rotation=0)
     return ax
 
@@ -204,51 +340,104 @@ def plot(
 @patch
 def cells(
     self: Explorer,
-    p: float,   # a recorded fraction
+    p: float,  # a recorded fraction
     rank: str,  # a recorded ranking
-) -> pd.DataFrame: # layer x kind; – is outside the layers
+) -> pd.DataFrame:  # layer x kind; – is outside the layers
     "Percentage of the channels chosen."
-    m = self.modules.assign(chosen=self.counts[rank, p], layer=['–' if pd.isna(o) else f'{o:g}' for o in self.modules.layer])
+    m = self.modules.assign(
+        chosen=self.counts[rank, p], layer=['–' if pd.isna(o) else f'{o:g}' for o in self.modules.layer]
+    )
     g = m.groupby(['layer', 'kind'], sort=False)[['chosen', 'width']].sum()
-    df = (100*g.chosen/g.width).unstack(sort=False)
-    return df[[k for k in KINDS if k in df] + [k for k in df if k not in KINDS]].rename_axis(index='layer', columns=None)
+    df = (100 * g.chosen / g.width).unstack(sort=False)
+    return df[[k for k in KINDS if k in df] + [k for k in df if k not in KINDS]].rename_axis(
+        index='layer', columns=None
+    )
 
 # %% ../nbs/37_explorer.ipynb #37-042
-def _cell(v): return '0' if v == 0 else '<.1' if v < .05 else f'{v:.1f}' if v < 9.95 else f'{v:.0f}'
-def _shade(v): return round(.7*math.sqrt(v/100), 3)
+def _cell(v):
+    return '0' if v == 0 else '<.1' if v < 0.05 else f'{v:.1f}' if v < 9.95 else f'{v:.0f}'
+
+
+def _shade(v):
+    return round(0.7 * math.sqrt(v / 100), 3)
+
 
 def _map_title(self, p, rank):
     "What the map shows, for those who do not see it."
-    n, m = sum(self.counts[rank, p]), self.modules.assign(chosen=self.counts[rank, p]).groupby('kind', sort=False).chosen.sum()
-    return f"{n:,} of {int(self.modules.width.sum()):,} channels are chosen, {100*m.max()/n:.0f} % of them in {m.idxmax()} modules"
+    n, m = (
+        sum(self.counts[rank, p]),
+        self.modules.assign(chosen=self.counts[rank, p]).groupby('kind', sort=False).chosen.sum(),
+    )
+    return (
+        f"{n:,} of {int(self.modules.width.sum()):,} channels are chosen, {100 * m.max() / n:.0f} % of them in"
+        f" {m.idxmax()} modules"
+    )
+
 
 def _map(self, p, rank, id):
     "The map as SVG: cells carry the class c, their numbers the class n."
     df, left, top, high = self.cells(p, rank), 26, 56, 19
-    w = (318 - left)/df.shape[1]
-    out = [f'<text x="{left + w*(j+.5) - 2:.1f}" y="{top - 6}" transform="rotate(-40 {left + w*(j+.5) - 2:.1f} {top - 6})">{escape(str(k))}</text>' for j, k in enumerate(df)]
+    w = (318 - left) / df.shape[1]
+    out = [
+        f'<text x="{left + w * (j + 0.5) - 2:.1f}" y="{top - 6}" transform="rotate(-40 {left + w * (j + 0.5) - 2:.1f}'
+        f' {top - 6})">{escape(str(k))}</text>'
+        for j, k in enumerate(df)
+    ]
     for i, (layer, row) in enumerate(df.iterrows()):
-        y = top + high*i
+        y = top + high * i
         out.append(f'<text class="r" x="{left - 6}" y="{y + 13}">{escape(layer)}</text>')
         for j, v in enumerate(row):
-            if v == v: out.append(f'<rect class="c" x="{left + w*j:.1f}" y="{y}" width="{w - 1:.1f}" height="{high - 1}" fill-opacity="{_shade(v)}"/><text class="n" x="{left + w*(j+.5):.1f}" y="{y + 13}">{_cell(v)}</text>')
-    return f'<svg viewBox="0 0 320 {top + high*len(df) + 2}" role="img" aria-labelledby="{id}-map"><title id="{id}-map">{escape(_map_title(self, p, rank))}</title>{"".join(out)}</svg>'
+            if v == v:
+                out.append(
+                    f'<rect class="c" x="{left + w * j:.1f}" y="{y}" width="{w - 1:.1f}" height="{high - 1}"'
+                    f' fill-opacity="{_shade(v)}"/><text class="n" x="{left + w * (j + 0.5):.1f}"'
+                    f' y="{y + 13}">{_cell(v)}</text>'
+                )
+    return (
+        f'<svg viewBox="0 0 320 {top + high * len(df) + 2}" role="img" aria-labelledby="{id}-map"><title'
+        f' id="{id}-map">{escape(_map_title(self, p, rank))}</title>{"".join(out)}</svg>'
+    )
 
 # %% ../nbs/37_explorer.ipynb #37-045
-_SHAPES = 'M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z', 'M0 -5.5L5.5 0L0 5.5L-5.5 0z', 'M-4 -4h8v8h-8z', 'M0 -5L5 4H-5z', 'M0 5L5 -4H-5z' # circle, diamond, square, triangles
+_SHAPES = (
+    'M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z',
+    'M0 -5.5L5.5 0L0 5.5L-5.5 0z',
+    'M-4 -4h8v8h-8z',
+    'M0 -5L5 4H-5z',
+    'M0 5L5 -4H-5z',
+)  # circle, diamond, square, triangles
 
-def _mark(i, **how): return f'<path class="m" d="{_SHAPES[i % len(_SHAPES)]}"' + ''.join(f' {k}="{v}"' for k, v in how.items()) + '/>'
-def _icon(i, style=''): return f'<svg class="i" viewBox="-7 -7 14 14" aria-hidden="true"{style}>{_mark(i)}</svg>'
-def _text(self, v): return f'{v[0]:.{self.digits}f} [{v[1]:.{self.digits}f}, {v[2]:.{self.digits}f}]'
-def _scaled(self, o): return [[round(self.scale*x, self.digits) for x in o[c]] for c in self.columns]
+
+def _mark(i, **how):
+    return f'<path class="m" d="{_SHAPES[i % len(_SHAPES)]}"' + ''.join(f' {k}="{v}"' for k, v in how.items()) + '/>'
+
+
+def _icon(i, style=''):
+    return f'<svg class="i" viewBox="-7 -7 14 14" aria-hidden="true"{style}>{_mark(i)}</svg>'
+
+
+def _text(self, v):
+    return f'{v[0]:.{self.digits}f} [{v[1]:.{self.digits}f}, {v[2]:.{self.digits}f}]'
+
+
+def _scaled(self, o):
+    return [[round(self.scale * x, self.digits) for x in o[c]] for c in self.columns]
+
 
 def _bars(self, here):
-    at, out = lambda x: f'{100*x/self.most:.2f}%', []
+    at, out = lambda x: f'{100 * x / self.most:.2f}%', []
     for k, (c, v) in enumerate(zip(self.columns, here)):
         given = [_scaled(self, o)[k] for o in self.given.values()]
         marks = ''.join(_icon(i, f' style="left:{at(g[0])}"') for i, g in enumerate(given))
-        below = ''.join(f'<span>{_icon(i)} {escape(n)} {g[0]:.{self.digits}f}</span>' for i, (n, g) in enumerate(zip(self.given, given)))
-        out.append(f'<div class="b"><b>{escape(c)}</b><span class="v">{_text(self, v)}</span><div class="t" aria-hidden="true">{marks}<i class="f" style="width:{at(v[0])}"></i><i class="e" style="left:{at(v[1])};width:{at(v[2] - v[1])}"></i></div><div class="g">{below}</div></div>')
+        below = ''.join(
+            f'<span>{_icon(i)} {escape(n)} {g[0]:.{self.digits}f}</span>'
+            for i, (n, g) in enumerate(zip(self.given, given))
+        )
+        out.append(
+            f'<div class="b"><b>{escape(c)}</b><span class="v">{_text(self, v)}</span><div class="t"'
+            f' aria-hidden="true">{marks}<i class="f" style="width:{at(v[0])}"></i><i class="e"'
+            f' style="left:{at(v[1])};width:{at(v[2] - v[1])}"></i></div><div class="g">{below}</div></div>'
+        )
     return ''.join(out)
 
 # %% ../nbs/37_explorer.ipynb #37-047
@@ -256,26 +445,51 @@ def _xy(self, v):
     "Where (retained, recovered) lies in the picture."
     (a, b), (c, d) = self.span
     i, j = self.columns.index('retained'), self.columns.index('recovered')
-    return [40 + 270*(v[i][k] - a)/(b - a) for k in range(3)], [212 - 200*(v[j][k] - c)/(d - c) for k in range(3)]
+    return [40 + 270 * (v[i][k] - a) / (b - a) for k in range(3)], [
+        212 - 200 * (v[j][k] - c) / (d - c) for k in range(3)
+    ]
 
-def _line(self, points): return ' '.join(f'{x[0]:.1f},{y[0]:.1f}' for x, y in (_xy(self, v) for v in points))
+
+def _line(self, points):
+    return ' '.join(f'{x[0]:.1f},{y[0]:.1f}' for x, y in (_xy(self, v) for v in points))
+
 
 def _trade(self, key, id):
     p, lam, rank, sft = key
     curves = [[_scaled(self, self._points[q, l, rank, sft]) for l in self.lams] for q in self.ps]
     now, unit = curves[self.ps.index(p)], escape(self.unit)
-    ticks = ''.join(f'<text class="n" x="{40 + 270*i/4:.0f}" y="226">{a + (b - a)*i/4:.4g}</text>' for (a, b) in self.span[:1] for i in range(5)) + ''.join(f'<text class="r" x="34" y="{216 - 50*i}">{a + (b - a)*i/4:.4g}</text>' for (a, b) in self.span[1:] for i in range(5))
-    net = ''.join(f'<path class="a" d="M{40 + 67.5*i:.1f} 212V12M40 {212 - 50*i}H310"/>' for i in range(5))
-    dots = ''.join(f'<circle class="d" r="{2.5 + .6*k:.1f}" cx="{_xy(self, v)[0][0]:.1f}" cy="{_xy(self, v)[1][0]:.1f}"/>' for k, v in enumerate(now))
+    ticks = ''.join(
+        f'<text class="n" x="{40 + 270 * i / 4:.0f}" y="226">{a + (b - a) * i / 4:.4g}</text>'
+        for (a, b) in self.span[:1]
+        for i in range(5)
+    ) + ''.join(
+        f'<text class="r" x="34" y="{216 - 50 * i}">{a + (b - a) * i / 4:.4g}</text>'
+        for (a, b) in self.span[1:]
+        for i in range(5)
+    )
+    net = ''.join(f'<path class="a" d="M{40 + 67.5 * i:.1f} 212V12M40 {212 - 50 * i}H310"/>' for i in range(5))
+    dots = ''.join(
+        f'<circle class="d" r="{2.5 + 0.6 * k:.1f}" cx="{_xy(self, v)[0][0]:.1f}" cy="{_xy(self, v)[1][0]:.1f}"/>'
+        for k, v in enumerate(now)
+    )
     x, y = _xy(self, now[self.lams.index(lam)])
-    marks = ''.join(_mark(i, transform=f'translate({_xy(self, _scaled(self, o))[0][0]:.1f} {_xy(self, _scaled(self, o))[1][0]:.1f})') for i, o in enumerate(self.given.values()))
+    marks = ''.join(
+        _mark(
+            i, transform=f'translate({_xy(self, _scaled(self, o))[0][0]:.1f} {_xy(self, _scaled(self, o))[1][0]:.1f})'
+        )
+        for i, o in enumerate(self.given.values())
+    )
     return f'''<svg viewBox="0 0 320 250" role="img" aria-labelledby="{id}-trade"><title id="{id}-trade">Recovered against retained for every λ at p {_percent(p)}</title>{net}{ticks}<text class="n" x="175" y="244">retained ({unit})</text><text class="n" transform="translate(9 112) rotate(-90)">recovered ({unit})</text>
 {''.join(f'<polyline class="o" points="{_line(self, v)}"/>' for v in curves)}<polyline class="s" points="{_line(self, now)}"/>{marks}{dots}<path class="x" d="{_cross(x, y)}"/><circle class="h" r="7" cx="{x[0]:.1f}" cy="{y[0]:.1f}"/></svg>'''
 
-def _cross(x, y): return f'M{x[1]:.1f} {y[0]:.1f}H{x[2]:.1f}M{x[0]:.1f} {y[1]:.1f}V{y[2]:.1f}'
+
+def _cross(x, y):
+    return f'M{x[1]:.1f} {y[0]:.1f}H{x[2]:.1f}M{x[0]:.1f} {y[1]:.1f}V{y[2]:.1f}'
 
 # %% ../nbs/37_explorer.ipynb #37-048
-def _sentence(self, key, here): return f"{_said(*key)}: " + ', '.join(f'{c} {_text(self, v)}' for c, v in zip(self.columns, here)) + '.'
+def _sentence(self, key, here):
+    return f"{_said(*key)}: " + ', '.join(f'{c} {_text(self, v)}' for c, v in zip(self.columns, here)) + '.'
+
 
 def _view(self, key, id):
     "All that depends on the point."
@@ -287,49 +501,100 @@ def _view(self, key, id):
 
 # %% ../nbs/37_explorer.ipynb #37-050
 @patch(as_prop=True)
-def unit(self: Explorer): return 'bits per byte, lower is better' if self.lower else f"% of {self.meta.get('split', '')} items".replace('  ', ' ')
+def unit(self: Explorer):
+    return (
+        'bits per byte, lower is better'
+        if self.lower
+        else f"% of {self.meta.get('split', '')} items".replace('  ', ' ')
+    )
+
 
 @patch(as_prop=True)
 def most(self: Explorer):
     "The right end of the bars."
-    return 1.05*max(self.scale*x for o in (*self._points.values(), *self.given.values()) for v in o.values() for x in v) if self.lower else 100
+    return (
+        1.05
+        * max(self.scale * x for o in (*self._points.values(), *self.given.values()) for v in o.values() for x in v)
+        if self.lower
+        else 100
+    )
+
 
 @patch(as_prop=True)
 def span(self: Explorer):
     "Ends of the axes for retained and recovered; the better one is to the right and above."
+
     def ends(c):
-        x = [self.scale*x for o in (*self._points.values(), *self.given.values()) for x in o[c]]
-        step = 10**math.floor(math.log10(max(1e-9, max(x) - min(x))))
-        a, b = step*math.floor(min(x)/step + 1e-9), step*math.ceil(max(x)/step - 1e-9)
+        x = [self.scale * x for o in (*self._points.values(), *self.given.values()) for x in o[c]]
+        step = 10 ** math.floor(math.log10(max(1e-9, max(x) - min(x))))
+        a, b = step * math.floor(min(x) / step + 1e-9), step * math.ceil(max(x) / step - 1e-9)
         a, b = round(a, 9), round(b if b > a else a + step, 9)
         return (b, a) if self.lower else (a, b)
+
     return ends('retained'), ends('recovered')
 
+
 @patch(as_prop=True)
-def title(self: Explorer): return f"{self.case['target']} from {self.case['donor']}" if {'target', 'donor'} <= self.case.keys() else 'A recorded grid'
+def title(self: Explorer):
+    return (
+        f"{self.case['target']} from {self.case['donor']}"
+        if {'target', 'donor'} <= self.case.keys()
+        else 'A recorded grid'
+    )
 
 # %% ../nbs/37_explorer.ipynb #37-053
 def _about(self):
     "What was measured, on what, and where the numbers come from."
     c, names = self.case, lambda k: ', '.join(self.case.get(k) or ())
-    what = f"Target <b>{escape(c['target'])}</b>, donor <b>{escape(c['donor'])}</b>. " if {'target', 'donor'} <= c.keys() else ''
+    what = (
+        f"Target <b>{escape(c['target'])}</b>, donor <b>{escape(c['donor'])}</b>. "
+        if {'target', 'donor'} <= c.keys()
+        else ''
+    )
     what += ''.join(f'{k.capitalize()}: {escape(names(k))}. ' for k in ('recovered', 'retained', 'others') if names(k))
-    if self.meta.get('split') == 'validation': what += 'Every point was measured on validation items, which serve to choose a setting; test items were not touched. '
-    if 'seed' in self.meta: what += 'Intervals are over items, of one seed. '
-    if 'target + SFT' in self.given: what += 'target + SFT is the fine-tuning alone, without a transfer. '
-    if n := self.meta.get('used'): what += f"<b>{n:,} of the {sum(self.meta['items'].values()):,} scored items were also used to localise or to fine-tune, so the scores flatter.</b> "
+    if self.meta.get('split') == 'validation':
+        what += (
+            'Every point was measured on validation items, which serve to choose a setting; test items were not'
+            ' touched. '
+        )
+    if 'seed' in self.meta:
+        what += 'Intervals are over items, of one seed. '
+    if 'target + SFT' in self.given:
+        what += 'target + SFT is the fine-tuning alone, without a transfer. '
+    if n := self.meta.get('used'):
+        what += (
+            f"<b>{n:,} of the {sum(self.meta['items'].values()):,} scored items were also used to localise or to"
+            " fine-tune, so the scores flatter.</b> "
+        )
     told = {k: v for k, v in self.meta.items() if k not in ('case', 'data')}
-    return f'<details><summary>What was measured</summary><p>{what}</p>' + (f'<pre>{escape(json.dumps(told, indent=1, ensure_ascii=False))}</pre>' if told else '') + '</details>'
+    return (
+        f'<details><summary>What was measured</summary><p>{what}</p>'
+        + (f'<pre>{escape(json.dumps(told, indent=1, ensure_ascii=False))}</pre>' if told else '')
+        + '</details>'
+    )
 
 # %% ../nbs/37_explorer.ipynb #37-055
 def _slider(id, name, label, texts, at):
     ticks = ''.join(f'<span>{t.removesuffix(" %")}</span>' for t in texts)
-    return f'<div class="dial"><label for="{id}-{name}">{label}: <b>{texts[at]}</b></label><input type="range" id="{id}-{name}" min="0" max="{len(texts) - 1}" step="1" value="{at}" aria-valuetext="{texts[at]}"><div class="ticks" aria-hidden="true">{ticks}</div></div>'
+    return (
+        f'<div class="dial"><label for="{id}-{name}">{label}: <b>{texts[at]}</b></label><input type="range"'
+        f' id="{id}-{name}" min="0" max="{len(texts) - 1}" step="1" value="{at}" aria-valuetext="{texts[at]}"><div'
+        f' class="ticks" aria-hidden="true">{ticks}</div></div>'
+    )
+
 
 def _controls(self, key, id):
     p, lam, rank, sft = key
-    radios = ''.join(f'<label for="{id}-rank{i}"><input type="radio" name="{id}-rank" id="{id}-rank{i}" value="{i}"{" checked" if r == rank else ""}> {escape(_RANKED.get(r, r))}</label>' for i, r in enumerate(self.ranks))
-    box = f'<label for="{id}-sft"><input type="checkbox" id="{id}-sft"{" checked" if sft else ""}{"" if len(self.sfts) > 1 else " disabled"}> fine-tune lightly (stage 3)</label>'
+    radios = ''.join(
+        f'<label for="{id}-rank{i}"><input type="radio" name="{id}-rank" id="{id}-rank{i}"'
+        f' value="{i}"{" checked" if r == rank else ""}> {escape(_RANKED.get(r, r))}</label>'
+        for i, r in enumerate(self.ranks)
+    )
+    box = (
+        f'<label for="{id}-sft"><input type="checkbox"'
+        f' id="{id}-sft"{" checked" if sft else ""}{"" if len(self.sfts) > 1 else " disabled"}> fine-tune lightly'
+        ' (stage 3)</label>'
+    )
     return f'''<div class="dials">{_slider(id, 'p', 'Share of the channels, p', [_percent(o) for o in self.ps], self.ps.index(p))}{_slider(id, 'lam', 'How far they move, λ', [f'{o:g}' for o in self.lams], self.lams.index(lam))}
 <div class="picks"><fieldset><legend>Ranked</legend>{radios}</fieldset><fieldset><legend>Afterwards</legend>{box}</fieldset></div></div>'''
 
@@ -388,19 +653,37 @@ root.addEventListener('input', show); show()
 # %% ../nbs/37_explorer.ipynb #37-058
 def _data(self):
     "All recorded points, as the page's script reads them."
-    said = dict(p=[_percent(p) for p in self.ps], lam=[f'{o:g}' for o in self.lams], rank=[_RANKED.get(r, r) for r in self.ranks], sft=['with' if s else 'without' for s in self.sfts])
-    values = [[[[_scaled(self, self._points[p, lam, r, s]) for lam in self.lams] for p in self.ps] for r in self.ranks] for s in self.sfts]
+    said = dict(
+        p=[_percent(p) for p in self.ps],
+        lam=[f'{o:g}' for o in self.lams],
+        rank=[_RANKED.get(r, r) for r in self.ranks],
+        sft=['with' if s else 'without' for s in self.sfts],
+    )
+    values = [
+        [[[_scaled(self, self._points[p, lam, r, s]) for lam in self.lams] for p in self.ps] for r in self.ranks]
+        for s in self.sfts
+    ]
+
     def share(p, r):
         v = [v for v in self.cells(p, r).to_numpy().ravel().tolist() if v == v]
         return dict(text=[_cell(o) for o in v], shade=[_shade(o) for o in v], title=_map_title(self, p, r))
-    d = dict(columns=self.columns, digits=self.digits, most=self.most, span=self.span, said=said, values=values, cells=[[share(p, r) for p in self.ps] for r in self.ranks])
+
+    d = dict(
+        columns=self.columns,
+        digits=self.digits,
+        most=self.most,
+        span=self.span,
+        said=said,
+        values=values,
+        cells=[[share(p, r) for p in self.ps] for r in self.ranks],
+    )
     return json.dumps(d, ensure_ascii=False, separators=(',', ':')).replace('<', '\\u003c')
 
 # %% ../nbs/37_explorer.ipynb #37-059
 @patch
 def html(
     self: Explorer,
-    id: str = None, # prefix of all ids; by default one that no other explorer on the page has
+    id: str = None,  # prefix of all ids; by default one that no other explorer on the page has
 ) -> str:
     "A page fragment that needs nothing else: style, controls, pictures of the first point, all numbers, and the script that moves among them."
     Explorer._shown = getattr(Explorer, '_shown', 0) + 1
@@ -412,8 +695,10 @@ def html(
 {_about(self)}
 <script type="application/json" class="data">{data}</script><script>{_JS.replace('ID', id)}</script></div>'''
 
+
 @patch
-def _repr_html_(self: Explorer): return self.html()
+def _repr_html_(self: Explorer):
+    return self.html()
 
 # %% ../nbs/37_explorer.ipynb #37-060
 _PAGE = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>ACT explorer: {title}</title>
@@ -423,56 +708,84 @@ _PAGE = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name
 
 # %% ../nbs/37_explorer.ipynb #37-065
 @patch
-def widget(self: Explorer): # ipywidgets box; its attributes p, lam, rank, sft and view are the parts
+def widget(self: Explorer):  # ipywidgets box; its attributes p, lam, rank, sft and view are the parts
     "Sliders over the recorded points."
-    try: import ipywidgets as w
-    except ImportError as e: raise ActError("ipywidgets is not installed: pip install ipywidgets, or show the explorer itself, which needs nothing") from e
+    try:
+        import ipywidgets as w
+    except ImportError as e:
+        raise ActError(
+            "ipywidgets is not installed: pip install ipywidgets, or show the explorer itself, which needs nothing"
+        ) from e
     static, style = self.html, dict(description_width='11em')
+
     class Box(w.VBox):
-        def _repr_mimebundle_(self, **kw): return {**(super()._repr_mimebundle_(**kw) or {}), 'text/html': static()}
+        def _repr_mimebundle_(self, **kw):
+            return {**(super()._repr_mimebundle_(**kw) or {}), 'text/html': static()}
+
     p, lam, rank, sft = self.start
-    slide = lambda text, options, value: w.SelectionSlider(description=text, options=options, value=value, style=style, layout=dict(width='min(100%, 30em)'))
-    parts = dict(p=slide('share of channels, p', [(_percent(o), o) for o in self.ps], p), lam=slide('how far, λ', [(f'{o:g}', o) for o in self.lams], lam),
-                 rank=w.ToggleButtons(description='ranked', options=[(_RANKED.get(o, o), o) for o in self.ranks], value=rank, style=style),
-                 sft=w.Checkbox(description='fine-tune lightly (stage 3)', value=sft, disabled=len(self.sfts) < 2), view=w.HTML())
-    def show(_=None): parts['view'].value = f"<div class='act-x'><style>{_CSS}</style>{_view(self, tuple(parts[k].value for k in _AXES), f'act-w{id(box)}')}</div>"
+    slide = lambda text, options, value: w.SelectionSlider(
+        description=text, options=options, value=value, style=style, layout=dict(width='min(100%, 30em)')
+    )
+    parts = dict(
+        p=slide('share of channels, p', [(_percent(o), o) for o in self.ps], p),
+        lam=slide('how far, λ', [(f'{o:g}', o) for o in self.lams], lam),
+        rank=w.ToggleButtons(
+            description='ranked', options=[(_RANKED.get(o, o), o) for o in self.ranks], value=rank, style=style
+        ),
+        sft=w.Checkbox(description='fine-tune lightly (stage 3)', value=sft, disabled=len(self.sfts) < 2),
+        view=w.HTML(),
+    )
+
+    def show(_=None):
+        parts['view'].value = (
+            "<div"
+            f" class='act-x'><style>{_CSS}</style>{_view(self, tuple(parts[k].value for k in _AXES), f'act-w{id(box)}')}</div>"
+        )
+
     box = Box(list(parts.values()))
     for k, o in parts.items():
         setattr(box, k, o)
-        if k != 'view': o.observe(show, 'value')
+        if k != 'view':
+            o.observe(show, 'value')
     show()
     return box
 
 # %% ../nbs/37_explorer.ipynb #37-073
 @command
 def act_explore(
-    out: str,              # file to write: NAME.html for the page, NAME.json for the grid
-    grid: str = None,      # a recorded grid (JSON); the lab's, which ships with the package, by default
-    record: store_true = False, # measure a grid first
-    case: str = 'lab',     # which: a name in CASES
-    target: str = None,    # or a pair of your own: hub id, folder or lab name
-    donor: str = None,     # the model that has the ability
-    recovered: str = None, # abilities to bring back, separated by commas
+    out: str,  # file to write: NAME.html for the page, NAME.json for the grid
+    grid: str = None,  # a recorded grid (JSON); the lab's, which ships with the package, by default
+    record: store_true = False,  # measure a grid first
+    case: str = 'lab',  # which: a name in CASES
+    target: str = None,  # or a pair of your own: hub id, folder or lab name
+    donor: str = None,  # the model that has the ability
+    recovered: str = None,  # abilities to bring back, separated by commas
     retained: str = None,  # abilities to keep
-    others: str = None,    # abilities that are only watched
-    metric: str = 'correct', # correct (share of items) or bits (bits per byte)
-    n: int = None,         # validation items of each ability; all by default
-    ps: str = None,        # shares of the channels, separated by commas
-    lams: str = None,      # lambdas, separated by commas
-    no_sft: store_true = False, # leave the fine-tuning out
-    seed: int = 0,         # of localisation and fine-tuning
-    device: str = None,    # cpu, cuda, ...
-    no_check: store_true = False, # do not compare target and donor first
+    others: str = None,  # abilities that are only watched
+    metric: str = 'correct',  # correct (share of items) or bits (bits per byte)
+    n: int = None,  # validation items of each ability; all by default
+    ps: str = None,  # shares of the channels, separated by commas
+    lams: str = None,  # lambdas, separated by commas
+    no_sft: store_true = False,  # leave the fine-tuning out
+    seed: int = 0,  # of localisation and fine-tuning
+    device: str = None,  # cpu, cuda, ...
+    no_check: store_true = False,  # do not compare target and donor first
 ):
     "A page with sliders over a recorded grid, or such a grid: `act_explore --out explorer.html` `act_explore --record --case lab --out grid.json`"
     _check_name(out)
     own = dict(target=target, donor=donor, recovered=recovered, retained=retained)
     if not record:
-        if named := [k for k, v in own.items() if v]: raise ActError(f"--{named[0]} is of a pair to be measured: add --record, or leave it out")
+        if named := [k for k, v in own.items() if v]:
+            raise ActError(f"--{named[0]} is of a pair to be measured: add --record, or leave it out")
         explorer = Explorer.load(grid)
-        begin([grid or 'the recorded grid of the lab'], {out: 500*len(explorer._points)}, f'{len(explorer._points)} recorded points')
+        begin(
+            [grid or 'the recorded grid of the lab'],
+            {out: 500 * len(explorer._points)},
+            f'{len(explorer._points)} recorded points',
+        )
     else:
-        if grid: raise ActError("--grid is recorded already: leave out --record or --grid")
+        if grid:
+            raise ActError("--grid is recorded already: leave out --record or --grid")
         what, sft = _asked(case, own, others, metric, n), (False,) if no_sft else (False, True)
         ps, lams = _floats('ps', ps, PS, 1), _floats('lams', lams, LAMS)
         _begin(what, ps, lams, sft, out, not no_check)
@@ -481,30 +794,52 @@ def act_explore(
         explorer = _measured(what, ps, lams, sft=sft, seed=seed, bench=bench)
     explorer.save(out)
     print(f'{explorer} -> {out}')
-    if Path(out).suffix == '.json': next_step('act_explore', grid=out, out=beside(out, 'explorer.html'))
+    if Path(out).suffix == '.json':
+        next_step('act_explore', grid=out, out=beside(out, 'explorer.html'))
 
 # %% ../nbs/37_explorer.ipynb #37-074
-_measured = record # the command has an option of that name
+_measured = record  # the command has an option of that name
+
 
 def _floats(name, text, default, most=math.inf):
-    if text is None: return default
-    try: got = tuple(float(o) for o in str(text).split(','))
-    except ValueError: got = ()
-    if not got or not all(0 < o <= most and math.isfinite(o) for o in got): raise ActError(f"{name} is {text!r}: pass numbers above 0{' and at most 1' if most == 1 else ''}, separated by commas")
+    if text is None:
+        return default
+    try:
+        got = tuple(float(o) for o in str(text).split(','))
+    except ValueError:
+        got = ()
+    if not got or not all(0 < o <= most and math.isfinite(o) for o in got):
+        raise ActError(
+            f"{name} is {text!r}: pass numbers above 0{' and at most 1' if most == 1 else ''}, separated by commas"
+        )
     return tuple(sorted(set(got)))
+
 
 def _asked(case, own, others, metric, n):
     "The case that the options describe."
-    if not any(own.values()): return _case(case)
-    if miss := [k for k, v in own.items() if not v]: raise ActError(f"a pair of your own needs --{miss[0]} too: see act_explore --help")
-    if metric not in ('correct', 'bits'): raise ActError(f"metric is {metric!r}: choose correct or bits")
+    if not any(own.values()):
+        return _case(case)
+    if miss := [k for k, v in own.items() if not v]:
+        raise ActError(f"a pair of your own needs --{miss[0]} too: see act_explore --help")
+    if metric not in ('correct', 'bits'):
+        raise ActError(f"metric is {metric!r}: choose correct or bits")
     names = lambda o: tuple(listed(o))
-    return Case(own['target'], own['donor'], names(own['recovered']), names(own['retained']), names(others), metric=metric, n=n)
+    return Case(
+        own['target'], own['donor'], names(own['recovered']), names(own['retained']), names(others), metric=metric, n=n
+    )
+
 
 def _begin(case, ps, lams, sft, out, check):
     "What can be checked before the work is."
-    if check: preflight(case.target, case.donor)
+    if check:
+        preflight(case.target, case.donor)
     names = [*case.recovered, *case.retained, *case.others]
-    for a in names: load_ability(a, 'validation', case.n)
-    n = len(ps)*len(lams)*2*len(sft)
-    begin([case.target, case.donor, *names], {out: 500*n}, f"{n} models to make and score: {len(ps)} p x {len(lams)} lam x 2 rankings{' x without and with fine-tuning' if len(sft) > 1 else ''}")
+    for a in names:
+        load_ability(a, 'validation', case.n)
+    n = len(ps) * len(lams) * 2 * len(sft)
+    begin(
+        [case.target, case.donor, *names],
+        {out: 500 * n},
+        f"{n} models to make and score: {len(ps)} p x {len(lams)} lam x 2"
+        f" rankings{' x without and with fine-tuning' if len(sft) > 1 else ''}",
+    )

@@ -20,64 +20,98 @@ from .localize import localize_items
 @dataclass(frozen=True)
 class Family:
     "Model pairs, and the abilities on which they are compared."
+
     name: str
-    text: str              # what a reader must know of it, in a sentence
-    pairs: tuple           # of (target, donor); the first is the one looked at most closely
-    abilities: tuple       # skill x language
-    focus: tuple           # the abilities on which expensive controls are run
-    items: int             # localisation items of an ability for each seed
-    dtype: str = 'float32' # of the models in memory
-    max_length: int = None # tokens of an item
+    text: str  # what a reader must know of it, in a sentence
+    pairs: tuple  # of (target, donor); the first is the one looked at most closely
+    abilities: tuple  # skill x language
+    focus: tuple  # the abilities on which expensive controls are run
+    items: int  # localisation items of an ability for each seed
+    dtype: str = 'float32'  # of the models in memory
+    max_length: int = None  # tokens of an item
 
     @property
-    def kind(self): return self.name.partition('-')[0] # lab-64 is a lab
+    def kind(self):
+        return self.name.partition('-')[0]  # lab-64 is a lab
 
 # %% ../nbs/19_findings.ipynb #19-007
 FAMILIES = dict(
-    lab=Family('lab', 'the lab family: Qwen2 architecture, 1.0 million parameters, trained here from scratch',
-               pairs=tuple((f'lab/{t}', 'lab/base') for t in ('maths-en', 'science-zh', 'science-es', 'swahili')),
-               abilities=tuple(f'lab/{s}-{o}' for s in ('arithmetic', 'science') for o in ('en', 'es', 'sw', 'tr', 'el', 'zh')),
-               focus=('lab/science-zh', 'lab/science-en', 'lab/arithmetic-en'), items=96),
-    smollm2=Family('smollm2', 'SmolLM2-135M-Instruct and specialists fine-tuned from it with LoRA (rank 8)',
-                   pairs=(('smollm2/maths', 'smollm2'), ('smollm2/spanish', 'smollm2')),
-                   abilities=tuple(f'{s}/{o}' for s in ('mgsm', 'xquad', 'xquad-text') for o in ('en', 'es', 'de')),
-                   focus=('xquad-text/es', 'xquad/en', 'mgsm/de'), items=12, dtype='bfloat16', max_length=512))
+    lab=Family(
+        'lab',
+        'the lab family: Qwen2 architecture, 1.0 million parameters, trained here from scratch',
+        pairs=tuple((f'lab/{t}', 'lab/base') for t in ('maths-en', 'science-zh', 'science-es', 'swahili')),
+        abilities=tuple(
+            f'lab/{s}-{o}' for s in ('arithmetic', 'science') for o in ('en', 'es', 'sw', 'tr', 'el', 'zh')
+        ),
+        focus=('lab/science-zh', 'lab/science-en', 'lab/arithmetic-en'),
+        items=96,
+    ),
+    smollm2=Family(
+        'smollm2',
+        'SmolLM2-135M-Instruct and specialists fine-tuned from it with LoRA (rank 8)',
+        pairs=(('smollm2/maths', 'smollm2'), ('smollm2/spanish', 'smollm2')),
+        abilities=tuple(f'{s}/{o}' for s in ('mgsm', 'xquad', 'xquad-text') for o in ('en', 'es', 'de')),
+        focus=('xquad-text/es', 'xquad/en', 'mgsm/de'),
+        items=12,
+        dtype='bfloat16',
+        max_length=512,
+    ),
+)
 
 # %% ../nbs/19_findings.ipynb #19-009
 def family(
-    name, # a key of FAMILIES, or a Family
-) -> Family: # raises ActError for an unknown name
+    name,  # a key of FAMILIES, or a Family
+) -> Family:  # raises ActError for an unknown name
     "A family by name."
-    if isinstance(name, Family): return name
-    if name not in FAMILIES: raise ActError(f"no family is called {name!r}: choose one of {', '.join(FAMILIES)}")
+    if isinstance(name, Family):
+        return name
+    if name not in FAMILIES:
+        raise ActError(f"no family is called {name!r}: choose one of {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
 # %% ../nbs/19_findings.ipynb #19-011
 def of_width(
-    folder, # with the models base and maths-en, from `act_lab --train --hidden`
-) -> Family: # named lab-WIDTH
+    folder,  # with the models base and maths-en, from `act_lab --train --hidden`
+) -> Family:  # named lab-WIDTH
     "A lab family of another width."
     folder = Path(folder)
-    ck = Checkpoint(folder/'base')
+    ck = Checkpoint(folder / 'base')
     h, n = ck.config['hidden_size'], sum(math.prod(t.shape) for t in ck.tensors.values())
-    return replace(FAMILIES['lab'], name=f'lab-{h}', text=f'a lab family of width {h}: Qwen2 architecture, {n/1e6:.2f} million parameters, trained here from scratch', pairs=((str(folder/'maths-en'), str(folder/'base')),))
+    return replace(
+        FAMILIES['lab'],
+        name=f'lab-{h}',
+        text=(
+            f'a lab family of width {h}: Qwen2 architecture, {n / 1e6:.2f} million parameters, trained here from'
+            ' scratch'
+        ),
+        pairs=((str(folder / 'maths-en'), str(folder / 'base')),),
+    )
 
 # %% ../nbs/19_findings.ipynb #19-013
 def about(
     fam: Family,
-    **more, # seeds, resamples and other settings of the study
-) -> dict: # for `Finding.meta`
+    **more,  # seeds, resamples and other settings of the study
+) -> dict:  # for `Finding.meta`
     "Where a result comes from: the family, hashes of its models and its data, the settings, and `provenance`."
     short = lambda m: Path(m).name if Path(m).is_dir() else m
     data = {a: load_ability(a, 'localize').hash for a in fam.abilities}
     hashes = {short(m): weight_hash(m) for m in dict.fromkeys(m for p in fam.pairs for m in p)}
-    return provenance(text=fam.text, pairs=[[short(m) for m in p] for p in fam.pairs], weights=hashes, data=data, items=fam.items, dtype=fam.dtype, max_length=fam.max_length, **more)
+    return provenance(
+        text=fam.text,
+        pairs=[[short(m) for m in p] for p in fam.pairs],
+        weights=hashes,
+        data=data,
+        items=fam.items,
+        dtype=fam.dtype,
+        max_length=fam.max_length,
+        **more,
+    )
 
 # %% ../nbs/19_findings.ipynb #19-014
 def load_pair(
-    fam,         # a Family, or its name
-    pair: int = 0, # which of its pairs
-): # (target, donor, tokenizer)
+    fam,  # a Family, or its name
+    pair: int = 0,  # which of its pairs
+):  # (target, donor, tokenizer)
     "The two models of a pair."
     fam = family(fam)
     (target, tok), (donor, _) = (load_model(m, dtype=fam.dtype) for m in fam.pairs[pair])
@@ -85,136 +119,215 @@ def load_pair(
 
 # %% ../nbs/19_findings.ipynb #19-016
 def collect(
-    fam, target, donor, tokenizer, # a Family or its name; models in memory
-    abilities=None,         # some of the family's; all by default
-    seed: int = 0,          # of the sample of localisation items
-    shuffle: int = None,    # a seed: compare every answer token with another one, as a null
-    progress: bool = False, # show a bar
-) -> dict: # ability name -> ItemScores
+    fam,
+    target,
+    donor,
+    tokenizer,  # a Family or its name; models in memory
+    abilities=None,  # some of the family's; all by default
+    seed: int = 0,  # of the sample of localisation items
+    shuffle: int = None,  # a seed: compare every answer token with another one, as a null
+    progress: bool = False,  # show a bar
+) -> dict:  # ability name -> ItemScores
     "Scores item by item on a seeded sample of each ability's localisation items."
     fam, out = family(fam), {}
     for a in bar(abilities or fam.abilities, progress, desc='localising', unit='ability'):
         pool = load_ability(a, 'localize')
         ability = pool.sample(min(fam.items, len(pool)), seed)
-        out[ability.name] = localize_items(target, donor, ability, tokenizer, max_length=fam.max_length, shuffle=shuffle, progress=False)
+        out[ability.name] = localize_items(
+            target, donor, ability, tokenizer, max_length=fam.max_length, shuffle=shuffle, progress=False
+        )
     return out
 
 # %% ../nbs/19_findings.ipynb #19-019
 def estimate(
-    fulls,   # the statistic of each seed, on all its items
-    samples, # the statistic of resamples, all seeds together
-) -> dict: # value, low, high (95 %)
+    fulls,  # the statistic of each seed, on all its items
+    samples,  # the statistic of resamples, all seeds together
+) -> dict:  # value, low, high (95 %)
     "Mean over seeds, and the 95 % interval of the resamples around it."
     fulls, samples = np.asarray(fulls, float), np.asarray(samples, float)
-    if not len(fulls) or not len(samples): raise ActError("an estimate needs at least one seed and one resample")
+    if not len(fulls) or not len(samples):
+        raise ActError("an estimate needs at least one seed and one resample")
     low, high = np.percentile(samples, [2.5, 97.5])
     return dict(value=float(fulls.mean()), low=float(min(low, fulls.min())), high=float(max(high, fulls.max())))
 
 # %% ../nbs/19_findings.ipynb #19-021
 def show(
-    e,           # dict or row with value, low, high
-    scale=1,     # 100 for percent
-    digits=2,    # after the point
+    e,  # dict or row with value, low, high
+    scale=1,  # 100 for percent
+    digits=2,  # after the point
 ) -> str:
     "An estimate as text: value [low, high]."
-    return f"{scale*e['value']:.{digits}f} [{scale*e['low']:.{digits}f}, {scale*e['high']:.{digits}f}]"
+    return f"{scale * e['value']:.{digits}f} [{scale * e['low']:.{digits}f}, {scale * e['high']:.{digits}f}]"
 
 # %% ../nbs/19_findings.ipynb #19-024
 @dataclass(repr=False)
 class Finding:
     "Tables, verdict and provenance of one finding on one family."
-    name: str     # concentration, disentanglement, ...
-    family: str   # a key of FAMILIES
+
+    name: str  # concentration, disentanglement, ...
+    family: str  # a key of FAMILIES
     tables: dict  # name -> DataFrame
-    paper: str    # what the paper says
-    here: str     # what was measured
-    why: str      # why the two may differ
+    paper: str  # what the paper says
+    here: str  # what was measured
+    why: str  # why the two may differ
     meta: dict = field(default_factory=dict)
 
     def save(self, path):
         "Write one JSON file, numbers rounded to six significant digits."
-        tables = {k: dict(columns=list(map(str, t)), rows=[[_plain(v) for v in row] for row in t.itertuples(index=False)]) for k, t in self.tables.items()}
-        return write_json(dict(format='act-finding-1', name=self.name, family=self.family, paper=self.paper, here=self.here, why=self.why, meta=self.meta, tables=tables), path)
+        tables = {
+            k: dict(columns=list(map(str, t)), rows=[[_plain(v) for v in row] for row in t.itertuples(index=False)])
+            for k, t in self.tables.items()
+        }
+        return write_json(
+            dict(
+                format='act-finding-1',
+                name=self.name,
+                family=self.family,
+                paper=self.paper,
+                here=self.here,
+                why=self.why,
+                meta=self.meta,
+                tables=tables,
+            ),
+            path,
+        )
 
     @classmethod
     def load(cls, path):
         "Read what `save` wrote; ActError for anything else."
         table = lambda t: pd.DataFrame(t['rows'], columns=t['columns'])
-        make = lambda d: cls(d['name'], d['family'], {k: table(t) for k, t in d['tables'].items()}, d['paper'], d['here'], d['why'], d['meta'])
+        make = lambda d: cls(
+            d['name'],
+            d['family'],
+            {k: table(t) for k, t in d['tables'].items()},
+            d['paper'],
+            d['here'],
+            d['why'],
+            d['meta'],
+        )
         return read_json(path, 'act-finding-1', 'finding', 'act_findings', make)
 
-    def __repr__(self): return f'{self.name}, {self.family}\n  paper: {self.paper}\n  here:  {self.here}\n  why:   {self.why}'
-    def _repr_markdown_(self): return f"**{self.name.capitalize()}, {self.meta.get('text', self.family)}.**\n\n- *Paper:* {self.paper}\n- *Here:* {self.here}\n- *Why they may differ:* {self.why}"
+    def __repr__(self):
+        return f'{self.name}, {self.family}\n  paper: {self.paper}\n  here:  {self.here}\n  why:   {self.why}'
+
+    def _repr_markdown_(self):
+        return (
+            f"**{self.name.capitalize()}, {self.meta.get('text', self.family)}.**\n\n- *Paper:* {self.paper}\n- *Here:*"
+            f" {self.here}\n- *Why they may differ:* {self.why}"
+        )
 
 # %% ../nbs/19_findings.ipynb #19-025
 def _plain(v):
-    if isinstance(v, (bool, np.bool_)): return bool(v)
-    if isinstance(v, (int, np.integer)): return int(v)
-    if isinstance(v, (float, np.floating)): return None if not np.isfinite(v) else float(f'{v:.6g}')
+    if isinstance(v, (bool, np.bool_)):
+        return bool(v)
+    if isinstance(v, (int, np.integer)):
+        return int(v)
+    if isinstance(v, (float, np.floating)):
+        return None if not np.isfinite(v) else float(f'{v:.6g}')
     return v
 
 # %% ../nbs/19_findings.ipynb #19-027
 def recorded(
-    name: str, # of a finding
+    name: str,  # of a finding
     fam: str,  # a key of FAMILIES
-) -> Finding: # raises ActError when there is none
+) -> Finding:  # raises ActError when there is none
     "A finding that ships with the package; its words are made anew from its numbers."
-    f = Finding.load(PACKAGE/'results'/f'finding-{name}-{fam}.json')
+    f = Finding.load(PACKAGE / 'results' / f'finding-{name}-{fam}.json')
     f.here, f.why = importlib.import_module(f'act.{name}').verdict(f.tables, f.meta)
     return f
 
 # %% ../nbs/19_findings.ipynb #19-029
 def verdicts(
-    findings: list = None, # all recorded ones of the lab and of SmolLM2 by default
-) -> pd.DataFrame: # finding, family, paper, judgement, here
+    findings: list = None,  # all recorded ones of the lab and of SmolLM2 by default
+) -> pd.DataFrame:  # finding, family, paper, judgement, here
     "All findings in a line each."
     findings = findings or [recorded(n, f) for n in NAMES for f in FAMILIES]
-    rows = [dict(finding=f.name, family=f.family, paper=f.paper, **importlib.import_module(f'act.{f.name}').brief(f.tables, f.meta)) for f in findings]
+    rows = [
+        dict(
+            finding=f.name,
+            family=f.family,
+            paper=f.paper,
+            **importlib.import_module(f'act.{f.name}').brief(f.tables, f.meta),
+        )
+        for f in findings
+    ]
     return pd.DataFrame(rows)
 
 # %% ../nbs/19_findings.ipynb #19-031
-WIDTH = 3.4 # inches of a column
+WIDTH = 3.4  # inches of a column
+
 
 def use_style():
     "Small type, colour-blind safe colours, SVG files that are the same each time."
     import seaborn as sns
+
     sns.set_palette('colorblind')
-    plt.rcParams.update({'font.size': 8, 'axes.labelsize': 8, 'legend.fontsize': 7, 'xtick.labelsize': 7, 'ytick.labelsize': 7, 'axes.titlesize': 8,
-                         'axes.spines.top': False, 'axes.spines.right': False, 'legend.frameon': False, 'svg.hashsalt': 'act', 'figure.constrained_layout.use': True})
+    plt.rcParams.update(
+        {
+            'font.size': 8,
+            'axes.labelsize': 8,
+            'legend.fontsize': 7,
+            'xtick.labelsize': 7,
+            'ytick.labelsize': 7,
+            'axes.titlesize': 8,
+            'axes.spines.top': False,
+            'axes.spines.right': False,
+            'legend.frameon': False,
+            'svg.hashsalt': 'act',
+            'figure.constrained_layout.use': True,
+        }
+    )
 
 # %% ../nbs/19_findings.ipynb #19-032
 def save_figure(
-    fig,                     # a figure, or axes of it
-    name: str,               # of the files
-    data: pd.DataFrame,      # what it shows
-    folder='figures',        # where to, beside the notebook by default
-) -> Path: # the SVG file
+    fig,  # a figure, or axes of it
+    name: str,  # of the files
+    data: pd.DataFrame,  # what it shows
+    folder='figures',  # where to, beside the notebook by default
+) -> Path:  # the SVG file
     "Write NAME.svg and NAME.csv."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    getattr(fig, 'figure', fig).savefig(folder/f'{name}.svg', metadata=dict(Date=None))
-    data.to_csv(folder/f'{name}.csv', index=False, float_format='%.6g')
-    return folder/f'{name}.svg'
+    getattr(fig, 'figure', fig).savefig(folder / f'{name}.svg', metadata=dict(Date=None))
+    data.to_csv(folder / f'{name}.csv', index=False, float_format='%.6g')
+    return folder / f'{name}.svg'
 
 # %% ../nbs/19_findings.ipynb #19-035
 NAMES = 'concentration', 'disentanglement', 'sufficiency', 'stability', 'weights'
 
-def _chosen(name, models): return of_width(models) if models else family(name)
+
+def _chosen(name, models):
+    return of_width(models) if models else family(name)
+
 
 @command
 def act_findings(
-    finding: str,         # concentration, disentanglement, sufficiency, stability or weights
-    out: str,             # result file (JSON) to write
+    finding: str,  # concentration, disentanglement, sufficiency, stability or weights
+    out: str,  # result file (JSON) to write
     family: str = 'lab',  # lab or smollm2
-    models: str = None,   # folder of a lab pair of another width, instead of a family
+    models: str = None,  # folder of a lab pair of another width, instead of a family
 ):
     "Measure one of the paper's findings: `act_findings --finding concentration --family lab --out concentration.json`"
-    if finding not in NAMES: raise ActError(f"no finding is called {finding!r}: choose one of {', '.join(NAMES)}")
+    if finding not in NAMES:
+        raise ActError(f"no finding is called {finding!r}: choose one of {', '.join(NAMES)}")
     fam = _chosen(family, models)
-    for pair in fam.pairs: check_pair(*pair)
-    for a in fam.abilities: load_ability(a, 'localize')
-    begin(dict.fromkeys(m for p in fam.pairs for m in p), {out: 100_000}, f'{len(fam.abilities)} abilities, {fam.items} items of each for every seed')
+    for pair in fam.pairs:
+        check_pair(*pair)
+    for a in fam.abilities:
+        load_ability(a, 'localize')
+    begin(
+        dict.fromkeys(m for p in fam.pairs for m in p),
+        {out: 100_000},
+        f'{len(fam.abilities)} abilities, {fam.items} items of each for every seed',
+    )
     result = importlib.import_module(f'act.{finding}').study(fam, progress=True)
     result.save(out)
     print(f'{result!r}\n-> {out}')
-    if later := NAMES[NAMES.index(finding) + 1:]: next_step('act_findings', finding=later[0], family=None if models else family, models=models, out=beside(out, f'{later[0]}.json'))
+    if later := NAMES[NAMES.index(finding) + 1 :]:
+        next_step(
+            'act_findings',
+            finding=later[0],
+            family=None if models else family,
+            models=models,
+            out=beside(out, f'{later[0]}.json'),
+        )

@@ -22,8 +22,46 @@ from torch.distributed.tensor import DTensor, Replicate
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from .abilities import Ability, Item, check_fits, encode, load_ability, reads
-from .checkpoints import check_use, all_finite, label_of, opened, tensors_of, DTYPES, copy_extras, load_model, load_tokenizer, resolve, trained_on, weight_hash, write_like
-from .core import PACKAGE, ActError, check_room, flush, size_text, writing, atomic_folder, bar, begin, check_absent, command, from_first, gathered, listed, next_step, parse_json, processes, provenance, quiet, sha256, warn, work_folder, write_json
+from act.checkpoints import (
+    check_use,
+    all_finite,
+    label_of,
+    opened,
+    tensors_of,
+    DTYPES,
+    copy_extras,
+    load_model,
+    load_tokenizer,
+    resolve,
+    trained_on,
+    weight_hash,
+    write_like,
+)
+from act.core import (
+    PACKAGE,
+    ActError,
+    check_room,
+    flush,
+    size_text,
+    writing,
+    atomic_folder,
+    bar,
+    begin,
+    check_absent,
+    command,
+    from_first,
+    gathered,
+    listed,
+    next_step,
+    parse_json,
+    processes,
+    provenance,
+    quiet,
+    sha256,
+    warn,
+    work_folder,
+    write_json,
+)
 from .masks import ChannelMask
 from .show import Shown, facts, folded, strip
 from .transfer import mask_slices
@@ -33,21 +71,31 @@ def _examples(abilities, tokenizer, chat, max_length, prompts=False, model=None)
     out = []
     for a in abilities:
         encoded = encode(a, tokenizer, chat=chat, max_length=max_length, eos=a.eos or chat)
-        if model is not None: check_fits(encoded, *reads(model), 'the model')
+        if model is not None:
+            check_fits(encoded, *reads(model), 'the model')
         for e in encoded:
             answer = range(len(e.input_ids)) if prompts else set(e.answer)
-            out.append(dict(input_ids=e.input_ids, labels=[t if i in answer else -100 for i, t in enumerate(e.input_ids)]))
+            out.append(
+                dict(input_ids=e.input_ids, labels=[t if i in answer else -100 for i, t in enumerate(e.input_ids)])
+            )
     return out
+
 
 def _collate(rows, pad):
     width = max(len(r['input_ids']) for r in rows)
-    fill = lambda key, value: torch.tensor([r[key] + [value]*(width - len(r[key])) for r in rows])
-    return dict(input_ids=fill('input_ids', pad), labels=fill('labels', -100), attention_mask=torch.tensor([[1]*len(r['input_ids']) + [0]*(width - len(r['input_ids'])) for r in rows]))
+    fill = lambda key, value: torch.tensor([r[key] + [value] * (width - len(r[key])) for r in rows])
+    return dict(
+        input_ids=fill('input_ids', pad),
+        labels=fill('labels', -100),
+        attention_mask=torch.tensor([[1] * len(r['input_ids']) + [0] * (width - len(r['input_ids'])) for r in rows]),
+    )
 
 # %% ../nbs/13_finetune.ipynb #13-012
 def _freeze(model, mask):
     slices = mask_slices(mask)
-    for name, p in model.named_parameters(): p.requires_grad_(name in slices)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in slices)
+
 
 def restrict_gradients(model, slices):
     "Hooks that zero the gradient outside slices of parameters, as `mask_slices` gives them; returns them for removal."
@@ -55,7 +103,10 @@ def restrict_gradients(model, slices):
     for name, (axis, chosen) in slices.items():
         p = named[name]
         keep = _beside(chosen.to(p.device, p.dtype).view([-1 if i == axis else 1 for i in range(p.ndim)]), p)
-        def zero(p, keep=keep): p.grad.mul_(keep.to(p.device))
+
+        def zero(p, keep=keep):
+            p.grad.mul_(keep.to(p.device))
+
         hooks.append(p.register_post_accumulate_grad_hook(zero))
     return hooks
 
@@ -63,72 +114,115 @@ def restrict_gradients(model, slices):
 def _named(model):
     "Parameters by name, with every process holding no more than its part."
     for m in model.modules():
-        if isinstance(m, FSDPModule): m.reshard() # some are whole after a forward pass
+        if isinstance(m, FSDPModule):
+            m.reshard()  # some are whole after a forward pass
     return {k.replace('_checkpoint_wrapped_module.', ''): p for k, p in model.named_parameters()}
+
 
 def _local(t):
     "What lies here of a tensor."
     t = t.detach()
     return t.to_local() if isinstance(t, DTensor) else t
 
+
 def _beside(t, p, placements=None):
     "A tensor that works with `p`: whole in every process, or as spread as `placements` says."
-    if not isinstance(p, DTensor) or not t.ndim: return t
+    if not isinstance(p, DTensor) or not t.ndim:
+        return t
     shape = dict(shape=p.shape, stride=p.stride()) if placements else {}
-    return DTensor.from_local(t, p.device_mesh, placements or [Replicate()]*p.device_mesh.ndim, run_check=False, **shape)
+    return DTensor.from_local(
+        t, p.device_mesh, placements or [Replicate()] * p.device_mesh.ndim, run_check=False, **shape
+    )
 
 # %% ../nbs/13_finetune.ipynb #13-014
 class _Watch(TrainerCallback):
     "A bar, gradients inside the mask, early stopping with the best weights kept in memory."
-    def __init__(self, patience, mask, progress, total): self.patience, self.mask, self.hooks, self.best, self.bar = patience, mask, [], {}, bar(progress=progress, total=total, desc='fine-tuning', unit='step')
+
+    def __init__(self, patience, mask, progress, total):
+        self.patience, self.mask, self.hooks, self.best, self.bar = (
+            patience,
+            mask,
+            [],
+            {},
+            bar(progress=progress, total=total, desc='fine-tuning', unit='step'),
+        )
+
     def on_train_begin(self, args, state, control, model=None, **_):
         self.bar.update(state.global_step)
-        if self.mask is not None: self.hooks = restrict_gradients(model, mask_slices(self.mask))
-    def on_step_end(self, args, state, control, **_): self.bar.update(1)
+        if self.mask is not None:
+            self.hooks = restrict_gradients(model, mask_slices(self.mask))
+
+    def on_step_end(self, args, state, control, **_):
+        self.bar.update(1)
+
     def on_train_end(self, args, state, control, **_):
         self.bar.close()
-        for h in self.hooks: h.remove()
+        for h in self.hooks:
+            h.remove()
+
     def on_evaluate(self, args, state, control, model=None, **_):
         best = _best(state)
-        if best == state.global_step: self.best = {k: _local(p).clone() for k, p in _named(model).items() if p.requires_grad}
-        elif self.patience is not None and sum(s > best for s, _ in _looks(state)) >= self.patience: control.should_training_stop = True
+        if best == state.global_step:
+            self.best = {k: _local(p).clone() for k, p in _named(model).items() if p.requires_grad}
+        elif self.patience is not None and sum(s > best for s, _ in _looks(state)) >= self.patience:
+            control.should_training_stop = True
+
     def restore(self, model):
         "Put the best weights back, if there was validation."
         named = _named(model)
-        for k, t in self.best.items(): _local(named[k]).copy_(t)
+        for k, t in self.best.items():
+            _local(named[k]).copy_(t)
 
-def _looks(state): return [(o['step'], o['eval_loss']) for o in state.log_history if 'eval_loss' in o]
-def _best(state): return min(_looks(state), key=lambda o: o[1], default=(state.global_step, None))[0]
+
+def _looks(state):
+    return [(o['step'], o['eval_loss']) for o in state.log_history if 'eval_loss' in o]
+
+
+def _best(state):
+    return min(_looks(state), key=lambda o: o[1], default=(state.global_step, None))[0]
 
 # %% ../nbs/13_finetune.ipynb #13-017
 def _with_adapter(model, lora, seed):
     from peft import LoraConfig, get_peft_model
+
     torch.manual_seed(seed)
-    with quiet(): return get_peft_model(model, LoraConfig(**{**dict(task_type='CAUSAL_LM'), **lora}))
+    with quiet():
+        return get_peft_model(model, LoraConfig(**{**dict(task_type='CAUSAL_LM'), **lora}))
+
 
 def _save_adapter(model, folder):
     half = {k: v.detach().to(torch.bfloat16).contiguous() for k, v in model.state_dict().items() if 'lora_' in k}
-    with atomic_folder(folder, sum(v.numel()*2 for v in half.values())) as tmp:
+    with atomic_folder(folder, sum(v.numel() * 2 for v in half.values())) as tmp:
         model.save_pretrained(tmp, state_dict=half)
-        (tmp/'README.md').unlink(missing_ok=True)
+        (tmp / 'README.md').unlink(missing_ok=True)
 
 # %% ../nbs/13_finetune.ipynb #13-204
 class _Trainer(Trainer):
     "Hugging Face's Trainer with a state of safetensors and JSON files, whole or not at all."
+
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
-        if _fsdp() and not self.is_fsdp_enabled and processes()[1] > 1: # accelerate leaves it off on CPUs, which torch can do
+        if (
+            _fsdp() and not self.is_fsdp_enabled and processes()[1] > 1
+        ):  # accelerate leaves it off on CPUs, which torch can do
             from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
             s, self.is_fsdp_enabled = self.accelerator.state, True
             s.fsdp_plugin, s.distributed_type = FullyShardedDataParallelPlugin(), DistributedType.FSDP
 
-    def _share(self, folder): return Path(folder)/f'share-{processes()[0] if self.is_fsdp_enabled else 0}.safetensors'
-    def _random(self, folder): return Path(folder)/f'random-{processes()[0]}.safetensors'
+    def _share(self, folder):
+        return Path(folder) / f'share-{processes()[0] if self.is_fsdp_enabled else 0}.safetensors'
+
+    def _random(self, folder):
+        return Path(folder) / f'random-{processes()[0]}.safetensors'
 
     def tensors_of(self):
         learning = {k: p for k, p in _named(self.model).items() if p.requires_grad}
         moments = {f'{k} {name}': v for name, p in learning.items() for k, v in self.optimizer.state[p].items()}
-        weights, best = {f'weight {k}': p for k, p in learning.items()}, {f'best {k}': t for k, t in self.watch.best.items()}
+        weights, best = (
+            {f'weight {k}': p for k, p in learning.items()},
+            {f'best {k}': t for k, t in self.watch.best.items()},
+        )
         return {k: _local(t).contiguous() for k, t in {**weights, **moments, **best}.items()}
 
 # %% ../nbs/13_finetune.ipynb #13-205
@@ -136,13 +230,17 @@ def _fresh(folder):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
 
+
 def _settle(new, done):
     "Give a state its name when all of it is on the disk; older ones go."
-    for f in (*new.iterdir(), new): flush(f)
+    for f in (*new.iterdir(), new):
+        flush(f)
     new.rename(done)
     flush(done.parent)
     for f in done.parent.glob('act-state-*'):
-        if f != done: shutil.rmtree(f)
+        if f != done:
+            shutil.rmtree(f)
+
 
 def _newest(folder, key, need):
     "The state to go on from, if there is one; ActError unless `need` bytes fit beside it."
@@ -154,16 +252,24 @@ def _newest(folder, key, need):
 # %% ../nbs/13_finetune.ipynb #13-212
 @patch
 def _save_checkpoint(self: _Trainer, model, trial):
-    if self.control.should_training_stop: return # the next thing is the end
+    if self.control.should_training_stop:
+        return  # the next thing is the end
     rank, folder = processes()[0], Path(self.args.output_dir)
-    new, done = folder/'act-state-new', folder/f'act-state-{self.key}-{self.state.global_step}'
+    new, done = folder / 'act-state-new', folder / f'act-state-{self.key}-{self.state.global_step}'
     with writing(folder):
         from_first(lambda: _fresh(new))
-        if not rank or self.is_fsdp_enabled: save_file(self._tensors(), self._share(new))
-        save_file(dict(cpu=torch.get_rng_state(), **dict(cuda=torch.cuda.get_rng_state()) if self.args.device.type == 'cuda' else {}), self._random(new))
+        if not rank or self.is_fsdp_enabled:
+            save_file(self._tensors(), self._share(new))
+        save_file(
+            dict(
+                cpu=torch.get_rng_state(),
+                **dict(cuda=torch.cuda.get_rng_state()) if self.args.device.type == 'cuda' else {},
+            ),
+            self._random(new),
+        )
         if not rank:
-            self.state.save_to_json(new/'trainer_state.json')
-            (new/'scheduler.json').write_text(json.dumps(self.lr_scheduler.state_dict()))
+            self.state.save_to_json(new / 'trainer_state.json')
+            (new / 'scheduler.json').write_text(json.dumps(self.lr_scheduler.state_dict()))
         gathered()
         from_first(lambda: _settle(new, done))
 
@@ -173,263 +279,493 @@ def _load_from_checkpoint(self: _Trainer, folder, model=None):
     named = _named(self.model)
     with safe_open(self._share(folder), 'pt') as f:
         for kind, name in (k.split(' ') for k in f.keys()):
-            if kind == 'weight': _local(named[name]).copy_(f.get_tensor(f'weight {name}'))
-            if kind == 'best': self.watch.best[name] = f.get_tensor(f'best {name}')
+            if kind == 'weight':
+                _local(named[name]).copy_(f.get_tensor(f'weight {name}'))
+            if kind == 'best':
+                self.watch.best[name] = f.get_tensor(f'best {name}')
+
 
 @patch
 def _load_optimizer_and_scheduler(self: _Trainer, folder):
     names, kept = {p: k for k, p in _named(self.model).items()}, {}
     with safe_open(self._share(folder), 'pt') as f:
         for kind, name in (k.split(' ') for k in f.keys()):
-            if kind not in ('weight', 'best'): kept.setdefault(name, {})[kind] = f.get_tensor(f'{kind} {name}')
+            if kind not in ('weight', 'best'):
+                kept.setdefault(name, {})[kind] = f.get_tensor(f'{kind} {name}')
     order = [p for g in self.optimizer.param_groups for p in g['params']]
-    state = {i: {k: _beside(t, p, getattr(p, 'placements', None)) for k, t in kept[names[p]].items()} for i, p in enumerate(order) if names[p] in kept}
+    state = {
+        i: {k: _beside(t, p, getattr(p, 'placements', None)) for k, t in kept[names[p]].items()}
+        for i, p in enumerate(order)
+        if names[p] in kept
+    }
     self.optimizer.load_state_dict(dict(state=state, param_groups=self.optimizer.state_dict()['param_groups']))
-    self.lr_scheduler.load_state_dict(json.loads((Path(folder)/'scheduler.json').read_text()))
-    for g, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr()): g['lr'] = lr
+    self.lr_scheduler.load_state_dict(json.loads((Path(folder) / 'scheduler.json').read_text()))
+    for g, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr()):
+        g['lr'] = lr
+
 
 @patch
 def _load_rng_state(self: _Trainer, folder):
     with safe_open(self._random(folder), 'pt') as f:
         torch.set_rng_state(f.get_tensor('cpu'))
-        if 'cuda' in f.keys(): torch.cuda.set_rng_state(f.get_tensor('cuda'))
+        if 'cuda' in f.keys():
+            torch.cuda.set_rng_state(f.get_tensor('cuda'))
 
 # %% ../nbs/13_finetune.ipynb #13-207
 def _fsdp():
     "Has accelerate been asked to spread the model?"
-    if os.environ.get('ACCELERATE_USE_FSDP') != 'true': return False
-    if os.environ.get('FSDP_VERSION') != '2': raise ActError("version 1 of FSDP is asked for, which transformers gave up: add --fsdp_version 2 to accelerate launch --use_fsdp")
+    if os.environ.get('ACCELERATE_USE_FSDP') != 'true':
+        return False
+    if os.environ.get('FSDP_VERSION') != '2':
+        raise ActError(
+            "version 1 of FSDP is asked for, which transformers gave up: add --fsdp_version 2 to accelerate launch"
+            " --use_fsdp"
+        )
     return True
+
 
 def _load(model, device):
     "As `load_model`, in float32 straight from the files; of a model that will be spread only the first process reads the weights, and accelerate deals them out."
-    if not _fsdp(): return load_model(model, 'float32', device)
-    if not processes()[0] or os.environ.get('FSDP_CPU_RAM_EFFICIENT_LOADING') != 'true': return load_model(model, 'float32')
-    with init_empty_weights(): net = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(resolve(model)))
+    if not _fsdp():
+        return load_model(model, 'float32', device)
+    if not processes()[0] or os.environ.get('FSDP_CPU_RAM_EFFICIENT_LOADING') != 'true':
+        return load_model(model, 'float32')
+    with init_empty_weights():
+        net = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(resolve(model)))
     net.tie_weights()
-    for p in net.parameters(): torch.utils.swap_tensors(p, torch.nn.Parameter(torch.empty(p.shape))) # memory that is never touched takes none
+    for p in net.parameters():
+        torch.utils.swap_tensors(p, torch.nn.Parameter(torch.empty(p.shape)))  # memory that is never touched takes none
     return net, load_tokenizer(model)
+
 
 def _hollow(model):
     "A copy without weights."
-    return copy.deepcopy(model, {id(p): torch.nn.Parameter(torch.empty_like(p, device='meta'), p.requires_grad) for p in model.parameters()})
+    return copy.deepcopy(
+        model,
+        {id(p): torch.nn.Parameter(torch.empty_like(p, device='meta'), p.requires_grad) for p in model.parameters()},
+    )
+
 
 def _whole(model, hollow):
     "The parameters of a spread model put together in `hollow` by the first process; None for the others."
     named, first = dict(hollow.named_parameters()), not processes()[0]
     for name, p in _named(model).items():
         full = p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
-        if first: torch.utils.swap_tensors(named[name], torch.nn.Parameter(full.cpu(), named[name].requires_grad))
+        if first:
+            torch.utils.swap_tensors(named[name], torch.nn.Parameter(full.cpu(), named[name].requires_grad))
     return hollow if first else None
 
 # %% ../nbs/13_finetune.ipynb #13-015
-def _trainer(model, data, val, watch, pad, folder, key, steps, lr, batch_size, accumulate, warmup, weight_decay, seed, bf16, eval_steps, save_steps):
+def _trainer(
+    model,
+    data,
+    val,
+    watch,
+    pad,
+    folder,
+    key,
+    steps,
+    lr,
+    batch_size,
+    accumulate,
+    warmup,
+    weight_decay,
+    seed,
+    bf16,
+    eval_steps,
+    save_steps,
+):
     "A Trainer that leaves nothing on the screen, and nothing on the disk but its state, under the name `key`, if there is one."
     args = TrainingArguments(
-        folder, max_steps=steps, learning_rate=lr, per_device_train_batch_size=batch_size, per_device_eval_batch_size=batch_size, gradient_accumulation_steps=accumulate,
-        warmup_steps=round(warmup*steps), weight_decay=weight_decay, seed=seed, data_seed=seed, bf16=bf16, use_cpu=not torch.accelerator.is_available() if _fsdp() else model.device.type == 'cpu',
-        report_to='none', save_strategy='steps' if key else 'no', save_steps=save_steps or 1, logging_steps=1, disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False,
-        include_num_input_tokens_seen='all', eval_strategy='steps' if val else 'no', eval_steps=min(eval_steps, steps) if val else None)
-    trainer = _Trainer(model, args, train_dataset=data, eval_dataset=val, data_collator=lambda rows: _collate(rows, pad), callbacks=[watch])
+        folder,
+        max_steps=steps,
+        learning_rate=lr,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        gradient_accumulation_steps=accumulate,
+        warmup_steps=round(warmup * steps),
+        weight_decay=weight_decay,
+        seed=seed,
+        data_seed=seed,
+        bf16=bf16,
+        use_cpu=not torch.accelerator.is_available() if _fsdp() else model.device.type == 'cpu',
+        report_to='none',
+        save_strategy='steps' if key else 'no',
+        save_steps=save_steps or 1,
+        logging_steps=1,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        include_num_input_tokens_seen='all',
+        eval_strategy='steps' if val else 'no',
+        eval_steps=min(eval_steps, steps) if val else None,
+    )
+    trainer = _Trainer(
+        model,
+        args,
+        train_dataset=data,
+        eval_dataset=val,
+        data_collator=lambda rows: _collate(rows, pad),
+        callbacks=[watch],
+    )
     trainer.watch, trainer.key = watch, key
-    for c in (PrinterCallback, ProgressCallback): trainer.remove_callback(c)
+    for c in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(c)
     return trainer
 
 # %% ../nbs/13_finetune.ipynb #13-401
 def _check_settings(abilities, steps, lr, batch_size, mask, lora, weight_decay, seed):
-    if not abilities: raise ActError("no abilities to fine-tune on: pass at least one")
-    if steps < 1 or batch_size < 1: raise ActError(f"steps is {steps}, batch_size {batch_size}: both must be above zero")
-    if lr is not None and not 0 < lr < math.inf: raise ActError(f"lr is {lr}: give a rate above zero, or leave it off")
-    if not 0 <= weight_decay < math.inf: raise ActError(f"weight_decay is {weight_decay}: give zero or more")
-    if not 0 <= seed < 1 << 32: raise ActError(f"seed is {seed}: give a whole number from 0 to {(1 << 32) - 1}")
-    if mask is not None and (lora or weight_decay): raise ActError("a mask goes with neither LoRA nor weight decay, which would change channels outside it: leave them off")
+    if not abilities:
+        raise ActError("no abilities to fine-tune on: pass at least one")
+    if steps < 1 or batch_size < 1:
+        raise ActError(f"steps is {steps}, batch_size {batch_size}: both must be above zero")
+    if lr is not None and not 0 < lr < math.inf:
+        raise ActError(f"lr is {lr}: give a rate above zero, or leave it off")
+    if not 0 <= weight_decay < math.inf:
+        raise ActError(f"weight_decay is {weight_decay}: give zero or more")
+    if not 0 <= seed < 1 << 32:
+        raise ActError(f"seed is {seed}: give a whole number from 0 to {(1 << 32) - 1}")
+    if mask is not None and (lora or weight_decay):
+        raise ActError(
+            "a mask goes with neither LoRA nor weight decay, which would change channels outside it: leave them off"
+        )
 
 # %% ../nbs/13_finetune.ipynb #13-612
 def item_hashes(
-    abilities, # several
-) -> list: # sorted, without repeats
+    abilities,  # several
+) -> list:  # sorted, without repeats
     "Twelve hexadecimal digits for each item, from its prompt and answer."
     return sorted({h for a in abilities for h in a.item_hashes})
 
 # %% ../nbs/13_finetune.ipynb #13-614
 def _note(model, name):
     "A note of this package beside a model's weights; nothing where there is none."
-    file = resolve(model)/name
+    file = resolve(model) / name
     return parse_json(file) if file.is_file() else {}
+
 
 def _unseen(abilities, trained_on):
     "Do the test items of all abilities differ from what was learned?"
-    try: return not {*item_hashes(load_ability(a, 'test') for a in abilities)} & {*trained_on}
-    except ActError: return False
+    try:
+        return not {*item_hashes(load_ability(a, 'test') for a in abilities)} & {*trained_on}
+    except ActError:
+        return False
 
 # %% ../nbs/13_finetune.ipynb #13-019
 @dataclass
 class FinetuneReport(Shown):
     "What a fine-tuning did: the model, losses step by step (nats per answer token), cost."
-    model: object           # the fine-tuned model; of a spread one the first process has it, the others None
-    losses: list            # training loss of every step
-    eval_losses: list       # (step, validation loss), when there was validation
-    best_step: int          # the step whose weights were kept
-    tokens: int             # tokens read, padding included
-    seconds: float          # wall time
-    meta: dict = field(default_factory=dict, repr=False)
-    trained_on: list = field(default_factory=list, repr=False) # names of the items, as `item_hashes` gives them
 
-    def __repr__(self): return f"FinetuneReport: {len(self.losses)} steps, {self.tokens:,} tokens, {self.seconds:.1f} s, loss {self.losses[0]:.3f} -> {self.losses[-1]:.3f}" + (f", best validation loss {min(l for _, l in self.eval_losses):.3f} at step {self.best_step}" if self.eval_losses else '')
+    model: object  # the fine-tuned model; of a spread one the first process has it, the others None
+    losses: list  # training loss of every step
+    eval_losses: list  # (step, validation loss), when there was validation
+    best_step: int  # the step whose weights were kept
+    tokens: int  # tokens read, padding included
+    seconds: float  # wall time
+    meta: dict = field(default_factory=dict, repr=False)
+    trained_on: list = field(default_factory=list, repr=False)  # names of the items, as `item_hashes` gives them
+
+    def __repr__(self):
+        return (
+            f"FinetuneReport: {len(self.losses)} steps, {self.tokens:,} tokens, {self.seconds:.1f} s, loss"
+            f" {self.losses[0]:.3f} -> {self.losses[-1]:.3f}"
+            + (
+                f", best validation loss {min(l for _, l in self.eval_losses):.3f} at step {self.best_step}"
+                if self.eval_losses
+                else ''
+            )
+        )
+
     def _parts(self):
-        x, k = self.losses, math.ceil(len(self.losses)/60)
-        yield strip([[sum(x[i:i+k])/len(x[i:i+k]) for i in range(0, len(x), k)]], ['loss'], range(1, len(x) + 1, k), 'training loss', 'nats per answer token', across='step' + (f' (means of {k})' if k > 1 else ''), down='loss')
-        yield facts({f'validation loss, step {s}': f'{l:.3f}' for s, l in self.eval_losses} | {'step whose weights were kept': self.best_step, 'tokens': f'{self.tokens:,}', 'seconds': f'{self.seconds:.1f}'})
-        if self.meta: yield folded('where it comes from', self.meta)
-    def record(self, model): # name of what was fine-tuned
+        x, k = self.losses, math.ceil(len(self.losses) / 60)
+        yield strip(
+            [[sum(x[i : i + k]) / len(x[i : i + k]) for i in range(0, len(x), k)]],
+            ['loss'],
+            range(1, len(x) + 1, k),
+            'training loss',
+            'nats per answer token',
+            across='step' + (f' (means of {k})' if k > 1 else ''),
+            down='loss',
+        )
+        yield facts(
+            {f'validation loss, step {s}': f'{l:.3f}' for s, l in self.eval_losses}
+            | {
+                'step whose weights were kept': self.best_step,
+                'tokens': f'{self.tokens:,}',
+                'seconds': f'{self.seconds:.1f}',
+            }
+        )
+        if self.meta:
+            yield folded('where it comes from', self.meta)
+
+    def record(self, model):  # name of what was fine-tuned
         "What the file beside the weights says; what the model had been fine-tuned on before counts as well."
-        return dict(format='act-finetune-1', **self.meta, trained_on=sorted({*self.trained_on, *trained_on(model)}), losses=self.losses, eval_losses=self.eval_losses, best_step=self.best_step, tokens=self.tokens, seconds=round(self.seconds, 2), provenance=provenance(model=model))
+        return dict(
+            format='act-finetune-1',
+            **self.meta,
+            trained_on=sorted({*self.trained_on, *trained_on(model)}),
+            losses=self.losses,
+            eval_losses=self.eval_losses,
+            best_step=self.best_step,
+            tokens=self.tokens,
+            seconds=round(self.seconds, 2),
+            provenance=provenance(model=model),
+        )
+
     def plot(self, ax=None):
         "Loss against step; returns the axes."
         import matplotlib.pyplot as plt
-        if ax is None: _, ax = plt.subplots(figsize=(3.3, 2.1), constrained_layout=True)
-        ax.plot(range(1, len(self.losses)+1), self.losses, label='training')
-        if self.eval_losses: ax.plot(*zip(*self.eval_losses), 'o-', label='validation')
+
+        if ax is None:
+            _, ax = plt.subplots(figsize=(3.3, 2.1), constrained_layout=True)
+        ax.plot(range(1, len(self.losses) + 1), self.losses, label='training')
+        if self.eval_losses:
+            ax.plot(*zip(*self.eval_losses), 'o-', label='validation')
         ax.set(xlabel='step', ylabel='loss (nats per answer token)')
         ax.legend(fontsize=7)
         return ax
 
 # %% ../nbs/13_finetune.ipynb #13-020
 def finetune(
-    model,                     # a model in memory; it stays as it is unless `inplace`
-    abilities,                 # an Ability or several, all answers together
-    tokenizer,                 # the model's
-    steps: int = 50,           # optimiser steps
-    lr: float = None,          # peak learning rate; by default `safe_rate` for the weights that learn
-    batch_size: int = 16,      # items a step (per device)
+    model,  # a model in memory; it stays as it is unless `inplace`
+    abilities,  # an Ability or several, all answers together
+    tokenizer,  # the model's
+    steps: int = 50,  # optimiser steps
+    lr: float = None,  # peak learning rate; by default `safe_rate` for the weights that learn
+    batch_size: int = 16,  # items a step (per device)
     mask: ChannelMask = None,  # train these channels only
-    validation=None,           # an Ability or several to stop early on
-    eval_steps: int = 10,      # steps between looks at the validation loss
-    patience: int = 3,         # looks without improvement before stopping
-    warmup: float = 0.1,       # share of the steps that warm up; then linear to zero
-    weight_decay: float = 0.,  # of AdamW
-    accumulate: int = 1,       # batches a step
-    seed: int = 0,             # of the order of items (and of LoRA's initial weights)
-    chat: bool = False,        # through the chat template
-    max_length: int = None,    # cut longer items on the right
-    lora: dict = None,         # options of peft.LoraConfig: train an adapter and merge it
-    adapter: str = None,       # folder to save that adapter to, before merging
-    bf16: bool = False,        # mixed precision, for GPUs and recent CPUs
-    prompts: bool = False,     # learn the prompts' tokens too: continued pre-training on the items
-    upcast: bool = True,       # train in float32; at the end each weight gets its own type back
-    state: str = None,         # folder to keep the state of training in; a run killed there goes on
-    save_steps: int = 50,      # steps between two states; 0 keeps none
-    inplace: bool = False,     # change the model that was passed
-    progress: bool = True,     # show a bar
-) -> FinetuneReport: # raises ActError for impossible settings
+    validation=None,  # an Ability or several to stop early on
+    eval_steps: int = 10,  # steps between looks at the validation loss
+    patience: int = 3,  # looks without improvement before stopping
+    warmup: float = 0.1,  # share of the steps that warm up; then linear to zero
+    weight_decay: float = 0.0,  # of AdamW
+    accumulate: int = 1,  # batches a step
+    seed: int = 0,  # of the order of items (and of LoRA's initial weights)
+    chat: bool = False,  # through the chat template
+    max_length: int = None,  # cut longer items on the right
+    lora: dict = None,  # options of peft.LoraConfig: train an adapter and merge it
+    adapter: str = None,  # folder to save that adapter to, before merging
+    bf16: bool = False,  # mixed precision, for GPUs and recent CPUs
+    prompts: bool = False,  # learn the prompts' tokens too: continued pre-training on the items
+    upcast: bool = True,  # train in float32; at the end each weight gets its own type back
+    state: str = None,  # folder to keep the state of training in; a run killed there goes on
+    save_steps: int = 50,  # steps between two states; 0 keeps none
+    inplace: bool = False,  # change the model that was passed
+    progress: bool = True,  # show a bar
+) -> FinetuneReport:  # raises ActError for impossible settings
     "Stage 3 of ACT: light supervised fine-tuning on answer tokens with Hugging Face's Trainer."
     start, many = time.time(), lambda x: [x] if isinstance(x, Ability) else list(x or [])
     abilities, held = many(abilities), many(validation)
     _check_settings(abilities, steps, lr, batch_size, mask, lora, weight_decay, seed)
     lr = lr or safe_rate(_learning({k: p.shape for k, p in model.named_parameters()}, mask), bool(lora))
-    if adapter and not lora: raise ActError("adapter= names where to save a LoRA adapter: pass lora= too")
+    if adapter and not lora:
+        raise ActError("adapter= names where to save a LoRA adapter: pass lora= too")
     data, val = (_examples(a, tokenizer, chat, max_length, prompts, model) if a else None for a in (abilities, held))
     rank, world = processes()
-    meta = dict(abilities={a.name: dict(hash=a.hash, items=len(a), source=a.source) for a in abilities}, steps=steps, lr=lr, batch_size=batch_size, seed=seed, warmup=warmup, weight_decay=weight_decay, bf16=bf16,
-                mask=mask.hash if mask is not None else None, lora=lora, max_length=max_length, chat=chat, prompts=prompts, model=label_of(model))
+    meta = dict(
+        abilities={a.name: dict(hash=a.hash, items=len(a), source=a.source) for a in abilities},
+        steps=steps,
+        lr=lr,
+        batch_size=batch_size,
+        seed=seed,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        bf16=bf16,
+        mask=mask.hash if mask is not None else None,
+        lora=lora,
+        max_length=max_length,
+        chat=chat,
+        prompts=prompts,
+        model=label_of(model),
+    )
     out, key = model if inplace else copy.deepcopy(model), None
     types = {k: t.dtype for k, t in (*out.named_parameters(), *out.named_buffers())}
     if state and 0 < save_steps < steps:
-        key = from_first(lambda: sha256(json.dumps([meta, data, val, accumulate, eval_steps, patience, bf16, upcast, types, world, _fsdp(), torch.__version__, transformers.__version__], default=str), weight_hash(model))[:16])
-    if upcast: out = out.float()
-    if lora: out = _with_adapter(out, lora, seed)
+        key = from_first(
+            lambda: sha256(
+                json.dumps(
+                    [
+                        meta,
+                        data,
+                        val,
+                        accumulate,
+                        eval_steps,
+                        patience,
+                        bf16,
+                        upcast,
+                        types,
+                        world,
+                        _fsdp(),
+                        torch.__version__,
+                        transformers.__version__,
+                    ],
+                    default=str,
+                ),
+                weight_hash(model),
+            )[:16]
+        )
+    if upcast:
+        out = out.float()
+    if lora:
+        out = _with_adapter(out, lora, seed)
     trainable = [p.requires_grad for p in out.parameters()]
-    if mask is not None: _freeze(out, mask)
-    hollow, learning = _hollow(out) if _fsdp() else None, sum(p.numel()*p.element_size() for p in out.parameters() if p.requires_grad)
+    if mask is not None:
+        _freeze(out, mask)
+    hollow, learning = (
+        _hollow(out) if _fsdp() else None,
+        sum(p.numel() * p.element_size() for p in out.parameters() if p.requires_grad),
+    )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     watch = _Watch(patience, mask, progress and not rank, steps)
     with contextlib.nullcontext(str(state)) if key else tempfile.TemporaryDirectory() as folder, quiet():
-        last = from_first(lambda: _newest(folder, key, 2*(3 + bool(val))*learning)) if key else None
-        trainer = _trainer(out, data, val, watch, pad, folder, key, steps, lr, batch_size, accumulate, warmup, weight_decay, seed, bf16, eval_steps, save_steps)
+        last = from_first(lambda: _newest(folder, key, 2 * (3 + bool(val)) * learning)) if key else None
+        trainer = _trainer(
+            out,
+            data,
+            val,
+            watch,
+            pad,
+            folder,
+            key,
+            steps,
+            lr,
+            batch_size,
+            accumulate,
+            warmup,
+            weight_decay,
+            seed,
+            bf16,
+            eval_steps,
+            save_steps,
+        )
         trainer.train(last)
     watch.restore(trainer.model)
-    if trainer.is_fsdp_enabled: out = _whole(trainer.model, hollow)
-    if adapter and not rank: _save_adapter(out, adapter)
+    if trainer.is_fsdp_enabled:
+        out = _whole(trainer.model, hollow)
+    if adapter and not rank:
+        _save_adapter(out, adapter)
     if out is not None:
-        if lora: out = out.merge_and_unload()
+        if lora:
+            out = out.merge_and_unload()
         else:
-            for p, t in zip(out.parameters(), trainable): p.requires_grad_(t)
-        for k, t in (*out.named_parameters(), *out.named_buffers()): t.data = t.data.to(types[k])
+            for p, t in zip(out.parameters(), trainable):
+                p.requires_grad_(t)
+        for k, t in (*out.named_parameters(), *out.named_buffers()):
+            t.data = t.data.to(types[k])
         out.eval()
     log = trainer.state
-    return FinetuneReport(out, [o['loss'] for o in log.log_history if 'loss' in o], _looks(log), _best(log), int(log.num_input_tokens_seen), time.time() - start, meta, item_hashes(abilities + held))
+    return FinetuneReport(
+        out,
+        [o['loss'] for o in log.log_history if 'loss' in o],
+        _looks(log),
+        _best(log),
+        int(log.num_input_tokens_seen),
+        time.time() - start,
+        meta,
+        item_hashes(abilities + held),
+    )
 
 # %% ../nbs/13_finetune.ipynb #13-602
 def neutral_text(
-    file=None, # a text file; the package's own 470 words of English by default
-) -> Ability: # of one item a paragraph, whose first word is given; raises ActError when there is no text
+    file=None,  # a text file; the package's own 470 words of English by default
+) -> Ability:  # of one item a paragraph, whose first word is given; raises ActError when there is no text
     "A text to look at before and after, as an ability."
-    path = Path(file or PACKAGE/'data'/'neutral.txt')
-    try: text = path.read_text(encoding='utf-8-sig')
-    except (OSError, UnicodeDecodeError) as e: raise ActError(f"{path} cannot be read as UTF-8 text ({e}): check the path and the encoding") from e
+    path = Path(file or PACKAGE / 'data' / 'neutral.txt')
+    try:
+        text = path.read_text(encoding='utf-8-sig')
+    except (OSError, UnicodeDecodeError) as e:
+        raise ActError(f"{path} cannot be read as UTF-8 text ({e}): check the path and the encoding") from e
     paragraphs = [' '.join(p.split()) for p in re.split(r'\n\s*\n', text)]
-    pieces = [p[i:i+1000] for p in paragraphs for i in range(0, len(p), 1000)][:40] # enough of a long text, in a minute
+    pieces = [p[i : i + 1000] for p in paragraphs for i in range(0, len(p), 1000)][
+        :40
+    ]  # enough of a long text, in a minute
     starts = [(p, max(1, p.find(' '))) for p in pieces if len(p) > 1]
     return Ability('neutral', [Item(p[:i], p[i:]) for p, i in starts], path.name)
 
 # %% ../nbs/13_finetune.ipynb #13-605
 @torch.no_grad()
 def bits_per_byte(
-    model, ability, tokenizer, # a model in memory, an Ability, its tokenizer
+    model,
+    ability,
+    tokenizer,  # a model in memory, an Ability, its tokenizer
 ) -> float:
     "Bits that a model needs for each byte of the answers, from a softmax in float32; texts longer than it reads come in pieces."
-    nats, encoded, (rows, context) = 0., encode(ability, tokenizer), reads(model)
+    nats, encoded, (rows, context) = 0.0, encode(ability, tokenizer), reads(model)
     check_fits(encoded, rows, None, label_of(model))
     for e in encoded:
         step = context or len(e.input_ids)
-        for start in range(0, len(e.input_ids) - 1, max(step - 1, 1)): # the last token of a piece is the first of the next
-            ids = torch.tensor([e.input_ids[start:start+step]], device=model.device)
+        for start in range(
+            0, len(e.input_ids) - 1, max(step - 1, 1)
+        ):  # the last token of a piece is the first of the next
+            ids = torch.tensor([e.input_ids[start : start + step]], device=model.device)
             logp = model(ids).logits[0].float().log_softmax(-1)
             where = torch.tensor([i - start for i in e.answer if 0 < i - start < ids.shape[1]], dtype=torch.long)
             nats -= logp[where - 1, ids[0, where]].sum().item()
-    return nats/math.log(2)/sum(len(o.answer.encode()) for o in ability)
+    return nats / math.log(2) / sum(len(o.answer.encode()) for o in ability)
 
 # %% ../nbs/13_finetune.ipynb #13-622
 def safe_rate(
-    parameters: int,    # how many weights learn; with LoRA, how many the model has
-    lora: bool = False, # an adapter learns
+    parameters: int,  # how many weights learn; with LoRA, how many the model has
+    lora: bool = False,  # an adapter learns
 ) -> float:
     "A peak learning rate that leaves unrelated text alone."
-    free, low, high = (2., 5e-5, 3e-4) if lora else (.2, 5e-6, 5e-5)
-    return float(f'{min(max(free/math.sqrt(parameters), low), high):.1g}')
+    free, low, high = (2.0, 5e-5, 3e-4) if lora else (0.2, 5e-6, 5e-5)
+    return float(f'{min(max(free / math.sqrt(parameters), low), high):.1g}')
 
 # %% ../nbs/13_finetune.ipynb #13-623
 def _learning(shapes, mask):
     "How many weights learn: all, or those of the mask's channels."
-    if mask is None: return sum(math.prod(s) for s in shapes.values())
-    return sum(math.prod(shapes[name])//shapes[name][axis]*int(chosen.sum()) for name, (axis, chosen) in mask_slices(mask).items())
+    if mask is None:
+        return sum(math.prod(s) for s in shapes.values())
+    return sum(
+        math.prod(shapes[name]) // shapes[name][axis] * int(chosen.sum())
+        for name, (axis, chosen) in mask_slices(mask).items()
+    )
 
 # %% ../nbs/13_finetune.ipynb #13-632
 def training_memory(
-    config: dict, # config.json
-    shapes: dict, # of the weights by name
+    config: dict,  # config.json
+    shapes: dict,  # of the weights by name
     tokens: int,  # in a batch: items times the longest
-    mask: ChannelMask = None, # the channels that learn
-    lora_r: int = 0, # or the rank of an adapter
-) -> dict: # part -> about how many bytes, in one process
+    mask: ChannelMask = None,  # the channels that learn
+    lora_r: int = 0,  # or the rank of an adapter
+) -> dict:  # part -> about how many bytes, in one process
     "Memory that a training in float32 takes."
     config = config | (config.get('text_config') or {})
     count = lambda names: sum(math.prod(shapes[k]) for k in names)
-    if lora_r: moving = sum(lora_r*sum(s) for k, s in shapes.items() if len(s) == 2 and k.endswith('_proj.weight'))
-    else: moving = count(mask_slices(mask) if mask else shapes) # a parameter with a chosen channel has a gradient everywhere
+    if lora_r:
+        moving = sum(lora_r * sum(s) for k, s in shapes.items() if len(s) == 2 and k.endswith('_proj.weight'))
+    else:
+        moving = count(
+            mask_slices(mask) if mask else shapes
+        )  # a parameter with a chosen channel has a gradient everywhere
     width, inner = config.get('hidden_size', 0), config.get('intermediate_size', 0)
-    if isinstance(inner, list): inner = max(inner) # a width for each layer
-    kept = config.get('num_hidden_layers', 0)*(10*width + 4*inner) + 3*config.get('vocab_size', 0) # numbers a token
+    if isinstance(inner, list):
+        inner = max(inner)  # a width for each layer
+    kept = config.get('num_hidden_layers', 0) * (10 * width + 4 * inner) + 3 * config.get(
+        'vocab_size', 0
+    )  # numbers a token
     share = processes()[1] if _fsdp() else 1
-    return dict(weights=4*(count(shapes) + moving*bool(lora_r))//share, gradients=4*moving//share, AdamW=8*moving//share, activations=4*tokens*kept)
+    return dict(
+        weights=4 * (count(shapes) + moving * bool(lora_r)) // share,
+        gradients=4 * moving // share,
+        AdamW=8 * moving // share,
+        activations=4 * tokens * kept,
+    )
 
 # %% ../nbs/13_finetune.ipynb #13-633
 def _memory_line(parts):
-    return f"memory: about {size_text(sum(parts.values()))} (" + ', '.join(f'{k} {size_text(v)}' for k, v in parts.items()) + ')'
+    return (
+        f"memory: about {size_text(sum(parts.values()))} ("
+        + ', '.join(f'{k} {size_text(v)}' for k, v in parts.items())
+        + ')'
+    )
 
 # %% ../nbs/13_finetune.ipynb #13-642
 def _check_trained(t, name):
-    if not all_finite(t): raise ActError(f"training left NaN or infinity in {name}: lower the learning rate")
+    if not all_finite(t):
+        raise ActError(f"training left NaN or infinity in {name}: lower the learning rate")
+
 
 def _as_stored(new, rows, a, b, name):
     "Trained values of the rows a ... b-1 in the stored type."
@@ -437,10 +773,12 @@ def _as_stored(new, rows, a, b, name):
     _check_trained(new, name)
     return torch.where(rows.float() == new, rows, new.to(rows.dtype))
 
+
 def _alike(model, ck):
     "Is every weight stored under a name that it has in the model?"
     stored = {}
-    for k, t in model.state_dict(keep_vars=True).items(): stored[id(t)] = stored.get(id(t)) or k in ck.tensors and ck.tensors[k].shape == tuple(t.shape)
+    for k, t in model.state_dict(keep_vars=True).items():
+        stored[id(t)] = stored.get(id(t)) or k in ck.tensors and ck.tensors[k].shape == tuple(t.shape)
     return all(stored.values())
 
 # %% ../nbs/13_finetune.ipynb #13-644
@@ -459,47 +797,51 @@ def _renamed(model, ck, folder):
 # %% ../nbs/13_finetune.ipynb #13-645
 def save_like(
     model,  # in memory
-    source, # the checkpoint that it was loaded from, as in `resolve`
-    out,    # folder to create; must not exist
-    records: dict = None, # file name -> what to write beside it as JSON
-) -> Path: # raises ActError when weights are NaN or infinite
+    source,  # the checkpoint that it was loaded from, as in `resolve`
+    out,  # folder to create; must not exist
+    records: dict = None,  # file name -> what to write beside it as JSON
+) -> Path:  # raises ActError when weights are NaN or infinite
     "Write a trained model with the files, the names and the types of the checkpoint that it came from."
     ck, state = opened(source), model.state_dict()
     alike = _alike(model, ck)
-    with atomic_folder(out, ck.nbytes if alike else 4*sum(p.numel() for p in model.parameters())) as tmp, quiet():
-        if alike: write_like(ck, tmp, {k: partial(_as_stored, state[k], name=k) for k in ck.tensors if k in state})
-        else: _renamed(model, ck, tmp)
-        for name, obj in (records or {}).items(): write_json(obj, tmp/name)
+    with atomic_folder(out, ck.nbytes if alike else 4 * sum(p.numel() for p in model.parameters())) as tmp, quiet():
+        if alike:
+            write_like(ck, tmp, {k: partial(_as_stored, state[k], name=k) for k in ck.tensors if k in state})
+        else:
+            _renamed(model, ck, tmp)
+        for name, obj in (records or {}).items():
+            write_json(obj, tmp / name)
     return Path(out)
 
 # %% ../nbs/13_finetune.ipynb #13-034
 @command
 def act_finetune(
-    model: str,              # folder, .gguf file, hub id, lab/NAME or smollm2/NAME
-    ability: str,            # names or jsonl files, separated by commas
-    out: str,                # folder to create
-    split: str = 'sft',      # train, localize, sft, validation, test or all
-    n: int = None,           # items of each ability; all by default
-    steps: int = 50,         # optimiser steps
-    lr: float = None,        # peak learning rate; by default safe for the model's size
-    batch_size: int = 16,    # items a step
-    mask: str = None,        # mask file: train these channels only
+    model: str,  # folder, .gguf file, hub id, lab/NAME or smollm2/NAME
+    ability: str,  # names or jsonl files, separated by commas
+    out: str,  # folder to create
+    split: str = 'sft',  # train, localize, sft, validation, test or all
+    n: int = None,  # items of each ability; all by default
+    steps: int = 50,  # optimiser steps
+    lr: float = None,  # peak learning rate; by default safe for the model's size
+    batch_size: int = 16,  # items a step
+    mask: str = None,  # mask file: train these channels only
     validation: str = None,  # abilities to stop early on (their validation split)
-    seed: int = 0,           # of the order of items
+    seed: int = 0,  # of the order of items
     max_length: int = None,  # cut longer items
-    weight_decay: float = 0., # of AdamW
-    save_steps: int = 50,    # steps between two states from which a killed run goes on; 0 keeps none
-    lora_r: int = 0,         # rank of a LoRA adapter on all linear layers, merged at the end; 0 trains the weights
-    neutral: str = None,     # text file to look at before and after; by default a page of English
-    device: str = None,      # cpu, cuda, ...
-    chat: store_true = False, # through the chat template
-    bf16: store_true = False, # mixed precision
+    weight_decay: float = 0.0,  # of AdamW
+    save_steps: int = 50,  # steps between two states from which a killed run goes on; 0 keeps none
+    lora_r: int = 0,  # rank of a LoRA adapter on all linear layers, merged at the end; 0 trains the weights
+    neutral: str = None,  # text file to look at before and after; by default a page of English
+    device: str = None,  # cpu, cuda, ...
+    chat: store_true = False,  # through the chat template
+    bf16: store_true = False,  # mixed precision
 ):
     "Fine-tune on answers: `act_finetune --model recovered --ability lab/multiplication-en,lab/science-zh --steps 30 --lr 3e-4 --out tuned`"
     options = sha256(json.dumps([locals(), processes()[1], _fsdp()], default=str))
     load = lambda names, where: [load_ability(a, where, n) for a in listed(names)]
-    if lora_r < 0: raise ActError(f"lora_r is {lora_r}: give a rank above zero, or 0 to train the weights")
-    lora = dict(r=lora_r, lora_alpha=2*lora_r, target_modules='all-linear') if lora_r else None
+    if lora_r < 0:
+        raise ActError(f"lora_r is {lora_r}: give a rank above zero, or 0 to train the weights")
+    lora = dict(r=lora_r, lora_alpha=2 * lora_r, target_modules='all-linear') if lora_r else None
     with contextlib.ExitStack() as held:
         work, _ = from_first(lambda: (held.enter_context(work_folder(out, options)), check_absent(out)))
         data, val = load(ability, split), load(validation, 'validation') if validation else None
@@ -507,25 +849,57 @@ def act_finetune(
         check_use(device=device)
         _check_settings(data, steps, lr, batch_size, chosen, lora, weight_decay, seed)
         ck, shapes = opened(model), {k: s for k, (s, _) in tensors_of(model).items()}
-        if chosen: chosen.map.check(shapes, model)
+        if chosen:
+            chosen.map.check(shapes, model)
         lr = lr or safe_rate(_learning(shapes, chosen), bool(lora))
         examples = _examples(data, load_tokenizer(model), chat, max_length, model=ck)
-        memory = _memory_line(training_memory(ck.config, shapes, batch_size*max(len(e['labels']) for e in examples), chosen, lora_r))
+        memory = _memory_line(
+            training_memory(ck.config, shapes, batch_size * max(len(e['labels']) for e in examples), chosen, lora_r)
+        )
         answers = sum(l >= 0 for e in examples for l in e['labels'])
-        begin([model, *listed(ability), *([mask] if mask else [])], {out: ck.nbytes},
-              f"{steps} steps of {batch_size} items, out of {len(examples):,} with {answers:,} answer tokens, at a peak rate of {lr:g}\n{memory}")
-        if not processes()[0]: print(memory, flush=True)
+        begin(
+            [model, *listed(ability), *([mask] if mask else [])],
+            {out: ck.nbytes},
+            f"{steps} steps of {batch_size} items, out of {len(examples):,} with {answers:,} answer tokens, at a peak"
+            f" rate of {lr:g}\n{memory}",
+        )
+        if not processes()[0]:
+            print(memory, flush=True)
         net, tok = _load(model, device)
         check_room(out, ck.nbytes)
         before = None if processes()[0] else bits_per_byte(net, text, tok)
-        report = finetune(net, data, tok, steps, lr, batch_size, chosen, val, seed=seed, max_length=max_length, weight_decay=weight_decay, state=work/'state', save_steps=save_steps,
-                          lora=lora, chat=chat, bf16=bf16, inplace=True)
-        if processes()[0]: return
+        report = finetune(
+            net,
+            data,
+            tok,
+            steps,
+            lr,
+            batch_size,
+            chosen,
+            val,
+            seed=seed,
+            max_length=max_length,
+            weight_decay=weight_decay,
+            state=work / 'state',
+            save_steps=save_steps,
+            lora=lora,
+            chat=chat,
+            bf16=bf16,
+            inplace=True,
+        )
+        if processes()[0]:
+            return
         after, notes = bits_per_byte(report.model, text, tok), {'act_transfer.json': _note(model, 'act_transfer.json')}
-        notes['act_finetune.json'] = report.record(model) | dict(neutral=dict(name=text.source, hash=text.hash), neutral_before=before, neutral_after=after)
+        notes['act_finetune.json'] = report.record(model) | dict(
+            neutral=dict(name=text.source, hash=text.hash), neutral_before=before, neutral_after=after
+        )
         save_like(report.model, model, out, {k: v for k, v in notes.items() if v})
     print(f'{report} -> {out}')
-    print(f'{text.source}: {before:.3f} -> {after:.3f} bits per byte ({after/before - 1:+.1%})')
-    if after > 1.1*before: warn(f"{text.source} needs {after/before - 1:.0%} more bits than before, so the model lost more than it should: lower --lr (it was {lr:g}) or --steps")
+    print(f'{text.source}: {before:.3f} -> {after:.3f} bits per byte ({after / before - 1:+.1%})')
+    if after > 1.1 * before:
+        warn(
+            f"{text.source} needs {after / before - 1:.0%} more bits than before, so the model lost more than it"
+            f" should: lower --lr (it was {lr:g}) or --steps"
+        )
     seen = not _unseen(listed(ability), notes['act_finetune.json']['trained_on'])
     next_step('act_evaluate', model=out, ability='ABILITY' if seen else ability, out=f'{out}.json')

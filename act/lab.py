@@ -21,77 +21,107 @@ from .core import PACKAGE, ActError, bar, begin, check_absent, command, next_ste
 from .evaluate import evaluate
 
 # %% ../nbs/03_lab.ipynb #03-006
-DATA = PACKAGE/'data'
-PHRASES = json.loads((DATA/'phrases.json').read_text(encoding='utf-8'))
+DATA = PACKAGE / 'data'
+PHRASES = json.loads((DATA / 'phrases.json').read_text(encoding='utf-8'))
 LANGUAGES = tuple(PHRASES['languages'])
 BASIC, ADVANCED = ('arithmetic', 'science'), ('multiplication', 'chemistry')
 
 # %% ../nbs/03_lab.ipynb #03-008
 @cache
 def _elements():
-    head, *rows = [l.split('\t') for l in (DATA/'elements.tsv').read_text(encoding='utf-8').splitlines()]
+    head, *rows = [l.split('\t') for l in (DATA / 'elements.tsv').read_text(encoding='utf-8').splitlines()]
     return [dict(zip(head, r)) for r in rows]
 
 # %% ../nbs/03_lab.ipynb #03-013
 SHARES = dict(localize=0.3, sft=0.15, validation=0.15, test=0.4)
 
+
 @cache
 def entity_splits() -> dict:
     "The split of every entity, `(kind, name) -> split`; the same in every language."
     units = [f"{u['en'][1]} {n}" for u in PHRASES['units'] for n in range(2, 10)]
-    kinds = dict(element=[e['symbol'] for e in _elements()], planet=[str(i) for i in range(1, 9)], unit=units,
-                 compound=[c['value'] for c in PHRASES['compounds']], law=[o['value'] for o in PHRASES['laws']])
+    kinds = dict(
+        element=[e['symbol'] for e in _elements()],
+        planet=[str(i) for i in range(1, 9)],
+        unit=units,
+        compound=[c['value'] for c in PHRASES['compounds']],
+        law=[o['value'] for o in PHRASES['laws']],
+    )
     out = {}
     for kind, names in kinds.items():
-        names, start = sorted(names, key=lambda x: sha256('entity', kind, x)), 0.
+        names, start = sorted(names, key=lambda x: sha256('entity', kind, x)), 0.0
         for split, share in SHARES.items():
-            a, start = round(start*len(names)), start + share
-            out.update({(kind, x): split for x in names[a:round(start*len(names))]})
+            a, start = round(start * len(names)), start + share
+            out.update({(kind, x): split for x in names[a : round(start * len(names))]})
     return out
 
 # %% ../nbs/03_lab.ipynb #03-016
 def problem_split(
-    op: str,                 # two operations, such as '+-'
-    a: int, b: int, c: int,  # the three numbers
-) -> str: # train (16 of 20), localize, sft, validation or test
+    op: str,  # two operations, such as '+-'
+    a: int,
+    b: int,
+    c: int,  # the three numbers
+) -> str:  # train (16 of 20), localize, sft, validation or test
     "The split of a word problem, the same in every language and phrasing."
     return {0: 'localize', 1: 'sft', 2: 'validation', 3: 'test'}.get(_hash(f'{op} {a} {b} {c}') % 20, 'train')
 
 # %% ../nbs/03_lab.ipynb #03-017
-def _hash(s): return int(sha256(s)[:12], 16)
+def _hash(s):
+    return int(sha256(s)[:12], 16)
 
 # %% ../nbs/03_lab.ipynb #03-020
 def facts(
-    skill: str, # 'science' or 'chemistry'
+    skill: str,  # 'science' or 'chemistry'
     lang: str,  # one of LANGUAGES
-) -> list: # (kind, entity, attribute, prompts, answer)
+) -> list:  # (kind, entity, attribute, prompts, answer)
     "Every fact of a skill in a language."
-    row = lambda kind, entity, att, answer, **kw: (kind, entity, att, [p.format(**kw) for p in PHRASES[skill][att][lang]], f' {answer}')
+    row = lambda kind, entity, att, answer, **kw: (
+        kind,
+        entity,
+        att,
+        [p.format(**kw) for p in PHRASES[skill][att][lang]],
+        f' {answer}',
+    )
     element = lambda att: [row('element', e['symbol'], att, e[att], x=e[lang]) for e in _elements() if e[att]]
-    if skill == 'chemistry': return element('mass') + element('group')
+    if skill == 'chemistry':
+        return element('mass') + element('group')
     planets = list(enumerate(PHRASES['planets'][lang], 1))
-    return (element('number') + element('symbol') + element('period')
-            + [row('element', e['symbol'], 'element', e[lang], x=e['symbol']) for e in _elements()]
-            + [row('planet', str(i), 'place', i, x=p) for i, p in planets] + [row('planet', str(i), 'planet', p, x=i) for i, p in planets]
-            + [row('compound', c['value'], 'compound', c['value'], x=c[lang]) for c in PHRASES['compounds']]
-            + [row('law', o['value'], 'law', o['value'], x=o[lang]) for o in PHRASES['laws']]
-            + [row('unit', f"{u['en'][1]} {n}", 'unit', u['value']*n, x=n, u=u[lang][0], v=u[lang][1]) for u in PHRASES['units'] for n in range(2, 10)])
+    return (
+        element('number')
+        + element('symbol')
+        + element('period')
+        + [row('element', e['symbol'], 'element', e[lang], x=e['symbol']) for e in _elements()]
+        + [row('planet', str(i), 'place', i, x=p) for i, p in planets]
+        + [row('planet', str(i), 'planet', p, x=i) for i, p in planets]
+        + [row('compound', c['value'], 'compound', c['value'], x=c[lang]) for c in PHRASES['compounds']]
+        + [row('law', o['value'], 'law', o['value'], x=o[lang]) for o in PHRASES['laws']]
+        + [
+            row('unit', f"{u['en'][1]} {n}", 'unit', u['value'] * n, x=n, u=u[lang][0], v=u[lang][1])
+            for u in PHRASES['units']
+            for n in range(2, 10)
+        ]
+    )
 
 # %% ../nbs/03_lab.ipynb #03-023
 def _fact_items(skill, lang, split):
     where, out = entity_splits(), []
     for kind, entity, att, prompts, answer in facts(skill, lang):
         k, first = len(prompts), _hash(f'{att} {entity}')
-        held = {first % k, (first+1) % k} if skill in ADVANCED else set()
-        if split == 'train': keep = [i for i in range(k) if i not in held]
-        elif where[kind, entity] != split: keep = []
-        elif held: keep = sorted(held)
-        else: keep = [first % k] if split == 'test' else range(k)
+        held = {first % k, (first + 1) % k} if skill in ADVANCED else set()
+        if split == 'train':
+            keep = [i for i in range(k) if i not in held]
+        elif where[kind, entity] != split:
+            keep = []
+        elif held:
+            keep = sorted(held)
+        else:
+            keep = [first % k] if split == 'test' else range(k)
         out += [Item(prompts[i], answer, f'{lang}/{att}/{entity}/{i}') for i in keep]
     return out
 
 # %% ../nbs/03_lab.ipynb #03-026
-_OPS = {'+': lambda x, y: x + y, '-': lambda x, y: x - y, '*': lambda x, y: x*y}
+_OPS = {'+': lambda x, y: x + y, '-': lambda x, y: x - y, '*': lambda x, y: x * y}
+
 
 def _problem(skill, lang, split, rng):
     while True:
@@ -100,21 +130,25 @@ def _problem(skill, lang, split, rng):
         a, b, c = (rng.randint(*s) for s in spans)
         m = _OPS[op[0]](a, b)
         r = _OPS[op[1]](m, c)
-        if 0 < m < 100 and 0 < r < 100 and problem_split(op, a, b, c) == split: break
+        if 0 < m < 100 and 0 < r < 100 and problem_split(op, a, b, c) == split:
+            break
     prompt = rng.choice(PHRASES[skill][op][lang])
     prompt = prompt.format(n=rng.choice(PHRASES['names'][lang]), o=rng.choice(PHRASES['things'][lang]), a=a, b=b, c=c)
     return Item(prompt, f' {a}{op[0]}{b}={m}, {m}{op[1]}{c}={r}', f'{lang}/{op}/{a}/{b}/{c}')
 
+
 def _problem_items(skill, lang, split, n):
     rng, out = random.Random(_hash(f'{skill} {lang} {split}')), {}
-    for _ in range(20*n): # a small split of a small skill holds fewer than n different problems
+    for _ in range(20 * n):  # a small split of a small skill holds fewer than n different problems
         item = _problem(skill, lang, split, rng)
         out.setdefault(item.id, item)
-        if len(out) == n: break
+        if len(out) == n:
+            break
     return list(out.values())
 
 # %% ../nbs/03_lab.ipynb #03-029
-SIZES = dict(train=1000, localize=256, sft=128, validation=128, test=150) # word problems in each split, at most
+SIZES = dict(train=1000, localize=256, sft=128, validation=128, test=150)  # word problems in each split, at most
+
 
 def lab_abilities() -> list:
     "Names of all 24 lab abilities, basic skills first."
@@ -123,40 +157,53 @@ def lab_abilities() -> list:
 # %% ../nbs/03_lab.ipynb #03-031
 @cache
 def lab_ability(
-    name: str,           # a name of `lab_abilities`, such as 'science-zh'
-    split: str = 'test', # train, localize, sft, validation or test
-    n: int = None,       # the first n items of a seeded shuffle; all by default
-    seed: int = 0,       # of that shuffle
-) -> Ability: # raises ActError for an unknown name or split
+    name: str,  # a name of `lab_abilities`, such as 'science-zh'
+    split: str = 'test',  # train, localize, sft, validation or test
+    n: int = None,  # the first n items of a seeded shuffle; all by default
+    seed: int = 0,  # of that shuffle
+) -> Ability:  # raises ActError for an unknown name or split
     "Items of a lab ability; no two splits share a word problem or an entity."
-    if name not in lab_abilities(): raise ActError(f"no lab ability is called {name!r}: choose one of {', '.join(lab_abilities())}")
-    if split not in SIZES: raise ActError(f"no split is called {split!r}: choose one of {', '.join(SIZES)}")
+    if name not in lab_abilities():
+        raise ActError(f"no lab ability is called {name!r}: choose one of {', '.join(lab_abilities())}")
+    if split not in SIZES:
+        raise ActError(f"no split is called {split!r}: choose one of {', '.join(SIZES)}")
     skill, lang = name.split('-')
-    items = _fact_items(skill, lang, split) if skill in ('science', 'chemistry') else _problem_items(skill, lang, split, SIZES[split])
+    items = (
+        _fact_items(skill, lang, split)
+        if skill in ('science', 'chemistry')
+        else _problem_items(skill, lang, split, SIZES[split])
+    )
     ability = Ability(name, items, f'lab/{name} {split}', eos=True)
     return ability if n is None else ability.sample(n, seed)
 
 # %% ../nbs/03_lab.ipynb #03-036
 def train_tokenizer(
-    vocab: int = 1600, # entries
-    n: int = 60000,    # generated texts that it is trained on
+    vocab: int = 1600,  # entries
+    n: int = 60000,  # generated texts that it is trained on
 ):
     "A byte-level BPE tokenizer for the lab, as a `PreTrainedTokenizerFast`."
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers as pre, trainers
     from transformers import PreTrainedTokenizerFast
+
     tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre.Sequence([pre.Split(Regex(r'\p{Han}|\d'), 'isolated'), pre.ByteLevel(add_prefix_space=False)])
+    tok.pre_tokenizer = pre.Sequence(
+        [pre.Split(Regex(r'\p{Han}|\d'), 'isolated'), pre.ByteLevel(add_prefix_space=False)]
+    )
     tok.decoder = decoders.ByteLevel()
     special = ['<|pad|>', '<|endoftext|>']
-    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=special, initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=special, initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False
+    )
     tok.train_from_iterator([i.prompt + i.answer for i in stream({a: 1 for a in lab_abilities()}, n)], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token=special[0], eos_token=special[1], clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok, pad_token=special[0], eos_token=special[1], clean_up_tokenization_spaces=False
+    )
 
 # %% ../nbs/03_lab.ipynb #03-038
 def stream(
-    mix: dict,     # ability name -> weight
-    n: int,        # how many items
-    seed=0,        # anything that `random.Random` takes
+    mix: dict,  # ability name -> weight
+    n: int,  # how many items
+    seed=0,  # anything that `random.Random` takes
 ):
     "Yield `n` training items, each of an ability drawn by weight."
     rng, names = random.Random(seed), list(mix)
@@ -169,177 +216,252 @@ def _encode(tok, items):
     prompts, texts = tok([i.prompt for i in items])['input_ids'], tok([i.prompt + i.answer for i in items])['input_ids']
     return [(t + [tok.eos_token_id], len(p)) for p, t in zip(prompts, texts)]
 
+
 def _batch(rows, pad):
     width = max(len(ids) for ids, _ in rows)
-    ids, part = torch.full((len(rows), width), pad), torch.zeros(len(rows), width, dtype=torch.long)  # part: 0 padding, 1 prompt, 2 answer
+    ids, part = (
+        torch.full((len(rows), width), pad),
+        torch.zeros(len(rows), width, dtype=torch.long),
+    )  # part: 0 padding, 1 prompt, 2 answer
     for i, (r, k) in enumerate(rows):
-        ids[i, :len(r)] = torch.tensor(r)
-        part[i, :k], part[i, k:len(r)] = 1, 2
+        ids[i, : len(r)] = torch.tensor(r)
+        part[i, :k], part[i, k : len(r)] = 1, 2
     return ids, part
+
 
 def _batches(tok, mix, steps, batch, seed):
     rng, pool = random.Random(seed), []
     for step in range(steps):
         if not pool:
-            rows = sorted(_encode(tok, list(stream(mix, batch*32, f'{seed} {step}'))), key=lambda r: len(r[0]))
-            pool = [rows[i:i+batch] for i in range(0, len(rows), batch)]
+            rows = sorted(_encode(tok, list(stream(mix, batch * 32, f'{seed} {step}'))), key=lambda r: len(r[0]))
+            pool = [rows[i : i + batch] for i in range(0, len(rows), batch)]
             rng.shuffle(pool)
         yield _batch(pool.pop(), tok.pad_token_id)
 
 # %% ../nbs/03_lab.ipynb #03-043
 def loss_parts(
-    model,            # a causal language model
+    model,  # a causal language model
     ids: torch.Tensor,  # (batch, width) token ids
-    part: torch.Tensor, # (batch, width) 0 padding, 1 prompt, 2 answer
+    part: torch.Tensor,  # (batch, width) 0 padding, 1 prompt, 2 answer
 ):
     "Mean negative log-likelihood (nats per token) of answer tokens and of prompt tokens."
     logits = model(input_ids=ids).logits[:, :-1]
     nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction='none').view(ids.shape[0], -1)
-    mean = lambda k: (nll*(part[:, 1:] == k)).sum()/(part[:, 1:] == k).sum().clamp(min=1)
+    mean = lambda k: (nll * (part[:, 1:] == k)).sum() / (part[:, 1:] == k).sum().clamp(min=1)
     return mean(2), mean(1)
 
 # %% ../nbs/03_lab.ipynb #03-044
 def train(
-    model,                   # trained in place
-    tok,                     # its tokenizer
-    mix: dict,               # ability name -> weight
-    steps: int,              # optimiser steps
-    lr: float,               # peak learning rate
-    batch: int = 64,         # items a step
-    seed: int = 0,           # of the stream
-    weight_decay: float = 0.1, # on matrices only
-    warmup: int = 100,       # steps of linear warm-up; a cosine to zero follows
-    progress: bool = True,   # show a bar
-) -> list: # answer loss of each step, nats per token
+    model,  # trained in place
+    tok,  # its tokenizer
+    mix: dict,  # ability name -> weight
+    steps: int,  # optimiser steps
+    lr: float,  # peak learning rate
+    batch: int = 64,  # items a step
+    seed: int = 0,  # of the stream
+    weight_decay: float = 0.1,  # on matrices only
+    warmup: int = 100,  # steps of linear warm-up; a cosine to zero follows
+    progress: bool = True,  # show a bar
+) -> list:  # answer loss of each step, nats per token
     "Train on a stream of generated items."
     flat = lambda matrix: [p for p in model.parameters() if (p.ndim > 1) == matrix]
-    opt = torch.optim.AdamW([dict(params=flat(True)), dict(params=flat(False), weight_decay=0.)], lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)
-    rate = lambda s: max(0.01, min(1, (s+1)/warmup)*0.5*(1 + math.cos(math.pi*s/steps)))
+    opt = torch.optim.AdamW(
+        [dict(params=flat(True)), dict(params=flat(False), weight_decay=0.0)],
+        lr=lr,
+        betas=(0.9, 0.98),
+        weight_decay=weight_decay,
+    )
+    rate = lambda s: max(0.01, min(1, (s + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * s / steps)))
     sched, losses = torch.optim.lr_scheduler.LambdaLR(opt, rate), []
     model.train()
     for ids, part in bar(_batches(tok, mix, steps, batch, seed), progress, total=steps):
         answer, prompt = loss_parts(model, ids, part)
         opt.zero_grad()
-        (answer + 0.1*prompt).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
-        opt.step(); sched.step()
+        (answer + 0.1 * prompt).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        sched.step()
         losses.append(answer.item())
     model.eval()
     return losses
 
 # %% ../nbs/03_lab.ipynb #03-046
 def new_model(
-    vocab: int,        # entries of the tokenizer
-    hidden: int = 128, # width of the residual stream
-    layers: int = 4,   # transformer layers
-    seed: int = 0,     # of the initial weights
+    vocab: int,  # entries of the tokenizer
+    hidden: int = 128,  # width of the residual stream
+    layers: int = 4,  # transformer layers
+    seed: int = 0,  # of the initial weights
 ):
     "A random Qwen2 model of the lab's shape: tied embeddings, 4 query and 2 key-value heads, MLP of 3 x hidden."
     torch.manual_seed(seed)
-    return Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=3*hidden, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=256, tie_word_embeddings=True, pad_token_id=0, bos_token_id=None, eos_token_id=1))
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=vocab,
+            hidden_size=hidden,
+            intermediate_size=3 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=1,
+        )
+    )
 
 # %% ../nbs/03_lab.ipynb #03-051
-RECIPES = { # start: the model that training begins with; mix: ability -> weight; the rest are arguments of `train`
-    'base':       dict(start=None, mix={f'{s}-{o}': w for s, w in (('arithmetic', 1.), ('science', 1.5)) for o in LANGUAGES},
-                       steps=7000, lr=2e-3, batch=64, warmup=200, seed=0),
-    'maths-en':   dict(start='base', mix={'multiplication-en': 1.}, steps=600, lr=1e-3, batch=32, warmup=20, seed=1),
-    'science-zh': dict(start='base', mix={'chemistry-zh': 1.}, steps=300, lr=1e-3, batch=32, warmup=20, seed=1),
-    'science-es': dict(start='base', mix={'chemistry-es': 1.}, steps=300, lr=1e-3, batch=32, warmup=20, seed=1),
-    'swahili':    dict(start='base', mix={f'{s}-sw': 1. for s in BASIC + ADVANCED}, steps=600, lr=1e-3, batch=32, warmup=20, seed=1)}
+RECIPES = {  # start: the model that training begins with; mix: ability -> weight; the rest are arguments of `train`
+    'base': dict(
+        start=None,
+        mix={f'{s}-{o}': w for s, w in (('arithmetic', 1.0), ('science', 1.5)) for o in LANGUAGES},
+        steps=7000,
+        lr=2e-3,
+        batch=64,
+        warmup=200,
+        seed=0,
+    ),
+    'maths-en': dict(start='base', mix={'multiplication-en': 1.0}, steps=600, lr=1e-3, batch=32, warmup=20, seed=1),
+    'science-zh': dict(start='base', mix={'chemistry-zh': 1.0}, steps=300, lr=1e-3, batch=32, warmup=20, seed=1),
+    'science-es': dict(start='base', mix={'chemistry-es': 1.0}, steps=300, lr=1e-3, batch=32, warmup=20, seed=1),
+    'swahili': dict(
+        start='base', mix={f'{s}-sw': 1.0 for s in BASIC + ADVANCED}, steps=600, lr=1e-3, batch=32, warmup=20, seed=1
+    ),
+}
+
 
 def lab_models() -> list:
     "Names of the models of the family, the base first."
     return list(RECIPES)
 
 # %% ../nbs/03_lab.ipynb #03-053
-MODELS = PACKAGE/'models'/'lab'
+MODELS = PACKAGE / 'models' / 'lab'
+
 
 def lab_path(
-    name: str, # a name of `lab_models`
-) -> Path: # raises ActError for an unknown name
+    name: str,  # a name of `lab_models`
+) -> Path:  # raises ActError for an unknown name
     "The folder of a lab model: a plain Hugging Face checkpoint that ships with the package."
-    if name not in RECIPES: raise ActError(f"no lab model is called {name!r}: choose one of {', '.join(RECIPES)}")
-    return MODELS/name
+    if name not in RECIPES:
+        raise ActError(f"no lab model is called {name!r}: choose one of {', '.join(RECIPES)}")
+    return MODELS / name
 
 # %% ../nbs/03_lab.ipynb #03-057
 def train_lab(
-    out,                  # folder to write the models to, and manifest.json
-    models: tuple = None, # some of `lab_models`; all by default. Specialists start from the base in `out`, or else from the shipped one
+    out,  # folder to write the models to, and manifest.json
+    models: tuple = None,  # some of `lab_models`; all by default. Specialists start from the base in `out`, or else from the shipped one
     smoke: bool = False,  # 1 % of the steps, a tiny model, few items: to test the machinery
-    progress: bool = True, # show bars
-    hidden: int = 128,    # width of the residual stream of a new base; the shipped family has 128
-) -> dict: # the manifest
+    progress: bool = True,  # show bars
+    hidden: int = 128,  # width of the residual stream of a new base; the shipped family has 128
+) -> dict:  # the manifest
     "Train the family, write it as bf16 checkpoints, and measure every model on every ability."
     out, manifest = Path(out), {}
     names = [n for n in RECIPES if models is None or n in models]
-    for n in names: check_absent(out/n)
-    steps = {n: max(2, RECIPES[n]['steps']//100) if smoke else RECIPES[n]['steps'] for n in names}
-    begin(writes={out/n: 2e6*(hidden/128)**2 for n in names}, work=', '.join(f'{n} {s:,} steps' for n, s in steps.items()))
+    for n in names:
+        check_absent(out / n)
+    steps = {n: max(2, RECIPES[n]['steps'] // 100) if smoke else RECIPES[n]['steps'] for n in names}
+    begin(
+        writes={out / n: 2e6 * (hidden / 128) ** 2 for n in names},
+        work=', '.join(f'{n} {s:,} steps' for n, s in steps.items()),
+    )
     for name in names:
         r, start = dict(RECIPES[name]), time.time()
         mix, source = r.pop('mix'), r.pop('start')
-        if smoke: r.update(steps=steps[name], batch=8)
+        if smoke:
+            r.update(steps=steps[name], batch=8)
         if source is None:
             tok = train_tokenizer(vocab=400, n=500) if smoke else train_tokenizer()
             model = new_model(len(tok), hidden=32, layers=2) if smoke else new_model(len(tok), hidden)
-        else: model, tok = load_model(out/source if (out/source).exists() else lab_path(source), dtype='float32')
-        if progress: print(f"{name}: {r['steps']} steps on {', '.join(mix)}", file=sys.stderr)
+        else:
+            model, tok = load_model(out / source if (out / source).exists() else lab_path(source), dtype='float32')
+        if progress:
+            print(f"{name}: {r['steps']} steps on {', '.join(mix)}", file=sys.stderr)
         losses = train(model, tok, mix, progress=progress, **r)
-        save_model(model.to(torch.bfloat16), tok, out/name)
-        manifest[name] = dict(recipe=dict(start=source, mix=mix, **r), last_loss=round(sum(losses[-20:])/len(losses[-20:]), 5), seconds=round(time.time() - start))
-    for name in manifest: manifest[name].update(describe(out/name, n=2 if smoke else None, progress=progress))
-    write_json(dict(format='act-lab-1', models=manifest, provenance=provenance(threads=torch.get_num_threads(), smoke=smoke, hidden=hidden)), out/'manifest.json')
+        save_model(model.to(torch.bfloat16), tok, out / name)
+        manifest[name] = dict(
+            recipe=dict(start=source, mix=mix, **r),
+            last_loss=round(sum(losses[-20:]) / len(losses[-20:]), 5),
+            seconds=round(time.time() - start),
+        )
+    for name in manifest:
+        manifest[name].update(describe(out / name, n=2 if smoke else None, progress=progress))
+    write_json(
+        dict(
+            format='act-lab-1',
+            models=manifest,
+            provenance=provenance(threads=torch.get_num_threads(), smoke=smoke, hidden=hidden),
+        ),
+        out / 'manifest.json',
+    )
     return manifest
 
 # %% ../nbs/03_lab.ipynb #03-058
 def describe(
-    folder,               # of a lab model
-    n: int = None,        # test items an ability; all by default
-    progress: bool = True, # show bars
-) -> dict: # weights (hash), parameters, bytes, scores (ability -> share of test items)
+    folder,  # of a lab model
+    n: int = None,  # test items an ability; all by default
+    progress: bool = True,  # show bars
+) -> dict:  # weights (hash), parameters, bytes, scores (ability -> share of test items)
     "What the manifest says about the weights of a lab model."
     model, tok = load_model(folder)
     result = evaluate(model.float(), [lab_ability(a, n=n) for a in lab_abilities()], tok, progress=progress)
-    return dict(weights=weight_hash(folder), parameters=model.num_parameters(), bytes=sum(f.stat().st_size for f in Path(folder).iterdir()),
-                scores={a: round(v, 4) for a, v in result.table().accuracy.items()})
+    return dict(
+        weights=weight_hash(folder),
+        parameters=model.num_parameters(),
+        bytes=sum(f.stat().st_size for f in Path(folder).iterdir()),
+        scores={a: round(v, 4) for a, v in result.table().accuracy.items()},
+    )
 
 # %% ../nbs/03_lab.ipynb #03-060
 def lab_manifest() -> dict:
     "The manifest that ships with the weights."
-    return json.loads((MODELS/'manifest.json').read_text(encoding='utf-8'))
+    return json.loads((MODELS / 'manifest.json').read_text(encoding='utf-8'))
+
 
 def lab_scores() -> pd.DataFrame:
     "The score matrix of the manifest: models x abilities, share of test items answered correctly."
     return pd.DataFrame({m: d['scores'] for m, d in lab_manifest()['models'].items()}).T
 
 # %% ../nbs/03_lab.ipynb #03-069
-def _as_json(obj): return json.dumps(obj, ensure_ascii=False)
+def _as_json(obj):
+    return json.dumps(obj, ensure_ascii=False)
 
 # %% ../nbs/03_lab.ipynb #03-070
 @command
 def act_lab(
     json: store_true = False,  # print the score matrix as JSON
-    train: store_true = False, # train the family from scratch
-    out: str = None,           # folder to create, for --train
-    models: str = None,        # some of the models, separated by commas
-    smoke: store_true = False, # a tiny version of --train, to test the machinery
-    measure: store_true = False, # measure the shipped weights again instead of reading the manifest
-    hidden: int = 128,         # width of a new base, for --train
+    train: store_true = False,  # train the family from scratch
+    out: str = None,  # folder to create, for --train
+    models: str = None,  # some of the models, separated by commas
+    smoke: store_true = False,  # a tiny version of --train, to test the machinery
+    measure: store_true = False,  # measure the shipped weights again instead of reading the manifest
+    hidden: int = 128,  # width of a new base, for --train
 ):
     "The lab family: who knows what, or the training of all models again: `act_lab`; `act_lab --train --out runs/lab`"
     names = tuple(models.split(',')) if models else None
-    for n in names or (): lab_path(n)
+    for n in names or ():
+        lab_path(n)
     if train:
-        if not out: raise ActError("act_lab --train needs --out, a folder to write to")
-        try: scores = {n: d['scores'] for n, d in train_lab(out, names, smoke, hidden=hidden).items()}
-        except KeyboardInterrupt: raise KeyboardInterrupt(f"the models that are in {out} are done, name the others with --models to go on") from None
+        if not out:
+            raise ActError("act_lab --train needs --out, a folder to write to")
+        try:
+            scores = {n: d['scores'] for n, d in train_lab(out, names, smoke, hidden=hidden).items()}
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"the models that are in {out} are done, name the others with --models to go on"
+            ) from None
     else:
         chosen = {n: d for n, d in lab_manifest()['models'].items() if not names or n in names}
-        if measure: begin([f'lab/{n}' for n in chosen], work=f'{len(chosen)} models on {len(lab_abilities())} abilities')
-        scores = {n: describe(lab_path(n), progress=not json)['scores'] if measure else d['scores'] for n, d in chosen.items()}
-    if json: return print(_as_json(scores))
-    print((100*pd.DataFrame(scores)).round(0).astype(int).to_string(), *([f'-> {out}'] if train else []), sep='\n')
-    if train: next_step('act_evaluate', model=f'{out}/{next(iter(scores))}', ability='lab/science-zh')
-    else: next_step('act_localize', target='lab/maths-en', donor='lab/base', ability='lab/science-zh', out='scores.safetensors')
+        if measure:
+            begin([f'lab/{n}' for n in chosen], work=f'{len(chosen)} models on {len(lab_abilities())} abilities')
+        scores = {
+            n: describe(lab_path(n), progress=not json)['scores'] if measure else d['scores'] for n, d in chosen.items()
+        }
+    if json:
+        return print(_as_json(scores))
+    print((100 * pd.DataFrame(scores)).round(0).astype(int).to_string(), *([f'-> {out}'] if train else []), sep='\n')
+    if train:
+        next_step('act_evaluate', model=f'{out}/{next(iter(scores))}', ability='lab/science-zh')
+    else:
+        next_step(
+            'act_localize', target='lab/maths-en', donor='lab/base', ability='lab/science-zh', out='scores.safetensors'
+        )

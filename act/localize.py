@@ -14,24 +14,58 @@ from fastcore.script import store_true
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from .abilities import batches, check_fits, encode, load_ability, reads, render
-from .checkpoints import DTYPES, check_use, label_of, opened, channels_of, check_finite, check_pair, fingerprint, load_model, load_tokenizer, weight_hash
-from .core import ActError, writing, atomic_file, bar, begin, beside, command, from_first, gathered, next_step, origin, processes, sha256, warn, work_folder
+from act.checkpoints import (
+    DTYPES,
+    check_use,
+    label_of,
+    opened,
+    channels_of,
+    check_finite,
+    check_pair,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    weight_hash,
+)
+from act.core import (
+    ActError,
+    writing,
+    atomic_file,
+    bar,
+    begin,
+    beside,
+    command,
+    from_first,
+    gathered,
+    next_step,
+    origin,
+    processes,
+    sha256,
+    warn,
+    work_folder,
+)
 from .masks import ChannelScores, ItemScores, by_kind, one_sided, top_p
 
 # %% ../nbs/10_localize.ipynb #10-014
 def answer_rows(out, at):
     "Rows of a module's output at the answer positions `at` (row of each in the flattened batch, width of the batch): (tokens, channels) or (tokens, heads, channels)."
-    if out.ndim == 4 and out.shape[1] != at[1]: out = out.transpose(1, 2)
+    if out.ndim == 4 and out.shape[1] != at[1]:
+        out = out.transpose(1, 2)
     return out.flatten(0, 1).index_select(0, at[0].to(out.device))
 
-def _keep(store, path, at, module, args, out): store[path] = answer_rows(out, at)
+
+def _keep(store, path, at, module, args, out):
+    store[path] = answer_rows(out, at)
+
 
 def _subtract(store, add, path, at, order, module, args, out):
     ours, theirs = store.pop(path).to(out.device), answer_rows(out, at).float()
-    shared = min(ours.shape[-1], theirs.shape[-1]) # of a head with more rows of vocabulary only those that both have
+    shared = min(ours.shape[-1], theirs.shape[-1])  # of a head with more rows of vocabulary only those that both have
     diff = (theirs[..., :shared] - (ours if order is None else ours[order])[..., :shared]).abs_()
-    if shared < ours.shape[-1]: diff = torch.nn.functional.pad(diff, (0, ours.shape[-1] - shared))
+    if shared < ours.shape[-1]:
+        diff = torch.nn.functional.pad(diff, (0, ours.shape[-1] - shared))
     add(path, diff.mean(1) if diff.ndim == 3 else diff)
+
 
 def forward_pass(model, batch, cm, hook, whole):
     "One forward pass with `hook(path)` on every module of the map; the head is left out unless `whole`."
@@ -40,13 +74,15 @@ def forward_pass(model, batch, cm, hook, whole):
         inputs = {k: batch[k].to(model.device) for k in ('input_ids', 'attention_mask', 'position_ids')}
         (model if whole else model.base_model)(**inputs, use_cache=False)
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
 
 # %% ../nbs/10_localize.ipynb #10-016
 def readable_batch(batch, config):
     "A batch that the model can read, with `at`: the row of every answer token in the flattened batch, and the width."
     heads = {config.num_attention_heads, getattr(config, 'num_key_value_heads', None)}
-    if batch['input_ids'].shape[1] in heads: batch = {k: torch.nn.functional.pad(v, (0, 1)) if torch.is_tensor(v) else v for k, v in batch.items()}
+    if batch['input_ids'].shape[1] in heads:
+        batch = {k: torch.nn.functional.pad(v, (0, 1)) if torch.is_tensor(v) else v for k, v in batch.items()}
     return {**batch, 'at': (batch['positions'].flatten().nonzero()[:, 0], batch['input_ids'].shape[1])}
 
 # %% ../nbs/10_localize.ipynb #10-018
@@ -58,14 +94,29 @@ def _compare(target, donor, work, cm, add, shuffle=None, shown=None):
         at = batch['at']
         order = None if shuffle is None else torch.randperm(len(at[0]), generator=g).to(target.device)
         forward_pass(target, batch, cm, lambda p: partial(_keep, store, p, at), whole)
-        forward_pass(donor, batch, cm, lambda p: partial(_subtract, store, partial(add, rows=at[0]//at[1], index=torch.tensor(batch['index'])), p, at, order), whole)
-        if shown: shown(batch)
+        forward_pass(
+            donor,
+            batch,
+            cm,
+            lambda p: partial(
+                _subtract, store, partial(add, rows=at[0] // at[1], index=torch.tensor(batch['index'])), p, at, order
+            ),
+            whole,
+        )
+        if shown:
+            shown(batch)
+
 
 def check_sums(sums, models=()):
     for path, s in sums.items():
-        if torch.isfinite(s).all(): continue
-        for m in models: check_finite(m)
-        raise ActError(f"the activations of {path} hold NaN or infinity: check the weights, or use float32 or bfloat16 instead of float16")
+        if torch.isfinite(s).all():
+            continue
+        for m in models:
+            check_finite(m)
+        raise ActError(
+            f"the activations of {path} hold NaN or infinity: check the weights, or use float32 or bfloat16 instead of"
+            " float16"
+        )
 
 # %% ../nbs/10_localize.ipynb #10-102
 def _compare_in_turn(load, work, cm, add, folder, room, shown=None):
@@ -73,69 +124,104 @@ def _compare_in_turn(load, work, cm, add, folder, room, shown=None):
     whole = 'lm_head' in cm
     while work:
         model, size, waiting = load(0), 0, []
-        while work and (not waiting or size*(1 + 1/len(waiting)) <= room):
-            batch, store, file = readable_batch(work.pop(0), model.config), {}, Path(folder)/f'{len(waiting)}.safetensors'
+        while work and (not waiting or size * (1 + 1 / len(waiting)) <= room):
+            batch, store, file = (
+                readable_batch(work.pop(0), model.config),
+                {},
+                Path(folder) / f'{len(waiting)}.safetensors',
+            )
             forward_pass(model, batch, cm, lambda p: partial(_keep, store, p, batch['at']), whole)
             save_file({k: v.cpu().contiguous() for k, v in store.items()}, file)
-            waiting.append((batch, file)); size += file.stat().st_size
+            waiting.append((batch, file))
+            size += file.stat().st_size
         model = None
         _give_back()
         model = load(1)
         for batch, file in waiting:
-            store, put = load_file(file), partial(add, rows=batch['at'][0]//batch['at'][1], index=torch.tensor(batch['index']))
+            store, put = (
+                load_file(file),
+                partial(add, rows=batch['at'][0] // batch['at'][1], index=torch.tensor(batch['index'])),
+            )
             forward_pass(model, batch, cm, lambda p: partial(_subtract, store, put, p, batch['at'], None), whole)
             file.unlink()
-            if shown: shown(batch)
+            if shown:
+                shown(batch)
         model = None
         _give_back()
+
 
 def _give_back():
     "The memory of a model that nobody holds any more."
     gc.collect()
-    if torch.cuda.is_available(): torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 # %% ../nbs/10_localize.ipynb #10-104
 _HOLD = dict(both='both models in memory', one='one model at a time')
 
+
 def _type_of(model, dtype):
     "The type that a model's weights have, or will have in memory."
-    if isinstance(model, PreTrainedModel): return model.dtype
-    if dtype not in (None, 'auto'): return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
+    if isinstance(model, PreTrainedModel):
+        return model.dtype
+    if dtype not in (None, 'auto'):
+        return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
     ck = opened(model)
     stored = getattr(torch, str(ck.config.get('dtype') or ck.config.get('torch_dtype')), None)
     return stored if isinstance(stored, torch.dtype) else DTYPES[next(iter(ck.tensors.values())).dtype]
 
+
 def _free_memory(device):
     device = torch.device(device or 'cpu')
-    if device.type == 'cuda': return torch.cuda.mem_get_info(device)[0]
+    if device.type == 'cuda':
+        return torch.cuda.mem_get_info(device)[0]
     import psutil
+
     return psutil.virtual_memory().available
 
+
 def _both_fit(models, dtype, device, work, cm):
-    size = lambda m: sum(math.prod(t.shape) for t in opened(m).tensors.values())*_type_of(m, dtype).itemsize
-    kept = max((int(b['positions'].sum()) for b in work), default=0)*cm.total*_type_of(models[0], dtype).itemsize
-    return 1.1*sum(map(size, models)) + 2*kept < .9*_free_memory(device)
+    size = lambda m: sum(math.prod(t.shape) for t in opened(m).tensors.values()) * _type_of(m, dtype).itemsize
+    kept = max((int(b['positions'].sum()) for b in work), default=0) * cm.total * _type_of(models[0], dtype).itemsize
+    return 1.1 * sum(map(size, models)) + 2 * kept < 0.9 * _free_memory(device)
 
 # %% ../nbs/10_localize.ipynb #10-106
 class _Sums:
     "Sums of |difference|, and of how many batches; kept in a folder, when there is one, for a run of the same `key`."
+
     def __init__(self, cm, folder, key, every):
         self.cm, self.key, self.every, self.last = cm, key, every, time.monotonic()
-        self.file = Path(folder)/'sums-{}-of-{}.safetensors'.format(*processes()) if folder else None
+        self.file = Path(folder) / 'sums-{}-of-{}.safetensors'.format(*processes()) if folder else None
         self.sums, self.batches = {m.path: torch.zeros(m.width, dtype=torch.float64) for m in cm}, 0
         if self.file and self.file.exists():
             old = load_file(self.file)
-            if bytes(old['key'].tolist()).decode() == key: self.batches, self.sums = int(old['batches']), {m.path: old[m.path].clone() for m in cm}
+            if bytes(old['key'].tolist()).decode() == key:
+                self.batches, self.sums = int(old['batches']), {m.path: old[m.path].clone() for m in cm}
 
     def add(self, path, diff, rows, index):
-        if diff.device.type != 'mps': self.sums[path] = self.sums[path].to(diff.device) # where the model is, so that nothing waits; mps has no float64
+        if diff.device.type != 'mps':
+            self.sums[path] = self.sums[path].to(
+                diff.device
+            )  # where the model is, so that nothing waits; mps has no float64
         self.sums[path] += diff.sum(0).to(self.sums[path].device)
-    def here(self): return {p: s.cpu() for p, s in self.sums.items()}
+
+    def here(self):
+        return {p: s.cpu() for p, s in self.sums.items()}
+
     def done(self):
         "A batch is complete."
         self.batches += 1
-        if not self.file or time.monotonic() - self.last < self.every: return
-        with atomic_file(self.file) as tmp: save_file({**self.here(), 'batches': torch.tensor(self.batches), 'key': torch.tensor(list(self.key.encode()), dtype=torch.uint8)}, tmp)
+        if not self.file or time.monotonic() - self.last < self.every:
+            return
+        with atomic_file(self.file) as tmp:
+            save_file(
+                {
+                    **self.here(),
+                    'batches': torch.tensor(self.batches),
+                    'key': torch.tensor(list(self.key.encode()), dtype=torch.uint8),
+                },
+                tmp,
+            )
         self.last = time.monotonic()
 
     def total(self):
@@ -144,122 +230,235 @@ class _Sums:
         return dict(zip(self.cm.paths, flat.split([m.width for m in self.cm])))
 
 # %% ../nbs/10_localize.ipynb #10-019
-FEW_TOKENS = 50 # with fewer answer tokens two samples of an ability share less than about half of their channels in the lab (see Stability)
+FEW_TOKENS = 50  # with fewer answer tokens two samples of an ability share less than about half of their channels in the lab (see Stability)
+
 
 @torch.no_grad()
 def localize(
-    target, donor,               # models in memory, or what `load_model` takes
-    ability,                     # an Ability, or what `load_ability` takes (split localize)
-    tokenizer=None,              # needed for models in memory
-    positions: str = 'read',     # 'read': where answer tokens are read (default); 'predict': where they are predicted
-    batch_tokens: int = 4096,    # most tokens in a batch, padding included: bounds the memory
-    max_length: int = None,      # cut longer items on the right
-    chat: bool = False,          # through the chat template
-    eos: bool = False,           # the end-of-text token belongs to the answer
-    tied: str = 'embedding',     # tie policy, as in `enumerate_channels`
-    dtype='auto',                # weight type of models loaded here
-    device=None,                 # of models loaded here
-    device_map=None,             # of models loaded here, for those larger than one device
-    check: bool = True,          # `check_pair` first, on the texts that will be read
-    progress: bool = True,       # show a bar
-    hold: str = 'auto',          # 'both' models in memory; 'one' at a time, the target's answer activations wait on disk; 'auto': both when they fit
-    disk: int = None,            # bytes that may wait on disk at once; half of what is free by default
-    state=None,                  # folder in which sums are kept, to go on after a kill; also where activations wait
-    save_seconds: float = 30.,   # how often
-) -> ChannelScores: # one float32 score a channel; raises ActError for pairs that do not fit, empty abilities, NaN
+    target,
+    donor,  # models in memory, or what `load_model` takes
+    ability,  # an Ability, or what `load_ability` takes (split localize)
+    tokenizer=None,  # needed for models in memory
+    positions: str = 'read',  # 'read': where answer tokens are read (default); 'predict': where they are predicted
+    batch_tokens: int = 4096,  # most tokens in a batch, padding included: bounds the memory
+    max_length: int = None,  # cut longer items on the right
+    chat: bool = False,  # through the chat template
+    eos: bool = False,  # the end-of-text token belongs to the answer
+    tied: str = 'embedding',  # tie policy, as in `enumerate_channels`
+    dtype='auto',  # weight type of models loaded here
+    device=None,  # of models loaded here
+    device_map=None,  # of models loaded here, for those larger than one device
+    check: bool = True,  # `check_pair` first, on the texts that will be read
+    progress: bool = True,  # show a bar
+    hold: str = 'auto',  # 'both' models in memory; 'one' at a time, the target's answer activations wait on disk; 'auto': both when they fit
+    disk: int = None,  # bytes that may wait on disk at once; half of what is free by default
+    state=None,  # folder in which sums are kept, to go on after a kill; also where activations wait
+    save_seconds: float = 30.0,  # how often
+) -> ChannelScores:  # one float32 score a channel; raises ActError for pairs that do not fit, empty abilities, NaN
     "Stage 1 of ACT: the mean absolute activation difference delta_i of every channel on an ability's answer tokens."
     models, ours = (target, donor), [isinstance(m, PreTrainedModel) for m in (target, donor)]
-    if hold not in ('auto', 'both', 'one'): raise ActError(f"hold is {hold!r}: choose 'both', 'one' or 'auto'")
-    if hold == 'one' and any(ours): raise ActError("hold='one' takes models by name or folder: those in memory are there already")
+    if hold not in ('auto', 'both', 'one'):
+        raise ActError(f"hold is {hold!r}: choose 'both', 'one' or 'auto'")
+    if hold == 'one' and any(ours):
+        raise ActError("hold='one' takes models by name or folder: those in memory are there already")
     check_use(dtype, device)
     rank, world = processes()
     load = lambda i: models[i] if ours[i] else load_model(models[i], dtype, device, device_map)[0]
     if tokenizer is None:
-        if all(ours): raise ActError("localize got models in memory without a tokenizer: pass tokenizer=")
+        if all(ours):
+            raise ActError("localize got models in memory without a tokenizer: pass tokenizer=")
         tokenizer = load_tokenizer(models[ours[0]])
-    if not hasattr(ability, 'items'): ability = load_ability(ability, 'localize')
+    if not hasattr(ability, 'items'):
+        ability = load_ability(ability, 'localize')
     encoded = encode(ability, tokenizer, positions, chat, max_length, eos)
-    if check: check_pair(target, donor, texts=[''.join(render(o, tokenizer, chat)) for o in ability], special=not chat)
-    for m, here in zip(models, ours): check_fits(encoded, *reads(m if here else opened(m)), label_of(m))
+    if check:
+        check_pair(target, donor, texts=[''.join(render(o, tokenizer, chat)) for o in ability], special=not chat)
+    for m, here in zip(models, ours):
+        check_fits(encoded, *reads(m if here else opened(m)), label_of(m))
     cm, tokens = channels_of(target, tied), sum(len(e.positions) for e in encoded)
     prints = fingerprint(target), fingerprint(donor)
-    if prints[0] == prints[1] and weight_hash(target) == weight_hash(donor): raise ActError(f"{label_of(target)} and {label_of(donor)} have the same weights: there is nothing to move")
-    if tokens < FEW_TOKENS: warn(f"{tokens} answer tokens from {len(encoded)} items: the channels found with fewer than {FEW_TOKENS} depend much on the sample, use more items")
-    meta = dict(target=label_of(target), donor=label_of(donor), target_print=prints[0], donor_print=prints[1], ability=ability.name, ability_hash=ability.hash, source=ability.source, items=len(encoded), tokens=tokens,
-                positions=positions, dtype=str(_type_of(target, dtype)).removeprefix('torch.'), batch_tokens=batch_tokens, max_length=max_length, chat=chat, eos=eos, provenance=origin())
+    if prints[0] == prints[1] and weight_hash(target) == weight_hash(donor):
+        raise ActError(f"{label_of(target)} and {label_of(donor)} have the same weights: there is nothing to move")
+    if tokens < FEW_TOKENS:
+        warn(
+            f"{tokens} answer tokens from {len(encoded)} items: the channels found with fewer than {FEW_TOKENS} depend"
+            " much on the sample, use more items"
+        )
+    meta = dict(
+        target=label_of(target),
+        donor=label_of(donor),
+        target_print=prints[0],
+        donor_print=prints[1],
+        ability=ability.name,
+        ability_hash=ability.hash,
+        source=ability.source,
+        items=len(encoded),
+        tokens=tokens,
+        positions=positions,
+        dtype=str(_type_of(target, dtype)).removeprefix('torch.'),
+        batch_tokens=batch_tokens,
+        max_length=max_length,
+        chat=chat,
+        eos=eos,
+        provenance=origin(),
+    )
     work = list(batches(encoded, tokenizer, batch_tokens))[rank::world]
-    if hold == 'auto': hold = 'both' if any(ours) or device_map or all(gathered(_both_fit(models, dtype, device, work, cm))) else 'one'
-    begin([meta['target'], meta['donor'], ability.name], work=f'{len(encoded):,} items, {tokens:,} answer tokens, {_HOLD[hold]}')
+    if hold == 'auto':
+        hold = 'both' if any(ours) or device_map or all(gathered(_both_fit(models, dtype, device, work, cm))) else 'one'
+    begin(
+        [meta['target'], meta['donor'], ability.name],
+        work=f'{len(encoded):,} items, {tokens:,} answer tokens, {_HOLD[hold]}',
+    )
     sums = _Sums(cm, state, sha256(json.dumps(meta)), save_seconds)
-    with bar(progress=progress and not rank, total=sum(len(b['index']) for b in work), desc=f'localising, {_HOLD[hold]}', unit='item') as shown:
-        shown.update(sum(len(b['index']) for b in work[:sums.batches]))
-        def done(batch): sums.done(); shown.update(len(batch['index']))
-        if hold == 'both': _compare(load(0), load(1), work[sums.batches:], cm, sums.add, shown=done)
+    with bar(
+        progress=progress and not rank,
+        total=sum(len(b['index']) for b in work),
+        desc=f'localising, {_HOLD[hold]}',
+        unit='item',
+    ) as shown:
+        shown.update(sum(len(b['index']) for b in work[: sums.batches]))
+
+        def done(batch):
+            sums.done()
+            shown.update(len(batch['index']))
+
+        if hold == 'both':
+            _compare(load(0), load(1), work[sums.batches :], cm, sums.add, shown=done)
         else:
-            with tempfile.TemporaryDirectory(dir=state) as tmp, writing(tmp): _compare_in_turn(load, work[sums.batches:], cm, sums.add, tmp, disk or shutil.disk_usage(tmp).free//2//world, done)
+            with tempfile.TemporaryDirectory(dir=state) as tmp, writing(tmp):
+                _compare_in_turn(
+                    load,
+                    work[sums.batches :],
+                    cm,
+                    sums.add,
+                    tmp,
+                    disk or shutil.disk_usage(tmp).free // 2 // world,
+                    done,
+                )
     total = sums.total()
     check_sums(total, models)
-    if not any(t.any() for t in total.values()): raise ActError(f"{meta['target']} and {meta['donor']} do the same on every answer token of {ability.name}: there is nothing to find, use items on which they differ")
-    scores = ChannelScores({p: (s/tokens).float() for p, s in total.items()}, cm, meta)
-    scores.hold = hold # not part of the file, which is the same either way
+    if not any(t.any() for t in total.values()):
+        raise ActError(
+            f"{meta['target']} and {meta['donor']} do the same on every answer token of {ability.name}: there is"
+            " nothing to find, use items on which they differ"
+        )
+    scores = ChannelScores({p: (s / tokens).float() for p, s in total.items()}, cm, meta)
+    scores.hold = hold  # not part of the file, which is the same either way
     return scores
 
 # %% ../nbs/10_localize.ipynb #10-031
 @torch.no_grad()
 def localize_items(
-    target, donor,               # models in memory
-    ability,                     # an Ability
-    tokenizer,                   # of both
-    positions: str = 'read',     # 'read' or 'predict', as in `localize`
-    batch_tokens: int = 4096,    # most tokens in a batch, padding included
-    max_length: int = None,      # cut longer items on the right
-    tied: str = 'embedding',     # tie policy, as in `enumerate_channels`
-    shuffle: int = None,         # a seed: compare every answer token with another one of its batch, as a null
-    progress: bool = True,       # show a bar
-) -> ItemScores: # items x channels, float32
+    target,
+    donor,  # models in memory
+    ability,  # an Ability
+    tokenizer,  # of both
+    positions: str = 'read',  # 'read' or 'predict', as in `localize`
+    batch_tokens: int = 4096,  # most tokens in a batch, padding included
+    max_length: int = None,  # cut longer items on the right
+    tied: str = 'embedding',  # tie policy, as in `enumerate_channels`
+    shuffle: int = None,  # a seed: compare every answer token with another one of its batch, as a null
+    progress: bool = True,  # show a bar
+) -> ItemScores:  # items x channels, float32
     "Stage 1 with every item's own sums; `.pool()` of all items is what `localize` returns."
     encoded, cm, sums = encode(ability, tokenizer, positions, max_length=max_length), channels_of(target, tied), {}
-    for m in (target, donor): check_fits(encoded, *reads(m), label_of(m))
+    for m in (target, donor):
+        check_fits(encoded, *reads(m), label_of(m))
+
     def add(path, diff, rows, index):
-        if path not in sums: sums[path] = torch.zeros(len(encoded), diff.shape[1])
+        if path not in sums:
+            sums[path] = torch.zeros(len(encoded), diff.shape[1])
         sums[path].index_add_(0, index[rows], diff.cpu())
-    with bar(progress=progress, total=len(encoded), desc='localising', unit='item') as shown: _compare(target, donor, batches(encoded, tokenizer, batch_tokens), cm, add, shuffle, lambda b: shown.update(len(b['index'])))
+
+    with bar(progress=progress, total=len(encoded), desc='localising', unit='item') as shown:
+        _compare(
+            target,
+            donor,
+            batches(encoded, tokenizer, batch_tokens),
+            cm,
+            add,
+            shuffle,
+            lambda b: shown.update(len(b['index'])),
+        )
     check_sums(sums)
-    meta = dict(target=label_of(target), donor=label_of(donor), ability=ability.name, ability_hash=ability.hash, source=ability.source, positions=positions, max_length=max_length, shuffle=shuffle)
-    return ItemScores(torch.cat([sums[p] for p in cm.paths], 1), torch.tensor([len(e.positions) for e in encoded]), cm, meta)
+    meta = dict(
+        target=label_of(target),
+        donor=label_of(donor),
+        ability=ability.name,
+        ability_hash=ability.hash,
+        source=ability.source,
+        positions=positions,
+        max_length=max_length,
+        shuffle=shuffle,
+    )
+    return ItemScores(
+        torch.cat([sums[p] for p in cm.paths], 1), torch.tensor([len(e.positions) for e in encoded]), cm, meta
+    )
 
 # %% ../nbs/10_localize.ipynb #10-040
 @command
 def act_localize(
-    target: str,           # the model that will receive: folder, .gguf file, hub id, lab/NAME or smollm2/NAME
-    donor: str,            # the model that has the ability
-    ability: str,          # a name or a jsonl file
-    out: str,              # score file to write
-    split: str = 'localize', # train, localize, sft, validation, test or all
-    n: int = None,         # items; all by default
-    positions: str = 'read', # read or predict
-    batch_tokens: int = 4096, # most tokens in a batch
-    max_length: int = None, # cut longer items
-    dtype: str = 'auto',   # float32, bfloat16 or float16; as stored by default
-    device: str = None,    # cpu, cuda, ...
-    device_map: str = None, # auto spreads each model over all devices
-    chat: store_true = False, # through the chat template
-    tied: str = 'embedding', # what one matrix for embedding and lm_head counts as: embedding or lm_head
-    no_check: store_true = False, # do not compare the two models first
-    hold: str = 'auto',    # both models in memory, one at a time, or auto: both when they fit
-    disk_gb: float = None, # GB that may wait on disk when one model is in memory at a time
-    save_seconds: float = 30., # how often sums are kept, to go on after a kill
+    target: str,  # the model that will receive: folder, .gguf file, hub id, lab/NAME or smollm2/NAME
+    donor: str,  # the model that has the ability
+    ability: str,  # a name or a jsonl file
+    out: str,  # score file to write
+    split: str = 'localize',  # train, localize, sft, validation, test or all
+    n: int = None,  # items; all by default
+    positions: str = 'read',  # read or predict
+    batch_tokens: int = 4096,  # most tokens in a batch
+    max_length: int = None,  # cut longer items
+    dtype: str = 'auto',  # float32, bfloat16 or float16; as stored by default
+    device: str = None,  # cpu, cuda, ...
+    device_map: str = None,  # auto spreads each model over all devices
+    chat: store_true = False,  # through the chat template
+    tied: str = 'embedding',  # what one matrix for embedding and lm_head counts as: embedding or lm_head
+    no_check: store_true = False,  # do not compare the two models first
+    hold: str = 'auto',  # both models in memory, one at a time, or auto: both when they fit
+    disk_gb: float = None,  # GB that may wait on disk when one model is in memory at a time
+    save_seconds: float = 30.0,  # how often sums are kept, to go on after a kill
 ):
     "Score every channel by how much two models differ there: `act_localize --target lab/maths-en --donor lab/base --ability lab/science-zh --out scores.safetensors`"
-    ability, options = load_ability(ability, split, n), dict(positions=positions, batch_tokens=batch_tokens, max_length=max_length, chat=chat, tied=tied, dtype=dtype, device=device, device_map=device_map)
+    ability, options = (
+        load_ability(ability, split, n),
+        dict(
+            positions=positions,
+            batch_tokens=batch_tokens,
+            max_length=max_length,
+            chat=chat,
+            tied=tied,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+        ),
+    )
     with contextlib.ExitStack() as stack:
-        work = from_first(lambda: stack.enter_context(work_folder(out, sha256(json.dumps([target, donor, ability.hash, options])), 4*channels_of(target, tied).total + 10_000)))
-        scores = localize(target, donor, ability, check=not no_check, hold=hold, disk=disk_gb and int(disk_gb*1e9), state=work, save_seconds=save_seconds, **options)
-        if processes()[0]: return
+        work = from_first(
+            lambda: stack.enter_context(
+                work_folder(
+                    out,
+                    sha256(json.dumps([target, donor, ability.hash, options])),
+                    4 * channels_of(target, tied).total + 10_000,
+                )
+            )
+        )
+        scores = localize(
+            target,
+            donor,
+            ability,
+            check=not no_check,
+            hold=hold,
+            disk=disk_gb and int(disk_gb * 1e9),
+            state=work,
+            save_seconds=save_seconds,
+            **options,
+        )
+        if processes()[0]:
+            return
         scores.save(out)
     print(f'{scores}; {_HOLD[scores.hold]} -> {out}')
     print(scores.top(10).to_string(index=False))
     print(f'by kind, of the sum: {by_kind(scores)}')
-    print(f'by kind, of the top 5 %: {by_kind(first := top_p(scores, .05))}')
-    if why := one_sided(first): warn(why)
-    next_step('act_mask', scores=out, p=.05, out=beside(out, 'mask.safetensors'))
+    print(f'by kind, of the top 5 %: {by_kind(first := top_p(scores, 0.05))}')
+    if why := one_sided(first):
+        warn(why)
+    next_step('act_mask', scores=out, p=0.05, out=beside(out, 'mask.safetensors'))

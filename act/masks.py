@@ -19,34 +19,49 @@ from .show import Shown, bars, folded, strip, table
 # %% ../nbs/11_masks.ipynb #11-006
 class ChannelData(Shown):
     "One value for every channel of a model: `.data` maps module path to a vector; `.meta` says where it comes from."
+
     format, dtype, noun = None, None, 'channel data'
-    def __init__(self,
-        data: dict,      # module path -> tensor (channels,)
-        map: ChannelMap, # the modules of the model
-        meta: dict = None, # what else is known: model hashes, ability, p
-    ): # raises ActError when paths or widths do not match the map
+
+    def __init__(
+        self,
+        data: dict,  # module path -> tensor (channels,)
+        map: ChannelMap,  # the modules of the model
+        meta: dict = None,  # what else is known: model hashes, ability, p
+    ):  # raises ActError when paths or widths do not match the map
         self.map, self.meta = map, dict(meta or {})
         odd = [p for p in map.paths if p not in data] or [p for p in data if p not in map]
-        if odd: raise ActError(f"{self.noun}: module {odd[0]} is {'missing' if odd[0] in map else 'not a module of the model'}: it was made for another model")
+        if odd:
+            raise ActError(
+                f"{self.noun}: module {odd[0]} is {'missing' if odd[0] in map else 'not a module of the model'}: it was"
+                " made for another model"
+            )
         for m in map:
-            if tuple(data[m.path].shape) != (m.width,): raise ActError(f"{self.noun}: module {m.path} has shape {tuple(data[m.path].shape)}, the model has {m.width} channels there: it was made for another model")
+            if tuple(data[m.path].shape) != (m.width,):
+                raise ActError(
+                    f"{self.noun}: module {m.path} has shape {tuple(data[m.path].shape)}, the model has {m.width}"
+                    " channels there: it was made for another model"
+                )
         self.data = {m.path: data[m.path].to(self.dtype) for m in map}
 
-    def __getitem__(self, path): return self.data[path]
+    def __getitem__(self, path):
+        return self.data[path]
+
     def flat(self) -> torch.Tensor:
         "All channels in one vector, in map order."
         return torch.cat(list(self.data.values()))
 
     def frame(self):
         "One row a module: path, kind, layer, width, sum of values."
-        return self.map.frame()[['path', 'kind', 'layer', 'width']].assign(sum=[float(v.double().sum()) for v in self.data.values()])
+        return self.map.frame()[['path', 'kind', 'layer', 'width']].assign(
+            sum=[float(v.double().sum()) for v in self.data.values()]
+        )
 
 # %% ../nbs/11_masks.ipynb #11-007
 @patch(cls_method=True)
 def from_flat(
     cls: ChannelData,
-    flat: torch.Tensor, # all channels in one vector, in map order
-    map: ChannelMap,    # the modules of the model
+    flat: torch.Tensor,  # all channels in one vector, in map order
+    map: ChannelMap,  # the modules of the model
     meta: dict = None,  # what else is known
 ):
     "The inverse of `flat`."
@@ -56,11 +71,11 @@ def from_flat(
 @patch
 def shares(
     self: ChannelData,
-    by: str = 'kind', # 'kind', 'layer' or 'path'
-): # a Series
+    by: str = 'kind',  # 'kind', 'layer' or 'path'
+):  # a Series
     "Share of the sum of values by kind of module, by layer or by module."
     s = self.frame().groupby(by, sort=False, dropna=False)['sum'].sum()
-    return s/s.sum() if s.sum() else s
+    return s / s.sum() if s.sum() else s
 
 # %% ../nbs/11_masks.ipynb #11-010
 @patch
@@ -68,20 +83,32 @@ def _cells(self: ChannelData):
     "Mean value of the channels of each layer (those outside of layers last) and kind."
     f = self.frame().assign(layer=lambda d: d.layer.astype(object).where(d.layer.notna(), '-'))
     g = f.groupby(['layer', 'kind'], sort=False)[['sum', 'width']].sum()
-    layers = sorted(set(f.layer) - {'-'}) + ['-']*('-' in set(f.layer))
-    return (self.cell_scale*g['sum']/g.width).unstack().reindex(index=layers, columns=[k for k in KINDS if k in set(f.kind)])
+    layers = sorted(set(f.layer) - {'-'}) + ['-'] * ('-' in set(f.layer))
+    return (
+        (self.cell_scale * g['sum'] / g.width)
+        .unstack()
+        .reindex(index=layers, columns=[k for k in KINDS if k in set(f.kind)])
+    )
 
 # %% ../nbs/11_masks.ipynb #11-011
 @patch
 def plot(
     self: ChannelData,
-    ax=None, # axes to draw on
+    ax=None,  # axes to draw on
 ):
     "Heat map of layers x kinds; returns the axes."
     import matplotlib.pyplot as plt, seaborn as sns
+
     df = self._cells()
-    if ax is None: _, ax = plt.subplots(figsize=(3.6, 1.5 + 0.17*len(df)), constrained_layout=True)
-    sns.heatmap(df, ax=ax, cmap='viridis', cbar_kws=dict(label=f'{self.cell_label}{self.cell_unit and f" ({self.cell_unit})"}'), linewidths=.3)
+    if ax is None:
+        _, ax = plt.subplots(figsize=(3.6, 1.5 + 0.17 * len(df)), constrained_layout=True)
+    sns.heatmap(
+        df,
+        ax=ax,
+        cmap='viridis',
+        cbar_kws=dict(label=f'{self.cell_label}{self.cell_unit and f" ({self.cell_unit})"}'),
+        linewidths=0.3,
+    )
     ax.set(xlabel='kind of module', ylabel='layer')
     ax.tick_params(axis='y', rotation=0)
     return ax
@@ -91,216 +118,366 @@ def plot(
 def _parts(self: ChannelData):
     c = self._cells()
     by = self.frame().groupby('kind', sort=False)[['sum', 'width']].sum().loc[list(c.columns)]
-    yield strip(c.T.values, c.columns, c.index, self.cell_label, self.cell_unit, self.cell_scale*by['sum']/by.width, self.cell_log, across='layer (-: outside of them)')
-    yield bars(by['sum']/(by['sum'].sum() or 1), self.share_label, by.width/by.width.sum(), by['sum'] if self.dtype is torch.bool else None)
+    yield strip(
+        c.T.values,
+        c.columns,
+        c.index,
+        self.cell_label,
+        self.cell_unit,
+        self.cell_scale * by['sum'] / by.width,
+        self.cell_log,
+        across='layer (-: outside of them)',
+    )
+    yield bars(
+        by['sum'] / (by['sum'].sum() or 1),
+        self.share_label,
+        by.width / by.width.sum(),
+        by['sum'] if self.dtype is torch.bool else None,
+    )
     yield self._largest()
-    if self.meta: yield folded('where it comes from', self.meta)
+    if self.meta:
+        yield folded('where it comes from', self.meta)
 
 # %% ../nbs/11_masks.ipynb #11-014
 class ChannelScores(ChannelData):
     "A non-negative float32 score for every channel: mean |activation difference| on answer tokens (the paper's delta_i), or a rival's score."
+
     format, dtype, noun = 'act-scores-1', torch.float32, 'score'
-    cell_label, cell_unit, cell_scale, cell_log, share_label = 'mean score', '', 1., True, 'share of the sum of scores'
+    cell_label, cell_unit, cell_scale, cell_log, share_label = 'mean score', '', 1.0, True, 'share of the sum of scores'
 
     def top(self, n=5):
         "The `n` channels with the highest scores."
         import pandas as pd
+
         flat = self.flat()
         v, i = flat.topk(min(n, len(flat)))
         starts = np.array(list(self.map.offsets.values()))
         where = np.searchsorted(starts, i.numpy(), side='right') - 1
-        return pd.DataFrame(dict(module=[self.map[int(w)].path for w in where], channel=i.numpy() - starts[where], score=v.numpy()))
+        return pd.DataFrame(
+            dict(module=[self.map[int(w)].path for w in where], channel=i.numpy() - starts[where], score=v.numpy())
+        )
 
-    def _largest(self): return table(self.top(8), 'largest channels')
+    def _largest(self):
+        return table(self.top(8), 'largest channels')
+
     def normalised(self):
         "Each module's scores divided by that module's mean, so that modules with large activations do not rank first for that reason alone."
-        return ChannelScores({p: v/v.double().mean().clamp(min=1e-30).float() for p, v in self.data.items()}, self.map, self.meta)
+        return ChannelScores(
+            {p: v / v.double().mean().clamp(min=1e-30).float() for p, v in self.data.items()}, self.map, self.meta
+        )
 
     def __repr__(self):
         s = self.flat().double().sort(descending=True).values
-        share = float(s[:max(1, round(.05*len(s)))].sum()/s.sum()) if s.sum() else 0.
-        return f"ChannelScores: {self.map.total:,} channels of {len(self.map)} modules; the top 5 % hold {share:.0%} of the sum" + (f"; {self.meta['ability']}, {self.meta['tokens']:,} answer tokens" if {'ability', 'tokens'} <= self.meta.keys() else '')
+        share = float(s[: max(1, round(0.05 * len(s)))].sum() / s.sum()) if s.sum() else 0.0
+        return (
+            f"ChannelScores: {self.map.total:,} channels of {len(self.map)} modules; the top 5 % hold {share:.0%} of"
+            " the sum"
+            + (
+                f"; {self.meta['ability']}, {self.meta['tokens']:,} answer tokens"
+                if {'ability', 'tokens'} <= self.meta.keys()
+                else ''
+            )
+        )
 
 # %% ../nbs/11_masks.ipynb #11-019
 class ItemScores(Shown):
     "Sums of |activation difference| for every item and channel, and the answer tokens of every item."
-    def __init__(self,
-        sums: torch.Tensor,   # (items, channels) float32
-        tokens: torch.Tensor, # (items,) answer tokens of each
-        map: ChannelMap,      # the modules of the model
-        meta: dict = None,    # where it comes from
-    ): # raises ActError when the numbers of items or channels do not agree
-        self.sums, self.tokens, self.map, self.meta = sums, tokens, map, dict(meta or {})
-        if tuple(sums.shape) != (len(tokens), map.total): raise ActError(f"item scores of shape {tuple(sums.shape)} do not go with {len(tokens)} items and {map.total} channels")
 
-    def __len__(self): return len(self.tokens)
+    def __init__(
+        self,
+        sums: torch.Tensor,  # (items, channels) float32
+        tokens: torch.Tensor,  # (items,) answer tokens of each
+        map: ChannelMap,  # the modules of the model
+        meta: dict = None,  # where it comes from
+    ):  # raises ActError when the numbers of items or channels do not agree
+        self.sums, self.tokens, self.map, self.meta = sums, tokens, map, dict(meta or {})
+        if tuple(sums.shape) != (len(tokens), map.total):
+            raise ActError(
+                f"item scores of shape {tuple(sums.shape)} do not go with {len(tokens)} items and {map.total} channels"
+            )
+
+    def __len__(self):
+        return len(self.tokens)
+
     def pool(self, index=None) -> ChannelScores:
         "Scores of the items `index` (all by default; an item may come several times): the mean over their answer tokens."
-        times = torch.ones(len(self)) if index is None else torch.bincount(torch.as_tensor(index), minlength=len(self)).float()
-        n = int((times*self.tokens).sum())
-        return ChannelScores.from_flat(times @ self.sums/n, self.map, {**self.meta, 'items': int(times.sum()), 'tokens': n})
+        times = (
+            torch.ones(len(self))
+            if index is None
+            else torch.bincount(torch.as_tensor(index), minlength=len(self)).float()
+        )
+        n = int((times * self.tokens).sum())
+        return ChannelScores.from_flat(
+            times @ self.sums / n, self.map, {**self.meta, 'items': int(times.sum()), 'tokens': n}
+        )
 
     def plot(self, ax=None):
         "The pooled scores as a heat map; returns the axes."
         return self.pool().plot(ax)
-    def _parts(self): return self.pool()._parts()
+
+    def _parts(self):
+        return self.pool()._parts()
 
     def resamples(self, n=20, seed=0):
         "Yield scores of `n` samples of as many items, drawn with replacement."
         g = torch.Generator().manual_seed(seed)
-        for _ in range(n): yield self.pool(torch.randint(len(self), (len(self),), generator=g))
+        for _ in range(n):
+            yield self.pool(torch.randint(len(self), (len(self),), generator=g))
 
     def split(self, *sizes, seed=0) -> list:
         "Scores of disjoint random samples of these sizes."
-        if sum(sizes) > len(self): raise ActError(f"{' + '.join(map(str, sizes))} items asked of {len(self)}: ask for fewer")
+        if sum(sizes) > len(self):
+            raise ActError(f"{' + '.join(map(str, sizes))} items asked of {len(self)}: ask for fewer")
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        return [self.pool(part) for part in order[:sum(sizes)].split(list(sizes))]
+        return [self.pool(part) for part in order[: sum(sizes)].split(list(sizes))]
 
-    def __repr__(self): return f"ItemScores: {len(self)} items x {self.map.total:,} channels, {int(self.tokens.sum()):,} answer tokens" + (f", {self.meta['ability']}" if 'ability' in self.meta else '')
+    def __repr__(self):
+        return (
+            f"ItemScores: {len(self)} items x {self.map.total:,} channels, {int(self.tokens.sum()):,} answer tokens"
+            + (f", {self.meta['ability']}" if 'ability' in self.meta else '')
+        )
 
 # %% ../nbs/11_masks.ipynb #11-022
 class ChannelMask(ChannelData):
     "Which channels are chosen: a set, with `|`, `&`, `-`, `~`, and counts."
+
     format, dtype, noun = 'act-mask-1', torch.bool, 'mask'
-    cell_label, cell_unit, cell_scale, cell_log, share_label = 'chosen', '%', 100., False, 'chosen channels by kind'
+    cell_label, cell_unit, cell_scale, cell_log, share_label = 'chosen', '%', 100.0, False, 'chosen channels by kind'
 
     @property
-    def count(self): return int(sum(int(v.sum()) for v in self.data.values()))
+    def count(self):
+        return int(sum(int(v.sum()) for v in self.data.values()))
+
     @property
-    def total(self): return self.map.total
+    def total(self):
+        return self.map.total
+
     @property
-    def fraction(self): return self.count/self.total
+    def fraction(self):
+        return self.count / self.total
+
     @property
-    def hash(self): return sha256(*[x for p in sorted(self.data) for x in (p, self.data[p].to(torch.uint8).numpy().tobytes())])
+    def hash(self):
+        return sha256(*[x for p in sorted(self.data) for x in (p, self.data[p].to(torch.uint8).numpy().tobytes())])
 
     def _largest(self):
-        f = self.frame().assign(chosen=lambda d: d['sum'].astype(int), share=lambda d: d['sum']/d.width).query('chosen > 0').sort_values('share', ascending=False, kind='stable')
-        return table(f[['path', 'chosen', 'width', 'share']].head(8).reset_index(drop=True), 'modules of which most is chosen', dict(share='{:.1%}'.format))
+        f = (
+            self.frame()
+            .assign(chosen=lambda d: d['sum'].astype(int), share=lambda d: d['sum'] / d.width)
+            .query('chosen > 0')
+            .sort_values('share', ascending=False, kind='stable')
+        )
+        return table(
+            f[['path', 'chosen', 'width', 'share']].head(8).reset_index(drop=True),
+            'modules of which most is chosen',
+            dict(share='{:.1%}'.format),
+        )
 
     def _with(self, other, op, name):
-        if not isinstance(other, ChannelMask): return NotImplemented
-        if self.map != other.map: raise ActError(f"masks of two different models (or tie policies) cannot be combined: {self.total:,} and {other.total:,} channels")
+        if not isinstance(other, ChannelMask):
+            return NotImplemented
+        if self.map != other.map:
+            raise ActError(
+                f"masks of two different models (or tie policies) cannot be combined: {self.total:,} and"
+                f" {other.total:,} channels"
+            )
         keep = {k: v for k, v in self.meta.items() if other.meta.get(k) == v}
-        return ChannelMask({p: op(v, other[p]) for p, v in self.data.items()}, self.map, {**keep, 'made': f'{name} of two masks'})
-    def __or__(self, o): return self._with(o, torch.logical_or, 'union')
-    def __and__(self, o): return self._with(o, torch.logical_and, 'intersection')
-    def __sub__(self, o): return self._with(o, lambda a, b: a & ~b, 'difference')
-    def __invert__(self): return ChannelMask({p: ~v for p, v in self.data.items()}, self.map, {**self.meta, 'made': 'complement'})
-    def __eq__(self, o): return isinstance(o, ChannelMask) and self.map == o.map and all(torch.equal(v, o[p]) for p, v in self.data.items())
+        return ChannelMask(
+            {p: op(v, other[p]) for p, v in self.data.items()}, self.map, {**keep, 'made': f'{name} of two masks'}
+        )
+
+    def __or__(self, o):
+        return self._with(o, torch.logical_or, 'union')
+
+    def __and__(self, o):
+        return self._with(o, torch.logical_and, 'intersection')
+
+    def __sub__(self, o):
+        return self._with(o, lambda a, b: a & ~b, 'difference')
+
+    def __invert__(self):
+        return ChannelMask({p: ~v for p, v in self.data.items()}, self.map, {**self.meta, 'made': 'complement'})
+
+    def __eq__(self, o):
+        return (
+            isinstance(o, ChannelMask) and self.map == o.map and all(torch.equal(v, o[p]) for p, v in self.data.items())
+        )
+
     __hash__ = None
-    def __repr__(self): return f"ChannelMask: {self.count:,} of {self.total:,} channels ({self.fraction:.2%})" + ''.join(f', {k} {self.meta[k]}' for k in ('p', 'rank', 'without', 'ability', 'made') if k in self.meta)
+
+    def __repr__(self):
+        return f"ChannelMask: {self.count:,} of {self.total:,} channels ({self.fraction:.2%})" + ''.join(
+            f', {k} {self.meta[k]}' for k in ('p', 'rank', 'without', 'ability', 'made') if k in self.meta
+        )
 
 # %% ../nbs/11_masks.ipynb #11-302
 def left_out(
-    without,         # kinds of module: a list, or names separated by commas
-    map: ChannelMap, # the modules of the model
-) -> list: # those that the model has; raises ActError for a word that is no kind, and when nothing is left
+    without,  # kinds of module: a list, or names separated by commas
+    map: ChannelMap,  # the modules of the model
+) -> list:  # those that the model has; raises ActError for a word that is no kind, and when nothing is left
     "The kinds of module that a ranking leaves out."
     kinds = listed(without) if isinstance(without, str) else list(without or ())
-    if odd := [k for k in kinds if k not in KINDS]: raise ActError(f"no kind of module is called {odd[0]!r}: there are {', '.join(KINDS)}")
+    if odd := [k for k in kinds if k not in KINDS]:
+        raise ActError(f"no kind of module is called {odd[0]!r}: there are {', '.join(KINDS)}")
     here = {m.kind for m in map}
-    if here <= set(kinds): raise ActError(f"without {', '.join(kinds)} no channel is left: leave out less")
-    if map.tied and {'embedding', 'lm_head'} & set(kinds) - here: warn(f"embedding and lm_head are one matrix here, counted as {map.tied}: leave out {map.tied} if it should stay as it is")
+    if here <= set(kinds):
+        raise ActError(f"without {', '.join(kinds)} no channel is left: leave out less")
+    if map.tied and {'embedding', 'lm_head'} & set(kinds) - here:
+        warn(
+            f"embedding and lm_head are one matrix here, counted as {map.tied}: leave out {map.tied} if it should stay"
+            " as it is"
+        )
     return [k for k in kinds if k in here]
 
-def kept(without, map): # as above
+
+def kept(without, map):  # as above
     "One bool a channel: its kind is not left out."
     return torch.cat([torch.full((m.width,), m.kind not in without) for m in map])
 
 # %% ../nbs/11_masks.ipynb #11-024
 def top_p(
-    scores: ChannelScores, # what to rank by
-    p: float,              # fraction of all channels that are ranked, in (0, 1]
-    rank: str = 'raw',     # 'raw', as in the paper, or 'module': after division by each module's mean
-    without=(),            # kinds of module to leave out before ranking, such as 'lm_head'; a list, or names separated by commas
-) -> ChannelMask: # raises ActError for p, rank or kinds that cannot be, and for scores that are all zero
+    scores: ChannelScores,  # what to rank by
+    p: float,  # fraction of all channels that are ranked, in (0, 1]
+    rank: str = 'raw',  # 'raw', as in the paper, or 'module': after division by each module's mean
+    without=(),  # kinds of module to leave out before ranking, such as 'lm_head'; a list, or names separated by commas
+) -> ChannelMask:  # raises ActError for p, rank or kinds that cannot be, and for scores that are all zero
     "The paper's M_k: the channels whose score ranks in the top p of all channels together."
-    if not (isinstance(p, (int, float)) and math.isfinite(p) and 0 < p <= 1): raise ActError(f"p is {p}: it is a fraction of all channels, above 0 and at most 1")
-    if rank not in ('raw', 'module'): raise ActError(f"rank is {rank!r}: choose 'raw' or 'module'")
+    if not (isinstance(p, (int, float)) and math.isfinite(p) and 0 < p <= 1):
+        raise ActError(f"p is {p}: it is a fraction of all channels, above 0 and at most 1")
+    if rank not in ('raw', 'module'):
+        raise ActError(f"rank is {rank!r}: choose 'raw' or 'module'")
     without, flat = left_out(without, scores.map), (scores.normalised() if rank == 'module' else scores).flat()
     ranked = kept(without, scores.map).nonzero()[:, 0]
-    if not flat[ranked].any(): raise ActError("all scores are zero: the two models do the same on these items, so there is no channel to choose")
+    if not flat[ranked].any():
+        raise ActError(
+            "all scores are zero: the two models do the same on these items, so there is no channel to choose"
+        )
     mask = torch.zeros(len(flat), dtype=torch.bool)
-    mask[ranked[flat[ranked].argsort(descending=True, stable=True)[:max(1, round(p*len(ranked)))]]] = True
-    return ChannelMask.from_flat(mask, scores.map, {**scores.meta, 'p': p, 'rank': rank, **(dict(without=','.join(without)) if without else {})})
+    mask[ranked[flat[ranked].argsort(descending=True, stable=True)[: max(1, round(p * len(ranked)))]]] = True
+    return ChannelMask.from_flat(
+        mask, scores.map, {**scores.meta, 'p': p, 'rank': rank, **(dict(without=','.join(without)) if without else {})}
+    )
 
 # %% ../nbs/11_masks.ipynb #11-028
 def iou(
-    a: ChannelMask, b: ChannelMask, # two masks of one model
-) -> float: # |a & b| / |a | b|, 0 when both are empty
+    a: ChannelMask,
+    b: ChannelMask,  # two masks of one model
+) -> float:  # |a & b| / |a | b|, 0 when both are empty
     "Intersection over union of two masks."
     union = (a | b).count
-    return (a & b).count/union if union else 0.
+    return (a & b).count / union if union else 0.0
 
 # %% ../nbs/11_masks.ipynb #11-029
 def overlap(
-    a: ChannelMask, b: ChannelMask, # two masks of one model
-) -> float: # |a & b| / min(|a|, |b|), 0 when one is empty
+    a: ChannelMask,
+    b: ChannelMask,  # two masks of one model
+) -> float:  # |a & b| / min(|a|, |b|), 0 when one is empty
     "Overlap coefficient of two masks."
     small = min(a.count, b.count)
-    return (a & b).count/small if small else 0.
+    return (a & b).count / small if small else 0.0
 
 # %% ../nbs/11_masks.ipynb #11-102
 class Overlap(Shown):
     "What every two of several masks of one model share, and what chance would give them."
-    def __init__(self,
-        sizes: dict, # name -> channels of the mask
-        both,        # how many channels every two share, in that order
+
+    def __init__(
+        self,
+        sizes: dict,  # name -> channels of the mask
+        both,  # how many channels every two share, in that order
         total: int,  # channels of the model
-    ): self.sizes, self.both, self.total = sizes, np.asarray(both), total
+    ):
+        self.sizes, self.both, self.total = sizes, np.asarray(both), total
 
     def frame(self):
         "A row for every two masks: sizes, channels shared and expected, their ratio, IoU and overlap coefficient."
         import pandas as pd
+
         i, j = np.triu_indices(len(self.sizes), 1)
         names, n, k = list(self.sizes), np.array(list(self.sizes.values())), self.both[i, j]
-        expected = n[i]*n[j]/self.total
-        return pd.DataFrame(dict(a=[names[o] for o in i], b=[names[o] for o in j], size_a=n[i], size_b=n[j], shared=k, expected=expected, enrichment=np.divide(k, expected, out=np.full(len(k), np.nan), where=expected > 0),
-                                 iou=k/np.maximum(1, n[i] + n[j] - k), overlap=k/np.maximum(1, np.minimum(n[i], n[j]))))
+        expected = n[i] * n[j] / self.total
+        return pd.DataFrame(
+            dict(
+                a=[names[o] for o in i],
+                b=[names[o] for o in j],
+                size_a=n[i],
+                size_b=n[j],
+                shared=k,
+                expected=expected,
+                enrichment=np.divide(k, expected, out=np.full(len(k), np.nan), where=expected > 0),
+                iou=k / np.maximum(1, n[i] + n[j] - k),
+                overlap=k / np.maximum(1, np.minimum(n[i], n[j])),
+            )
+        )
 
     def __repr__(self):
         o = self.frame().overlap
-        return f"Overlap: {len(self.sizes)} masks of {self.total:,} channels; two share {o.min():.0%} to {o.max():.0%} of the smaller one"
+        return (
+            f"Overlap: {len(self.sizes)} masks of {self.total:,} channels; two share {o.min():.0%} to {o.max():.0%} of"
+            " the smaller one"
+        )
 
 # %% ../nbs/11_masks.ipynb #11-103
 def compare(
-    masks, # name -> ChannelMask, or a list; of one model
-) -> Overlap: # raises ActError for fewer than two masks, or masks of different models
+    masks,  # name -> ChannelMask, or a list; of one model
+) -> Overlap:  # raises ActError for fewer than two masks, or masks of different models
     "What every two of several masks share."
     masks = masks if isinstance(masks, dict) else {f'mask {i + 1}': m for i, m in enumerate(masks)}
-    if len(masks) < 2: raise ActError(f"overlap needs two masks, got {len(masks)}")
+    if len(masks) < 2:
+        raise ActError(f"overlap needs two masks, got {len(masks)}")
     first = next(iter(masks.values()))
     for m in masks.values():
-        if m.map != first.map: raise ActError(f"masks of two different models (or tie policies) cannot be compared: {first.total:,} and {m.total:,} channels")
+        if m.map != first.map:
+            raise ActError(
+                f"masks of two different models (or tie policies) cannot be compared: {first.total:,} and {m.total:,}"
+                " channels"
+            )
     flat = torch.stack([m.flat() for m in masks.values()])
-    both = sum((c @ c.T).round().long() for part in flat.split(1 << 22, 1) for c in [part.float()]) # float32 counts exactly to 2^24
+    both = sum(
+        (c @ c.T).round().long() for part in flat.split(1 << 22, 1) for c in [part.float()]
+    )  # float32 counts exactly to 2^24
     return Overlap(dict(zip(masks, both.diagonal().tolist())), both.numpy(), first.total)
 
 # %% ../nbs/11_masks.ipynb #11-105
 def square(
-    table, # a row for every two: a, b, and a value
-    value: str = 'overlap', # its column
-    same: float = 1.,       # value of each with itself
-): # a DataFrame
+    table,  # a row for every two: a, b, and a value
+    value: str = 'overlap',  # its column
+    same: float = 1.0,  # value of each with itself
+):  # a DataFrame
     "The symmetric matrix of a table of pairs."
     import pandas as pd
+
     names = list(dict.fromkeys([*table.a, *table.b]))
     grid = pd.DataFrame(same, names, names)
-    for a, b, v in zip(table.a, table.b, table[value]): grid.loc[a, b] = grid.loc[b, a] = v
+    for a, b, v in zip(table.a, table.b, table[value]):
+        grid.loc[a, b] = grid.loc[b, a] = v
     return grid
 
 # %% ../nbs/11_masks.ipynb #11-106
 @patch
 def plot(
     self: Overlap,
-    ax=None,                # axes to draw on
-    value: str = 'overlap', # or iou
+    ax=None,  # axes to draw on
+    value: str = 'overlap',  # or iou
 ):
     "Heat map of what every two masks share, in percent; returns the axes."
     import matplotlib.pyplot as plt, seaborn as sns
-    grid, n = 100*square(self.frame(), value), len(self.sizes)
-    if ax is None: _, ax = plt.subplots(figsize=(2 + .3*n, 1.4 + .3*n), constrained_layout=True)
-    sns.heatmap(grid, ax=ax, cmap='viridis', vmin=0, vmax=100, annot=n <= 8, fmt='.0f', linewidths=.3, cbar_kws=dict(label=f'{value} (%)'), xticklabels=True, yticklabels=True)
+
+    grid, n = 100 * square(self.frame(), value), len(self.sizes)
+    if ax is None:
+        _, ax = plt.subplots(figsize=(2 + 0.3 * n, 1.4 + 0.3 * n), constrained_layout=True)
+    sns.heatmap(
+        grid,
+        ax=ax,
+        cmap='viridis',
+        vmin=0,
+        vmax=100,
+        annot=n <= 8,
+        fmt='.0f',
+        linewidths=0.3,
+        cbar_kws=dict(label=f'{value} (%)'),
+        xticklabels=True,
+        yticklabels=True,
+    )
     ax.set(xlabel='mask', ylabel='mask')
     ax.tick_params(axis='y', rotation=0)
     plt.setp(ax.get_xticklabels(), rotation=30, ha='right')
@@ -310,34 +487,55 @@ def plot(
 @patch
 def _parts(self: Overlap):
     f, names = self.frame(), [f'{i + 1} {n}' for i, n in enumerate(self.sizes)]
-    yield strip(100*square(f).values, names, range(1, len(names) + 1), 'overlap coefficient', '%', down='mask', across='mask')
-    pairs = f[['a', 'b', 'shared', 'expected', 'enrichment', 'iou', 'overlap']].sort_values('overlap', ascending=False, kind='stable').head(12).reset_index(drop=True)
-    yield table(pairs, 'channels that two masks share, and by chance' + (f' (the first 12 of {len(f)})' if len(f) > 12 else ''), dict(iou='{:.2f}'.format, overlap='{:.2f}'.format))
-    yield bars({k: v/self.total for k, v in self.sizes.items()}, 'size of each mask', counts=self.sizes)
+    yield strip(
+        100 * square(f).values, names, range(1, len(names) + 1), 'overlap coefficient', '%', down='mask', across='mask'
+    )
+    pairs = (
+        f[['a', 'b', 'shared', 'expected', 'enrichment', 'iou', 'overlap']]
+        .sort_values('overlap', ascending=False, kind='stable')
+        .head(12)
+        .reset_index(drop=True)
+    )
+    yield table(
+        pairs,
+        'channels that two masks share, and by chance' + (f' (the first 12 of {len(f)})' if len(f) > 12 else ''),
+        dict(iou='{:.2f}'.format, overlap='{:.2f}'.format),
+    )
+    yield bars({k: v / self.total for k, v in self.sizes.items()}, 'size of each mask', counts=self.sizes)
 
 # %% ../nbs/11_masks.ipynb #11-032
 def with_kind(
     mask: ChannelMask,
-    kind: str = 'embedding', # of module
-) -> ChannelMask: # raises ActError when the model has no such kind
+    kind: str = 'embedding',  # of module
+) -> ChannelMask:  # raises ActError when the model has no such kind
     "The mask and all channels of one kind of module."
-    if kind not in {m.kind for m in mask.map}: raise ActError(f"no module is of the kind {kind!r}: there are {', '.join(dict.fromkeys(m.kind for m in mask.map))}")
-    return ChannelMask({m.path: mask[m.path] | (m.kind == kind) for m in mask.map}, mask.map, {**mask.meta, 'made': f'with all of {kind}'})
+    if kind not in {m.kind for m in mask.map}:
+        raise ActError(
+            f"no module is of the kind {kind!r}: there are {', '.join(dict.fromkeys(m.kind for m in mask.map))}"
+        )
+    return ChannelMask(
+        {m.path: mask[m.path] | (m.kind == kind) for m in mask.map},
+        mask.map,
+        {**mask.meta, 'made': f'with all of {kind}'},
+    )
 
 # %% ../nbs/11_masks.ipynb #11-035
 def random_mask(
     like: ChannelMask,  # its number of channels is matched
-    seed: int = 0,      # of the draw
-    by: str = 'all',    # 'all': over all channels; 'module': the same number in each module
+    seed: int = 0,  # of the draw
+    by: str = 'all',  # 'all': over all channels; 'module': the same number in each module
 ) -> ChannelMask:
     "Random channels, as many as `like` has."
-    if by not in ('all', 'module'): raise ActError(f"by is {by!r}: choose 'all' or 'module'")
+    if by not in ('all', 'module'):
+        raise ActError(f"by is {by!r}: choose 'all' or 'module'")
     g = torch.Generator().manual_seed(seed)
+
     def draw(n, k, among=None):
         out = torch.zeros(n, dtype=torch.bool)
         places = torch.randperm(n, generator=g) if among is None else among[torch.randperm(len(among), generator=g)]
         out[places[:k]] = True
         return out
+
     meta = {**like.meta, 'made': f'random, matched by {by}, seed {seed}'}
     if by == 'all':
         among = kept(listed(like.meta['without']), like.map).nonzero()[:, 0] if 'without' in like.meta else None
@@ -346,8 +544,9 @@ def random_mask(
 
 # %% ../nbs/11_masks.ipynb #11-038
 def weight_scores(
-    target, donor,            # models, folders or hub ids that fit together
-    relative: bool = False,   # divide by the length of the target's own weights
+    target,
+    donor,  # models, folders or hub ids that fit together
+    relative: bool = False,  # divide by the length of the target's own weights
     tied: str = 'embedding',  # tie policy, as in `enumerate_channels`
 ) -> ChannelScores:
     "L2 norm of the weight change of each channel (row and bias, norm entry, or embedding column), one tensor in memory at a time."
@@ -360,100 +559,160 @@ def weight_scores(
             theirs = fit_rows(b[name][1]().detach().cpu(), ours)
             x, y = (t.double().movedim(axis, 0).reshape(m.width, -1) for t in (ours, theirs))
             change, size = change + (y - x).square().sum(1), size + x.square().sum(1)
-        data[m.path] = ((change/size.clamp(min=1e-30)) if relative else change).sqrt().float()
-    return ChannelScores(data, cm, dict(made='relative weight change' if relative else 'weight change', target=label_of(target), donor=label_of(donor)))
+        data[m.path] = ((change / size.clamp(min=1e-30)) if relative else change).sqrt().float()
+    return ChannelScores(
+        data,
+        cm,
+        dict(
+            made='relative weight change' if relative else 'weight change',
+            target=label_of(target),
+            donor=label_of(donor),
+        ),
+    )
 
 # %% ../nbs/11_masks.ipynb #11-049
 @patch
 def save(
     self: ChannelData,
-    path, # file to write
+    path,  # file to write
 ) -> Path:
     "Write one safetensors file, atomically: one tensor a module path, the map and the metadata in its header; the same contents give the same bytes."
     meta = dict(format=self.format, map=json.dumps(self.map.to_dict()), meta=json.dumps(self.meta, ensure_ascii=False))
     dtype = 'U8' if self.dtype is torch.bool else 'F32'
-    with atomic_file(path) as tmp: write_tensors(tmp, {p: (dtype, v.shape) for p, v in self.data.items()}, meta, self.data.values())
+    with atomic_file(path) as tmp:
+        write_tensors(tmp, {p: (dtype, v.shape) for p, v in self.data.items()}, meta, self.data.values())
     return Path(path)
 
 # %% ../nbs/11_masks.ipynb #11-051
-_USED = dict(ability=str, ability_hash=str, target_hash=str, donor_hash=str, target_print=str, donor_print=str, tokens=int) # what is read of the metadata
+_USED = dict(
+    ability=str, ability_hash=str, target_hash=str, donor_hash=str, target_print=str, donor_print=str, tokens=int
+)  # what is read of the metadata
+
 
 def _impossible(data, dtype, meta):
     "What is wrong with tensors that should be 0 or 1 (uint8), or non-negative numbers, or with the metadata; None when nothing is."
     for k, v in data.items():
-        if v.dtype != dtype: return f'{k} is {v.dtype}, expected {dtype}'
-        if dtype is torch.uint8 and v.numel() and v.max() > 1: return f'{k} holds values other than 0 and 1'
-        if dtype is not torch.uint8 and not (torch.isfinite(v).all() and (v >= 0).all()): return f'{k} holds negative values, NaN or infinity'
-    if not isinstance(meta, dict): return 'its metadata is not an object'
-    return next((f'its metadata says that {k} is {meta[k]!r:.80}' for k, t in _USED.items() if k in meta and type(meta[k]) is not t), None)
+        if v.dtype != dtype:
+            return f'{k} is {v.dtype}, expected {dtype}'
+        if dtype is torch.uint8 and v.numel() and v.max() > 1:
+            return f'{k} holds values other than 0 and 1'
+        if dtype is not torch.uint8 and not (torch.isfinite(v).all() and (v >= 0).all()):
+            return f'{k} holds negative values, NaN or infinity'
+    if not isinstance(meta, dict):
+        return 'its metadata is not an object'
+    return next(
+        (
+            f'its metadata says that {k} is {meta[k]!r:.80}'
+            for k, t in _USED.items()
+            if k in meta and type(meta[k]) is not t
+        ),
+        None,
+    )
 
 # %% ../nbs/11_masks.ipynb #11-052
 @patch(cls_method=True)
 def load(
     cls: ChannelData,
-    path, # file to read
-): # raises ActError for a file that is truncated, malformed, of another kind, or holds impossible values
+    path,  # file to read
+):  # raises ActError for a file that is truncated, malformed, of another kind, or holds impossible values
     "Read what `save` wrote."
     path = Path(path)
-    if not path.is_file(): raise ActError(f"there is no {cls.noun} file {path}: check the path")
+    if not path.is_file():
+        raise ActError(f"there is no {cls.noun} file {path}: check the path")
     try:
         tensors, head = header_of(path, FILE_TYPES)
-        if head.get('format') != cls.format: raise ValueError(f"its format is {head.get('format')!r:.80}, expected {cls.format!r}")
+        if head.get('format') != cls.format:
+            raise ValueError(f"its format is {head.get('format')!r:.80}, expected {cls.format!r}")
         map_, meta = parse_json(head.get('map', '')), parse_json(head.get('meta', ''), nan=True)
         data = {k: values_of(t, t.start, t.end).reshape(t.shape) for k, t in tensors.items()}
-        if why := _impossible(data, torch.uint8 if cls.dtype is torch.bool else cls.dtype, meta): raise ValueError(why)
+        if why := _impossible(data, torch.uint8 if cls.dtype is torch.bool else cls.dtype, meta):
+            raise ValueError(why)
         return cls(data, ChannelMap.from_dict(map_), meta)
-    except (OSError, ValueError) as e: raise ActError(f"{path} is not a usable {cls.noun} file ({str(e)[:300]}): make it again") from e
+    except (OSError, ValueError) as e:
+        raise ActError(f"{path} is not a usable {cls.noun} file ({str(e)[:300]}): make it again") from e
 
 # %% ../nbs/11_masks.ipynb #11-172
 @patch
 def to_pandas(
     self: ChannelData,
-    mask=None, # of scores: a mask of the same model, for one more column
-): # a DataFrame: module, kind, layer, channel (its number in the module), and score or chosen
+    mask=None,  # of scores: a mask of the same model, for one more column
+):  # a DataFrame: module, kind, layer, channel (its number in the module), and score or chosen
     "One row a channel, in map order."
     import pandas as pd
-    if mask is not None and mask.map != self.map: raise ActError(f"the mask is over {mask.total:,} channels of another model (or tie policy), the {self.noun} over {self.map.total:,}: use two of one model")
+
+    if mask is not None and mask.map != self.map:
+        raise ActError(
+            f"the mask is over {mask.total:,} channels of another model (or tie policy), the {self.noun} over"
+            f" {self.map.total:,}: use two of one model"
+        )
     n = [m.width for m in self.map]
     each = lambda x: np.repeat(np.array(x), n)
     layer = pd.arrays.IntegerArray(each([m.layer or 0 for m in self.map]), each([m.layer is None for m in self.map]))
-    table = dict(module=pd.Categorical.from_codes(each(range(len(n))), self.map.paths), kind=pd.Categorical.from_codes(each([KINDS.index(m.kind) for m in self.map]), KINDS),
-                 layer=layer, channel=np.arange(self.map.total) - each(list(self.map.offsets.values())), **{_column(self): self.flat().numpy()})
+    table = dict(
+        module=pd.Categorical.from_codes(each(range(len(n))), self.map.paths),
+        kind=pd.Categorical.from_codes(each([KINDS.index(m.kind) for m in self.map]), KINDS),
+        layer=layer,
+        channel=np.arange(self.map.total) - each(list(self.map.offsets.values())),
+        **{_column(self): self.flat().numpy()},
+    )
     return pd.DataFrame(table if mask is None else {**table, 'chosen': mask.flat().numpy()})
 
 # %% ../nbs/11_masks.ipynb #11-173
-def _column(data): return 'chosen' if data.dtype is torch.bool else 'score'
+def _column(data):
+    return 'chosen' if data.dtype is torch.bool else 'score'
 
 # %% ../nbs/11_masks.ipynb #11-174
 @patch
 def to_dataset(
     self: ChannelData,
-    mask=None, # as in `to_pandas`
-): # a Dataset
+    mask=None,  # as in `to_pandas`
+):  # a Dataset
     "The table of `to_pandas` in the format of the hub."
     from datasets import Dataset
+
     return Dataset.from_pandas(self.to_pandas(mask), preserve_index=False)
 
 # %% ../nbs/11_masks.ipynb #11-175
 @patch(cls_method=True)
 def from_table(
     cls: ChannelData,
-    table,             # a frame, a `datasets.Dataset` or a parquet file; its columns module, channel, and score or chosen are read, its rows may have any order
-    map: ChannelMap,   # the modules of the model
-    meta: dict = None, # what else is known
-): # raises ActError for a channel that is missing, comes twice or is not the model's, and for impossible values
+    table,  # a frame, a `datasets.Dataset` or a parquet file; its columns module, channel, and score or chosen are read, its rows may have any order
+    map: ChannelMap,  # the modules of the model
+    meta: dict = None,  # what else is known
+):  # raises ActError for a channel that is missing, comes twice or is not the model's, and for impossible values
     "The inverse of `to_pandas` and `to_dataset`."
     import pandas as pd
-    d = pd.read_parquet(table) if isinstance(table, (str, Path)) else table if isinstance(table, pd.DataFrame) else table.to_pandas()
-    def bad(why): return ActError(f"{cls.noun} table: {why}: make it again with to_pandas or to_dataset")
-    if absent := [c for c in ('module', 'channel', _column(cls)) if c not in d]: raise bad(f"it has no column {absent[0]}")
+
+    d = (
+        pd.read_parquet(table)
+        if isinstance(table, (str, Path))
+        else table
+        if isinstance(table, pd.DataFrame)
+        else table.to_pandas()
+    )
+
+    def bad(why):
+        return ActError(f"{cls.noun} table: {why}: make it again with to_pandas or to_dataset")
+
+    if absent := [c for c in ('module', 'channel', _column(cls)) if c not in d]:
+        raise bad(f"it has no column {absent[0]}")
     number = lambda c: pd.to_numeric(d[c], errors='coerce').to_numpy(dtype=float, na_value=np.nan)
-    with np.errstate(over='ignore'): module, channel, value = pd.Categorical(d['module'], categories=map.paths).codes, number('channel'), number(_column(cls)).astype(np.float32)
+    with np.errstate(over='ignore'):
+        module, channel, value = (
+            pd.Categorical(d['module'], categories=map.paths).codes,
+            number('channel'),
+            number(_column(cls)).astype(np.float32),
+        )
     starts, widths = np.array(list(map.offsets.values())), np.array([m.width for m in map])
     odd = (module < 0) | ~((channel >= 0) & (channel < widths[module]) & (channel == np.floor(channel)))
-    if odd.any(): raise bad(f"row {odd.argmax()} is channel {d['channel'].iloc[odd.argmax()]} of {d['module'].iloc[odd.argmax()]}, which the model does not have")
+    if odd.any():
+        raise bad(
+            f"row {odd.argmax()} is channel {d['channel'].iloc[odd.argmax()]} of {d['module'].iloc[odd.argmax()]},"
+            " which the model does not have"
+        )
     wrong = ~(np.isin(value, (0, 1)) if cls.dtype is torch.bool else np.isfinite(value) & (value >= 0))
-    if wrong.any(): raise bad(f"row {wrong.argmax()} has {_column(cls)} {d[_column(cls)].iloc[wrong.argmax()]}")
+    if wrong.any():
+        raise bad(f"row {wrong.argmax()} has {_column(cls)} {d[_column(cls)].iloc[wrong.argmax()]}")
     place = starts[module] + channel.astype(np.int64)
     times = np.bincount(place, minlength=map.total)
     if (times != 1).any():
@@ -466,41 +725,54 @@ def from_table(
 
 # %% ../nbs/11_masks.ipynb #11-055
 def by_kind(
-    data: ChannelData, # scores or a mask
+    data: ChannelData,  # scores or a mask
 ) -> str:
     "Shares by kind of module in one line, largest first."
     s = data.shares().sort_values(ascending=False, kind='stable')
-    return ', '.join(f'{k} {v:.0%}' for k, v in s.items() if v >= .005)
+    return ', '.join(f'{k} {v:.0%}' for k, v in s.items() if v >= 0.005)
 
-def one_sided(
-    mask: ChannelMask,
-): # a warning, or None
+
+def one_sided(mask: ChannelMask):  # a warning, or None
     "What to know when one kind of module holds over half of a mask."
     kind, share = (s := mask.shares()).idxmax(), s.max()
-    if share <= .5: return
-    of_all = sum(m.width for m in mask.map if m.kind == kind)/mask.total
-    return f"{share:.0%} of the mask is {kind} (which has {of_all:.0%} of all channels), so what is moved is little else: act_mask --without {kind} leaves it out before ranking, --rank module compares channels within their module"
+    if share <= 0.5:
+        return
+    of_all = sum(m.width for m in mask.map if m.kind == kind) / mask.total
+    return (
+        f"{share:.0%} of the mask is {kind} (which has {of_all:.0%} of all channels), so what is moved is little else:"
+        f" act_mask --without {kind} leaves it out before ranking, --rank module compares channels within their module"
+    )
 
 # %% ../nbs/11_masks.ipynb #11-305
 @command
 def act_mask(
-    scores: str,         # score file written by act_localize
-    out: str,            # mask file to write
-    p: float = 0.05,     # fraction of all channels that are ranked, in (0, 1]
-    rank: str = 'raw',   # raw (the paper's) or module (module-normalised)
-    without: str = None, # kinds of module to leave out before ranking, separated by commas, such as lm_head,embedding
-    control: str = 'none', # none, or random: as many channels at random
-    seed: int = 0,       # of the random control
-    whole: str = None,   # a kind of module to take whole besides, such as embedding
+    scores: str,  # score file written by act_localize
+    out: str,  # mask file to write
+    p: float = 0.05,  # fraction of all channels that are ranked, in (0, 1]
+    rank: str = 'raw',  # raw (the paper's) or module (module-normalised)
+    without: str = None,  # kinds of module to leave out before ranking, separated by commas, such as lm_head,embedding
+    control: str = 'none',  # none, or random: as many channels at random
+    seed: int = 0,  # of the random control
+    whole: str = None,  # a kind of module to take whole besides, such as embedding
 ):
     "Choose the top p of all channels: `act_mask --scores scores.safetensors --p 0.05 --out mask.safetensors`"
-    if control not in ('none', 'random'): raise ActError(f"control is {control!r}: choose none or random")
+    if control not in ('none', 'random'):
+        raise ActError(f"control is {control!r}: choose none or random")
     mask = top_p(ChannelScores.load(scores), p, rank, without)
-    if control == 'random': mask = random_mask(mask, seed)
-    if whole: mask = with_kind(mask, whole)
+    if control == 'random':
+        mask = random_mask(mask, seed)
+    if whole:
+        mask = with_kind(mask, whole)
     begin([scores], {out: mask.total + 10_000}, f'{mask.count:,} of {mask.total:,} channels')
     mask.save(out)
     print(f'{mask} -> {out}')
     print(f'by kind: {by_kind(mask)}')
-    if why := one_sided(mask): warn(why)
-    next_step('act_transfer', target=mask.meta.get('target', 'TARGET'), donor=mask.meta.get('donor', 'DONOR'), mask=out, out=beside(out, 'recovered'))
+    if why := one_sided(mask):
+        warn(why)
+    next_step(
+        'act_transfer',
+        target=mask.meta.get('target', 'TARGET'),
+        donor=mask.meta.get('donor', 'DONOR'),
+        mask=out,
+        out=beside(out, 'recovered'),
+    )

@@ -16,40 +16,71 @@ from .baselines import merge_with_mergekit
 from .checkpoints import load_model, preflight
 from .core import ActError, beside, check_absent, command, next_step
 from .masks import ChannelMask, iou, random_mask, top_p, weight_scores
-from .recover import Bench, Method, Options, Recovery, study_meta, ready_bench, by_p_and_lam, by_p_and_rank, choose, interval, measure
+from act.recover import (
+    Bench,
+    Method,
+    Options,
+    Recovery,
+    study_meta,
+    ready_bench,
+    by_p_and_lam,
+    by_p_and_rank,
+    choose,
+    interval,
+    measure,
+)
 from .transfer import mask_slices, transfer
 
 # %% ../nbs/31_merge.ipynb #31-006
 @dataclass(frozen=True)
 class MergeCase(Options):
     "One merge: the base, the specialists that came from it, and what each should bring."
-    base: str              # hub id, folder or lab name
-    specialists: dict      # checkpoint -> its own abilities
-    shared: tuple          # abilities of the base that should stay
+
+    base: str  # hub id, folder or lab name
+    specialists: dict  # checkpoint -> its own abilities
+    shared: tuple  # abilities of the base that should stay
 
     @property
-    def aims(self): return {**{short_name(s): tuple(own) for s, own in self.specialists.items()}, 'base': tuple(self.shared)}
+    def aims(self):
+        return {**{short_name(s): tuple(own) for s, own in self.specialists.items()}, 'base': tuple(self.shared)}
+
     @property
-    def groups(self): return self.aims
+    def groups(self):
+        return self.aims
 
 # %% ../nbs/31_merge.ipynb #31-007
-MERGES = dict(lab=MergeCase(
-    'lab/base', {'lab/maths-en': ('lab/multiplication-en',), 'lab/science-zh': ('lab/chemistry-zh',), 'lab/science-es': ('lab/chemistry-es',), 'lab/swahili': ('lab/multiplication-sw', 'lab/chemistry-sw')},
-    tuple(f'lab/{s}-{o}' for s in ('arithmetic', 'science') for o in ('en', 'es', 'sw', 'tr', 'el', 'zh')), sft=dict(steps=30, lr=3e-4, batch_size=16)))
+MERGES = dict(
+    lab=MergeCase(
+        'lab/base',
+        {
+            'lab/maths-en': ('lab/multiplication-en',),
+            'lab/science-zh': ('lab/chemistry-zh',),
+            'lab/science-es': ('lab/chemistry-es',),
+            'lab/swahili': ('lab/multiplication-sw', 'lab/chemistry-sw'),
+        },
+        tuple(f'lab/{s}-{o}' for s in ('arithmetic', 'science') for o in ('en', 'es', 'sw', 'tr', 'el', 'zh')),
+        sft=dict(steps=30, lr=3e-4, batch_size=16),
+    )
+)
 
 # %% ../nbs/31_merge.ipynb #31-008
 class MergeBench(Bench):
     "Base, specialists and items of a `MergeCase`; the models are loaded once, when first asked for."
+
     @property
-    def names(self): return 'base', *map(short_name, self.case.specialists)
+    def names(self):
+        return 'base', *map(short_name, self.case.specialists)
 
     def load(self):
         "Load the models."
         case, base = self.case, self.at(self.case.base)
         if self.check:
-            for s in case.specialists: preflight(base, self.at(s))
+            for s in case.specialists:
+                preflight(base, self.at(s))
         self.target, self.tok = load_model(base, dtype=case.dtype, device=self.device)
-        self.specialists = {s: load_model(self.at(s), dtype=case.dtype, device=self.device)[0] for s in case.specialists}
+        self.specialists = {
+            s: load_model(self.at(s), dtype=case.dtype, device=self.device)[0] for s in case.specialists
+        }
         self.weights = {s: weight_scores(self.target, m, tied=case.tied) for s, m in self.specialists.items()}
         self.given = {'base': self.target, **{short_name(s): m for s, m in self.specialists.items()}}
 
@@ -57,222 +88,374 @@ class MergeBench(Bench):
 @patch
 def scores(
     self: MergeBench,
-    seed: int = 0, # of the samples
-) -> dict: # checkpoint -> ChannelScores
+    seed: int = 0,  # of the samples
+) -> dict:  # checkpoint -> ChannelScores
     "Activation scores of every specialist's own abilities, base against specialist."
     if seed not in self.acts:
-        pools = {s: sum((load_ability(a, 'localize') for a in own[1:]), load_ability(own[0], 'localize')) for s, own in self.case.specialists.items()}
-        self.acts[seed] = {s: self.localised(short_name(s), pool.sample(min(len(pool), self.case.items), seed)) for s, pool in pools.items()}
+        pools = {
+            s: sum((load_ability(a, 'localize') for a in own[1:]), load_ability(own[0], 'localize'))
+            for s, own in self.case.specialists.items()
+        }
+        self.acts[seed] = {
+            s: self.localised(short_name(s), pool.sample(min(len(pool), self.case.items), seed))
+            for s, pool in pools.items()
+        }
     return self.acts[seed]
 
 # %% ../nbs/31_merge.ipynb #31-012
 def claims(
-    masks: dict, # name -> ChannelMask, of one model map
-) -> pd.DataFrame: # kind x number of claims: channels
+    masks: dict,  # name -> ChannelMask, of one model map
+) -> pd.DataFrame:  # kind x number of claims: channels
     "How many channels are claimed by how many masks, by kind of module."
     first = next(iter(masks.values()))
-    rows = [dict(kind=m.kind, claims=int(c), channels=1) for m in first.map for c in sum(o[m.path].int() for o in masks.values())]
-    return pd.DataFrame(rows).pivot_table(index='kind', columns='claims', values='channels', aggfunc='sum', fill_value=0, sort=False).sort_index(axis=1)
+    rows = [
+        dict(kind=m.kind, claims=int(c), channels=1)
+        for m in first.map
+        for c in sum(o[m.path].int() for o in masks.values())
+    ]
+    return (
+        pd.DataFrame(rows)
+        .pivot_table(index='kind', columns='claims', values='channels', aggfunc='sum', fill_value=0, sort=False)
+        .sort_index(axis=1)
+    )
 
 # %% ../nbs/31_merge.ipynb #31-016
 @torch.no_grad()
 def conflicts(
-    base, donors: dict, masks: dict, # a model; name -> model; name -> ChannelMask
-) -> pd.DataFrame: # a, b, contested (channels), iou, cosine of the differences on them (NaN without any)
+    base,
+    donors: dict,
+    masks: dict,  # a model; name -> model; name -> ChannelMask
+) -> pd.DataFrame:  # a, b, contested (channels), iou, cosine of the differences on them (NaN without any)
     "Every two donors: how many channels both claim, and whether they want the same there."
     ours, rows = dict(base.named_parameters()), []
     for a, b in itertools.combinations(masks, 2):
-        both, dot, na, nb = masks[a] & masks[b], 0., 0., 0.
+        both, dot, na, nb = masks[a] & masks[b], 0.0, 0.0, 0.0
         theirs = [dict(donors[n].named_parameters()) for n in (a, b)]
         for name, (axis, chosen) in mask_slices(both).items():
-            x, y = ((t[name] - ours[name]).index_select(axis, chosen.nonzero()[:, 0].to(ours[name].device)).double() for t in theirs)
-            dot, na, nb = dot + float((x*y).sum()), na + float(x.square().sum()), nb + float(y.square().sum())
-        rows.append(dict(a=short_name(a), b=short_name(b), contested=both.count, iou=iou(masks[a], masks[b]), cosine=dot/(na*nb)**.5 if na*nb > 0 else np.nan))
+            x, y = (
+                (t[name] - ours[name]).index_select(axis, chosen.nonzero()[:, 0].to(ours[name].device)).double()
+                for t in theirs
+            )
+            dot, na, nb = dot + float((x * y).sum()), na + float(x.square().sum()), nb + float(y.square().sum())
+        rows.append(
+            dict(
+                a=short_name(a),
+                b=short_name(b),
+                contested=both.count,
+                iou=iou(masks[a], masks[b]),
+                cosine=dot / (na * nb) ** 0.5 if na * nb > 0 else np.nan,
+            )
+        )
     return pd.DataFrame(rows)
 
 # %% ../nbs/31_merge.ipynb #31-019
 def priority(
     masks: dict,  # name -> ChannelMask
-    scores: dict, # name -> ChannelScores; compared after division by each module's mean
-) -> dict: # name -> ChannelMask; no channel is claimed twice
+    scores: dict,  # name -> ChannelScores; compared after division by each module's mean
+) -> dict:  # name -> ChannelMask; no channel is claimed twice
     "Leave every contested channel to the mask with the largest score there."
     first = next(iter(masks.values()))
     ranks = torch.stack([scores[n].normalised().flat().masked_fill(~masks[n].flat(), -1) for n in masks])
     top = ranks == ranks.max(0).values
-    names = sorted(range(len(masks)), key=lambda i: list(masks)[i]) # a tie goes to the first name
+    names = sorted(range(len(masks)), key=lambda i: list(masks)[i])  # a tie goes to the first name
     taken, out = torch.zeros_like(top[0]), {}
     for i in names:
         out[i] = top[i] & masks[list(masks)[i]].flat() & ~taken
         taken |= out[i]
-    return {n: ChannelMask.from_flat(out[i], first.map, {**masks[n].meta, 'made': 'priority'}) for i, n in enumerate(masks)}
+    return {
+        n: ChannelMask.from_flat(out[i], first.map, {**masks[n].meta, 'made': 'priority'}) for i, n in enumerate(masks)
+    }
 
 # %% ../nbs/31_merge.ipynb #31-021
 def merge(
-    base, donors: dict, masks: dict, # a model; name -> model; name -> ChannelMask
-    lam: float = 1.,     # lambda, for all donors
-    rule: str = 'sum',   # sum (the paper's), mean, sign or priority
-    scores: dict = None, # name -> ChannelScores, for the rule `priority`
-): # a new model
+    base,
+    donors: dict,
+    masks: dict,  # a model; name -> model; name -> ChannelMask
+    lam: float = 1.0,  # lambda, for all donors
+    rule: str = 'sum',  # sum (the paper's), mean, sign or priority
+    scores: dict = None,  # name -> ChannelScores, for the rule `priority`
+):  # a new model
     "The base with every donor's parameters on its own channels."
     if rule == 'priority':
-        if scores is None: raise ActError("the rule priority needs the scores that the masks were made from: pass scores=")
+        if scores is None:
+            raise ActError("the rule priority needs the scores that the masks were made from: pass scores=")
         masks, rule = priority(masks, scores), 'sum'
     keep = [n for n in masks if masks[n].count]
     return transfer(base, [donors[n] for n in keep], [masks[n] for n in keep], lam, check=False, rule=rule)
 
 # %% ../nbs/31_merge.ipynb #31-024
 def _by_rule(rule):
-    def make(bench, seed, p, lam=1., rank='module'):
+    def make(bench, seed, p, lam=1.0, rank='module'):
         scores = bench.scores(seed)
-        return merge(bench.target, bench.specialists, {s: top_p(o, p, rank) for s, o in scores.items()}, lam, rule, scores)
+        return merge(
+            bench.target, bench.specialists, {s: top_p(o, p, rank) for s, o in scores.items()}, lam, rule, scores
+        )
+
     return make
 
-def _random(bench, seed, p, lam=1., rank='raw'):
-    return merge(bench.target, bench.specialists, {s: random_mask(top_p(o, p), seed=100*seed + i) for i, (s, o) in enumerate(bench.scores(seed).items())}, lam)
 
-def _weight(bench, seed, p, lam=1., rank='raw'):
+def _random(bench, seed, p, lam=1.0, rank='raw'):
+    return merge(
+        bench.target,
+        bench.specialists,
+        {s: random_mask(top_p(o, p), seed=100 * seed + i) for i, (s, o) in enumerate(bench.scores(seed).items())},
+        lam,
+    )
+
+
+def _weight(bench, seed, p, lam=1.0, rank='raw'):
     return merge(bench.target, bench.specialists, {s: top_p(o, p, rank) for s, o in bench.weights.items()}, lam)
+
 
 def _mergekit(method):
     def make(bench, seed, weight, **options):
-        models, base = {bench.at(s): dict(weight=weight, **options) for s in bench.case.specialists}, bench.at(bench.case.base)
-        if method == 'linear': models[base] = dict(weight=1 - weight*len(models))
-        return merge_with_mergekit(method, models, None if method == 'linear' else base, seed, bench.case.dtype, bench.target.device)
+        models, base = (
+            {bench.at(s): dict(weight=weight, **options) for s in bench.case.specialists},
+            bench.at(bench.case.base),
+        )
+        if method == 'linear':
+            models[base] = dict(weight=1 - weight * len(models))
+        return merge_with_mergekit(
+            method, models, None if method == 'linear' else base, seed, bench.case.dtype, bench.target.device
+        )
+
     return make
 
-def _weights(ps, lams): return [dict(weight=w) for w in (.1, .15, .2, .25, .3, .4, .5, .7)[:len(ps)*len(lams)]]
-def _averages(ps, lams): return [dict(weight=w) for w in (.25, .2, .15, .1, .22, .18, .12, .05)[:len(ps)*len(lams)]]
-def _densities(ps, lams): return [dict(weight=w, density=d) for w, d in ((.25, .5), (.5, .5), (.25, .2), (.5, .2), (.75, .5), (1., .2), (.25, .8), (.5, .8))[:len(ps)*len(lams)]]
+
+def _weights(ps, lams):
+    return [dict(weight=w) for w in (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)[: len(ps) * len(lams)]]
+
+
+def _averages(ps, lams):
+    return [dict(weight=w) for w in (0.25, 0.2, 0.15, 0.1, 0.22, 0.18, 0.12, 0.05)[: len(ps) * len(lams)]]
+
+
+def _densities(ps, lams):
+    return [
+        dict(weight=w, density=d)
+        for w, d in (
+            (0.25, 0.5),
+            (0.5, 0.5),
+            (0.25, 0.2),
+            (0.5, 0.2),
+            (0.75, 0.5),
+            (1.0, 0.2),
+            (0.25, 0.8),
+            (0.5, 0.8),
+        )[: len(ps) * len(lams)]
+    ]
 
 # %% ../nbs/31_merge.ipynb #31-025
-def _base(bench, seed, **_): return bench.target
-def _rates(ps, lams): return [dict(lr=lr, steps=s) for s in (1, 4) for lr in (.3, 1., 3., 10.)][:len(ps)*len(lams)]
-def _tune(bench, model, seed, lr, steps, **more): return bench.tune(model, seed, lr=lr*bench.case.sft['lr'], steps=steps*bench.case.sft['steps'], **more)
-def _joint(bench, model, seed, **setting): return _tune(bench, model, seed, items=[load_ability(a, 'train') for names in bench.case.aims.values() for a in names], **setting)
+def _base(bench, seed, **_):
+    return bench.target
+
+
+def _rates(ps, lams):
+    return [dict(lr=lr, steps=s) for s in (1, 4) for lr in (0.3, 1.0, 3.0, 10.0)][: len(ps) * len(lams)]
+
+
+def _tune(bench, model, seed, lr, steps, **more):
+    return bench.tune(model, seed, lr=lr * bench.case.sft['lr'], steps=steps * bench.case.sft['steps'], **more)
+
+
+def _joint(bench, model, seed, **setting):
+    return _tune(
+        bench,
+        model,
+        seed,
+        items=[load_ability(a, 'train') for names in bench.case.aims.values() for a in names],
+        **setting,
+    )
+
 
 MERGERS = {
-    'random masks': Method(_random, by_p_and_lam()), 'weight masks': Method(_weight, by_p_and_rank),
-    'ACT': Method(_by_rule('sum'), by_p_and_lam()), 'ACT (module-normalised)': Method(_by_rule('sum'), by_p_and_lam('module')),
-    'ACT (mean)': Method(_by_rule('mean'), by_p_and_lam('module')), 'ACT (sign)': Method(_by_rule('sign'), by_p_and_lam('module')), 'ACT (priority)': Method(_by_rule('priority'), by_p_and_lam('module')),
-    'linear (mergekit)': Method(_mergekit('linear'), _averages), 'task arithmetic (mergekit)': Method(_mergekit('task_arithmetic'), _weights),
-    'TIES (mergekit)': Method(_mergekit('ties'), _densities), 'DARE-TIES (mergekit)': Method(_mergekit('dare_ties'), _densities),
-    'light SFT only': Method(_base, _rates, _tune), 'joint SFT': Method(_base, _rates, _joint)}
+    'random masks': Method(_random, by_p_and_lam()),
+    'weight masks': Method(_weight, by_p_and_rank),
+    'ACT': Method(_by_rule('sum'), by_p_and_lam()),
+    'ACT (module-normalised)': Method(_by_rule('sum'), by_p_and_lam('module')),
+    'ACT (mean)': Method(_by_rule('mean'), by_p_and_lam('module')),
+    'ACT (sign)': Method(_by_rule('sign'), by_p_and_lam('module')),
+    'ACT (priority)': Method(_by_rule('priority'), by_p_and_lam('module')),
+    'linear (mergekit)': Method(_mergekit('linear'), _averages),
+    'task arithmetic (mergekit)': Method(_mergekit('task_arithmetic'), _weights),
+    'TIES (mergekit)': Method(_mergekit('ties'), _densities),
+    'DARE-TIES (mergekit)': Method(_mergekit('dare_ties'), _densities),
+    'light SFT only': Method(_base, _rates, _tune),
+    'joint SFT': Method(_base, _rates, _joint),
+}
 MERGE_ROWS = {f'{m}{s}': (m, not s) for m, o in MERGERS.items() for s in ('', ' without SFT') if not (s and o.tune)}
 
 # %% ../nbs/31_merge.ipynb #31-028
 class Merged(Recovery):
     "Result of a merging study, with the methods of `Recovery`."
+
     kind = MergeCase
-    def plot(self, ax=None): "As `plot_merged`."; return plot_merged(self, ax)
-    def _title(self): return f"Merged: {', '.join(self.case.specialists)} into {self.case.base}"
+
+    def plot(self, ax=None):
+        "As `plot_merged`."
+        return plot_merged(self, ax)
+
+    def _title(self):
+        return f"Merged: {', '.join(self.case.specialists)} into {self.case.base}"
 
 # %% ../nbs/31_merge.ipynb #31-030
 def interference(
-    bench: MergeBench, # from a case
-    setting: dict,     # p, lam, rank
-    seeds=(0, 1, 2),   # of localisation
-    rule: str = 'sum', # as in `merge`
-) -> pd.DataFrame: # added, on, difference, low, high: in points, or bits per byte
+    bench: MergeBench,  # from a case
+    setting: dict,  # p, lam, rank
+    seeds=(0, 1, 2),  # of localisation
+    rule: str = 'sum',  # as in `merge`
+) -> pd.DataFrame:  # added, on, difference, low, high: in points, or bits per byte
     "What adding each specialist to the others does to every ability, without fine-tuning, on test items, paired."
     case, runs = bench.case, {}
+
     def values(seed, left_out=None):
         def make(bench, seed, p, lam, rank):
             scores = {s: o for s, o in bench.scores(seed).items() if s != left_out}
-            return merge(bench.target, bench.specialists, {s: top_p(o, p, rank) for s, o in scores.items()}, lam, rule, scores)
+            return merge(
+                bench.target, bench.specialists, {s: top_p(o, p, rank) for s, o in scores.items()}, lam, rule, scores
+            )
+
         return bench.score(f'{rule} without {left_out}', 'test', Method(make, None), seed, setting=setting)['values']
+
     runs = {s: [values(seed, s) for seed in seeds] for s in (None, *case.specialists)}
     recs = Merged(case, {str(s): r for s, r in runs.items()}, None, None, {})
     out = []
     for s in case.specialists:
         for c in case.aims:
-            d = recs._scale()*(recs.samples('None')[c] - recs.samples(s)[c])
+            d = recs._scale() * (recs.samples('None')[c] - recs.samples(s)[c])
             out.append(dict(zip(('added', 'on', 'difference', 'low', 'high'), (short_name(s), c, *interval(d)))))
     return pd.DataFrame(out)
 
 # %% ../nbs/31_merge.ipynb #31-032
 def oracle(
     rows: dict,  # from `measure`
-    given,       # names of the rows to pick from
-    metric: str, # correct or bits
-) -> list: # one run: ability -> per-item values
+    given,  # names of the rows to pick from
+    metric: str,  # correct or bits
+) -> list:  # one run: ability -> per-item values
     "For each item the best of the given models."
     best = np.max if metric == 'correct' else np.min
     return [{a: best([rows[g][0][a] for g in given], axis=0) for a in rows[given[0]][0]}]
 
+
 def merge_study(
-    case,                     # a MergeCase, or a name in MERGES
-    out=None,                 # file to write
-    seeds: tuple = (0, 1, 2), # of localisation samples, random masks and fine-tuning
-    device=None,              # where the models go
-    progress: bool = True,    # show bars
+    case,  # a MergeCase, or a name in MERGES
+    out=None,  # file to write
+    seeds: tuple = (0, 1, 2),  # of localisation samples, random masks and fine-tuning
+    device=None,  # where the models go
+    progress: bool = True,  # show bars
     rows: dict = MERGE_ROWS,  # row -> (method, with SFT or not)
     methods: dict = MERGERS,  # name -> Method
-    bench: MergeBench = None, # of the case; made here by default
+    bench: MergeBench = None,  # of the case; made here by default
 ) -> Merged:
     "Choose settings on validation items, measure every row on test items, count conflicts and what specialists cost each other."
     if isinstance(case, str):
-        if case not in MERGES: raise ActError(f"no merge is called {case!r}: choose one of {', '.join(MERGES)}")
+        if case not in MERGES:
+            raise ActError(f"no merge is called {case!r}: choose one of {', '.join(MERGES)}")
         case = MERGES[case]
-    if out: check_absent(out)
+    if out:
+        check_absent(out)
     start = time.time()
-    if bench is None: bench = ready_bench(MergeBench(case, device, progress), [(case.base, s) for s in case.specialists], rows, methods, seeds, {out: 12_000*len(rows)} if out else {})
+    if bench is None:
+        bench = ready_bench(
+            MergeBench(case, device, progress),
+            [(case.base, s) for s in case.specialists],
+            rows,
+            methods,
+            seeds,
+            {out: 12_000 * len(rows)} if out else {},
+        )
     grid, best = choose(bench, rows, methods, seeds[0])
     values = measure(bench, best, seeds, rows, methods)
     values = {'oracle': oracle(values, bench.names, case.metric), **values}
-    setting = next((best[r] for r in ('ACT (module-normalised) without SFT', *best) if r in best and 'rank' in best[r]))
+    setting = next(best[r] for r in ('ACT (module-normalised) without SFT', *best) if r in best and 'rank' in best[r])
     masks = {s: top_p(o, setting['p'], setting['rank']) for s, o in bench.scores(seeds[0]).items()}
-    extra = dict(setting=setting, claims=claims(masks).rename(columns=str).reset_index().to_dict('records'), conflicts=conflicts(bench.target, bench.specialists, masks).to_dict('records'),
-                 interference=interference(bench, setting, seeds).to_dict('records'))
+    extra = dict(
+        setting=setting,
+        claims=claims(masks).rename(columns=str).reset_index().to_dict('records'),
+        conflicts=conflicts(bench.target, bench.specialists, masks).to_dict('records'),
+        interference=interference(bench, setting, seeds).to_dict('records'),
+    )
     rec = Merged(case, values, grid, best, study_meta(bench, seeds, start, **extra))
-    if out: rec.save(out)
+    if out:
+        rec.save(out)
     return rec
 
 # %% ../nbs/31_merge.ipynb #31-033
 def plot_interference(
-    table: pd.DataFrame, # from `interference`
-    unit: str = 'points', # of the differences
-    ax=None,             # axes to draw on
+    table: pd.DataFrame,  # from `interference`
+    unit: str = 'points',  # of the differences
+    ax=None,  # axes to draw on
 ):
     "Heat map: the specialist that is added (row) on every ability (column); returns the axes."
     import seaborn as sns
+
     grid = table.pivot(index='added', columns='on', values='difference').loc[table.added.unique(), table.on.unique()]
-    sure = table.assign(sure=(table.low > 0) | (table.high < 0)).pivot(index='added', columns='on', values='sure').loc[grid.index, grid.columns]
+    sure = (
+        table.assign(sure=(table.low > 0) | (table.high < 0))
+        .pivot(index='added', columns='on', values='sure')
+        .loc[grid.index, grid.columns]
+    )
     text = grid.round(1 if unit == 'points' else 2).astype(str) + sure.map(lambda x: '' if x else '\n(n.s.)')
-    if ax is None: _, ax = plt.subplots(figsize=(4.5, 2.6), constrained_layout=True)
+    if ax is None:
+        _, ax = plt.subplots(figsize=(4.5, 2.6), constrained_layout=True)
     top = float(grid.abs().max().max())
-    sns.heatmap(grid, ax=ax, annot=text, fmt='', cmap='PuOr', vmin=-top, vmax=top, annot_kws=dict(size=6), cbar_kws=dict(label=f'difference ({unit})'))
+    sns.heatmap(
+        grid,
+        ax=ax,
+        annot=text,
+        fmt='',
+        cmap='PuOr',
+        vmin=-top,
+        vmax=top,
+        annot_kws=dict(size=6),
+        cbar_kws=dict(label=f'difference ({unit})'),
+    )
     ax.set(xlabel='ability of', ylabel='added')
     ax.tick_params(axis='y', rotation=0)
     return ax
 
 # %% ../nbs/31_merge.ipynb #31-034
 def plot_merged(
-    rec: Merged, # from `merge_study`
-    ax=None,     # axes to draw on
+    rec: Merged,  # from `merge_study`
+    ax=None,  # axes to draw on
 ):
     "The specialists' own abilities (mean over specialists) against the base's, for every row; returns the axes."
-    if ax is None: _, ax = plt.subplots(figsize=(7, 4), constrained_layout=True)
+    if ax is None:
+        _, ax = plt.subplots(figsize=(7, 4), constrained_layout=True)
     k, own = rec._scale(), [c for c in rec.case.aims if c != 'base']
     for i, r in enumerate(rec.rows):
         s = rec.samples(r)
-        x, y = interval(k*s['base']), interval(k*np.mean([s[c] for c in own], 0))
+        x, y = interval(k * s['base']), interval(k * np.mean([s[c] for c in own], 0))
         err = lambda e: [[max(0, e[0] - e[1])], [max(0, e[2] - e[0])]]
-        ax.errorbar(x[0], y[0], xerr=err(x), yerr=err(y), fmt='s' if r.startswith('ACT') else 'o', color='C1' if r.startswith('ACT') else 'C0', mfc='white' if 'without' in r else None, ms=4, lw=.6)
+        ax.errorbar(
+            x[0],
+            y[0],
+            xerr=err(x),
+            yerr=err(y),
+            fmt='s' if r.startswith('ACT') else 'o',
+            color='C1' if r.startswith('ACT') else 'C0',
+            mfc='white' if 'without' in r else None,
+            ms=4,
+            lw=0.6,
+        )
         ax.annotate(str(i + 1), (x[0], y[0]), xytext=(3, 3), textcoords='offset points', fontsize=6)
     unit = '% of test items' if k == 100 else 'bits per byte'
     ax.set(xlabel=f"the base's abilities ({unit})", ylabel=f"the specialists' own ({unit})")
-    ax.text(1.02, 1, '\n'.join(f'{i + 1} {r}' for i, r in enumerate(rec.rows)), transform=ax.transAxes, va='top', fontsize=6)
+    ax.text(
+        1.02, 1, '\n'.join(f'{i + 1} {r}' for i, r in enumerate(rec.rows)), transform=ax.transAxes, va='top', fontsize=6
+    )
     return ax
 
 # %% ../nbs/31_merge.ipynb #31-035
 @command
 def act_merge(
-    out: str,             # file to write
-    case: str = 'lab',    # a name in MERGES
-    seeds: int = 3,       # how many
-    device: str = None,   # cpu, cuda, ...
+    out: str,  # file to write
+    case: str = 'lab',  # a name in MERGES
+    seeds: int = 3,  # how many
+    device: str = None,  # cpu, cuda, ...
 ):
     "Merge several specialists by every method: `act_merge --case lab --out runs/merge.json`"
-    if seeds < 1: raise ActError(f"seeds is {seeds}: at least one is needed")
+    if seeds < 1:
+        raise ActError(f"seeds is {seeds}: at least one is needed")
     print(f'{merge_study(case, out, tuple(range(seeds)), device)}\n-> {out}')
     next_step('act_findings', finding='concentration', out=beside(out, 'concentration.json'))

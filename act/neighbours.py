@@ -25,8 +25,10 @@ def _mergekit():
     "mergekit's module of merge methods."
     try:
         from mergekit import merge_methods as mm
+
         mm.GroupMergeMethod, mm.PerNonBase
-    except (ImportError, AttributeError) as e: raise ActError('mergekit 0.1.5 or later is not installed: pip install "act-transfer[baselines]"') from e
+    except (ImportError, AttributeError) as e:
+        raise ActError('mergekit 0.1.5 or later is not installed: pip install "act-transfer[baselines]"') from e
     return mm
 
 # %% ../nbs/17_neighbours.ipynb #17-013
@@ -34,18 +36,26 @@ def _mask_of(files):
     "The union of mask files, separated by commas."
     return reduce(or_, (ChannelMask.load(f) for f in listed(files)))
 
+
 @lru_cache(maxsize=16)
 def _slices_of(files, stamp):
     mask = _mask_of(files)
     return mask_slices(mask), mask.map.tied
 
+
 def _moves(name, files, theirs, lam, ours):
     "What a donor does to a parameter, as `blend` wants it."
     slices, tied = _slices_of(files, tuple(Path(f).stat().st_mtime_ns for f in listed(files) if Path(f).exists()))
     axis, chosen = slices.get('model.embed_tokens.weight' if tied and name == 'lm_head.weight' else name, (0, None))
-    if chosen is None: return []
-    if name in VOCABULARY: theirs = fit_rows(theirs, ours)
-    if theirs.ndim <= axis or theirs.shape[axis] != len(chosen): raise ActError(f"{files} has {len(chosen)} channels for {name}, which has shape {tuple(theirs.shape)}: the mask was made for another model")
+    if chosen is None:
+        return []
+    if name in VOCABULARY:
+        theirs = fit_rows(theirs, ours)
+    if theirs.ndim <= axis or theirs.shape[axis] != len(chosen):
+        raise ActError(
+            f"{files} has {len(chosen)} channels for {name}, which has shape {tuple(theirs.shape)}: the mask was made"
+            " for another model"
+        )
     chosen = chosen.to(theirs.device)
     return [(theirs.index_select(axis, chosen.nonzero()[:, 0]), axis, chosen, lam)]
 
@@ -53,15 +63,34 @@ def _moves(name, files, theirs, lam, ours):
 def mergekit_method():
     "The transfer as a merge method of mergekit called `act`, which mergekit knows from now on."
     mm = _mergekit()
-    if found := next((o for o in mm.registered_methods() if o.spec.name == 'act'), None): return found
-    @mm.merge_method(name='act', pretty_name='ACT', contract=mm.InputContract(base=mm.BasePolicy.REQUIRED, min_non_base=1))
-    def act(group: mm.TensorGroup, mask: mm.PerNonBase[str], lam: mm.PerNonBase[float] = 1., rule: str = 'sum') -> torch.Tensor:
-        if rule not in RULES: raise ActError(f"rule is {rule!r}: choose one of {', '.join(RULES)}")
-        return blend(group.base.tensor, [o for e in group.non_base for o in _moves(group.metadata.name, mask[e.id], e.tensor, lam[e.id], group.base.tensor)], rule)
+    if found := next((o for o in mm.registered_methods() if o.spec.name == 'act'), None):
+        return found
+
+    @mm.merge_method(
+        name='act', pretty_name='ACT', contract=mm.InputContract(base=mm.BasePolicy.REQUIRED, min_non_base=1)
+    )
+    def act(
+        group: mm.TensorGroup, mask: mm.PerNonBase[str], lam: mm.PerNonBase[float] = 1.0, rule: str = 'sum'
+    ) -> torch.Tensor:
+        if rule not in RULES:
+            raise ActError(f"rule is {rule!r}: choose one of {', '.join(RULES)}")
+        return blend(
+            group.base.tensor,
+            [
+                o
+                for e in group.non_base
+                for o in _moves(group.metadata.name, mask[e.id], e.tensor, lam[e.id], group.base.tensor)
+            ],
+            rule,
+        )
+
     class InTypeOfTarget(type(act)):
         def _execute_resolved(self, groups, parameters, *, dtype=None, **kw):
             run = super()._execute_resolved
-            return tuple(t for g, p in zip(groups, parameters) for t in run((g,), [p], dtype=dtype or g.base.tensor.dtype, **kw))
+            return tuple(
+                t for g, p in zip(groups, parameters) for t in run((g,), [p], dtype=dtype or g.base.tensor.dtype, **kw)
+            )
+
     mm.register(InTypeOfTarget(act.spec, act.implementation))
     return mm.get('act')
 
@@ -69,35 +98,68 @@ def mergekit_method():
 def _read_recipe(path):
     "What a recipe says, and its text."
     import yaml
-    try: text = Path(path).read_text(encoding='utf-8'); d = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e: raise ActError(f"{path} is not a readable YAML file ({' '.join(str(e).split())[:200]}): check it") from e
-    if not isinstance(d, dict) or not isinstance(d.get('merge_method'), str): raise ActError(f"{path} names no merge_method: write a recipe as mergekit-yaml wants it")
+
+    try:
+        text = Path(path).read_text(encoding='utf-8')
+        d = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise ActError(f"{path} is not a readable YAML file ({' '.join(str(e).split())[:200]}): check it") from e
+    if not isinstance(d, dict) or not isinstance(d.get('merge_method'), str):
+        raise ActError(f"{path} names no merge_method: write a recipe as mergekit-yaml wants it")
     return d, text
+
 
 def _where(model):
     "A folder in place of a name that mergekit does not know."
     return str(resolve(model)) if isinstance(model, str) and model.partition('/')[0] in MODELS else model
 
+
 def _for_mergekit(recipe):
-    models = {'models': [{**m, 'model': _where(m['model'])} if isinstance(m, dict) and 'model' in m else m for m in recipe['models']]} if isinstance(recipe.get('models'), list) else {}
+    models = (
+        {
+            'models': [
+                {**m, 'model': _where(m['model'])} if isinstance(m, dict) and 'model' in m else m
+                for m in recipe['models']
+            ]
+        }
+        if isinstance(recipe.get('models'), list)
+        else {}
+    )
     return {**recipe, **({'base_model': _where(recipe['base_model'])} if 'base_model' in recipe else {}), **models}
 
 # %% ../nbs/17_neighbours.ipynb #17-020
 def _donors(recipe, path):
     "[(donor, mask files, lam)] of a recipe for `act`."
     models, shared, base = recipe.get('models'), recipe.get('parameters') or {}, recipe.get('base_model')
-    if not (isinstance(base, str) and isinstance(models, list) and all(isinstance(m, dict) and isinstance(m.get('model'), str) for m in models)): raise ActError(f"{path}: act needs base_model (the target) and a list of models (the donors), not slices or modules")
+    if not (
+        isinstance(base, str)
+        and isinstance(models, list)
+        and all(isinstance(m, dict) and isinstance(m.get('model'), str) for m in models)
+    ):
+        raise ActError(
+            f"{path}: act needs base_model (the target) and a list of models (the donors), not slices or modules"
+        )
     out = []
     for where, p in [('the recipe', shared), *((m['model'], m.get('parameters') or {}) for m in models)]:
-        if not isinstance(p, dict): raise ActError(f"{path}: the parameters of {where} are not names with values: write mask: FILE and lam: NUMBER under them")
+        if not isinstance(p, dict):
+            raise ActError(
+                f"{path}: the parameters of {where} are not names with values: write mask: FILE and lam: NUMBER under"
+                " them"
+            )
     for m in models:
         own = {**shared, **(m.get('parameters') or {})}
-        if odd := sorted(own.keys() - {'mask', 'lam', 'rule'}): raise ActError(f"{path}: act has no parameter {odd[0]}: it has mask and lam for each donor, and rule for all")
-        if m['model'] == base: continue
-        if 'mask' not in own: raise ActError(f"{path}: the donor {m['model']} has no mask: add mask: FILE to its parameters")
-        lam = own.get('lam', 1.)
+        if odd := sorted(own.keys() - {'mask', 'lam', 'rule'}):
+            raise ActError(
+                f"{path}: act has no parameter {odd[0]}: it has mask and lam for each donor, and rule for all"
+            )
+        if m['model'] == base:
+            continue
+        if 'mask' not in own:
+            raise ActError(f"{path}: the donor {m['model']} has no mask: add mask: FILE to its parameters")
+        lam = own.get('lam', 1.0)
         out.append((m['model'], own['mask'], read_lams(lam)[0] if isinstance(lam, str) else lam))
-    if not out: raise ActError(f"{path}: there is no donor: list one under models, with its mask")
+    if not out:
+        raise ActError(f"{path}: there is no donor: list one under models, with its mask")
     return out
 
 # %% ../nbs/17_neighbours.ipynb #17-021
@@ -105,18 +167,20 @@ def _checked(recipe, path, weights):
     "What `transfer_checkpoint` would check and put on record; None where parameters vary from tensor to tensor."
     found = _donors(recipe, path)
     target, rule = recipe['base_model'], (recipe.get('parameters') or {}).get('rule', 'sum')
-    if not all(isinstance(f, str) and isinstance(l, (int, float)) for _, f, l in found): return
+    if not all(isinstance(f, str) and isinstance(l, (int, float)) for _, f, l in found):
+        return
     jobs = transfer_jobs([d for d, _, _ in found], [_mask_of(f) for _, f, _ in found], [l for *_, l in found], rule)
     if weights:
-        for d, _, _ in jobs: check_pair(target, d)
+        for d, _, _ in jobs:
+            check_pair(target, d)
     return transfer_record(target, jobs, rule, check_masks(target, jobs, weights))
 
 # %% ../nbs/17_neighbours.ipynb #17-023
 def run_mergekit(
-    recipe,             # YAML file, as for mergekit-yaml; models may also be lab/NAME or smollm2/NAME
-    out,                # folder to create; must not exist
+    recipe,  # YAML file, as for mergekit-yaml; models may also be lab/NAME or smollm2/NAME
+    out,  # folder to create; must not exist
     options: str = '',  # options of mergekit-yaml, such as '--cuda --lazy-unpickle'
-    check: bool = True, # target and donors fit, and the masks were made for these weights
+    check: bool = True,  # target and donors fit, and the masks were made for these weights
 ) -> Path:
     "Run mergekit on a recipe, which may say `merge_method: act`."
     mergekit_method()
@@ -124,63 +188,114 @@ def run_mergekit(
     from mergekit.config import MergeConfiguration
     from mergekit.merge import MergeOptions, run_merge
     from mergekit.scripts.run_yaml import main
+
     recipe, out = Path(recipe), Path(out)
     d, text = _read_recipe(recipe)
     record = _checked(d, recipe, check) if d['merge_method'] == 'act' else None
-    try: how, config = MergeOptions(**{k: v for k, v in main.make_context('mergekit-yaml', [str(recipe), str(out), *shlex.split(options)]).params.items() if k in MergeOptions.model_fields}), MergeConfiguration.model_validate(_for_mergekit(d))
-    except (click.ClickException, ValueError, RuntimeError) as e: raise ActError(f"mergekit does not take this recipe or these options ({' '.join(str(e).split())[:300]}): see mergekit-yaml --help") from e
+    try:
+        how, config = (
+            MergeOptions(
+                **{
+                    k: v
+                    for k, v in main.make_context(
+                        'mergekit-yaml', [str(recipe), str(out), *shlex.split(options)]
+                    ).params.items()
+                    if k in MergeOptions.model_fields
+                }
+            ),
+            MergeConfiguration.model_validate(_for_mergekit(d)),
+        )
+    except (click.ClickException, ValueError, RuntimeError) as e:
+        raise ActError(
+            f"mergekit does not take this recipe or these options ({' '.join(str(e).split())[:300]}): see mergekit-yaml"
+            " --help"
+        ) from e
     need = opened(d['base_model']).nbytes if record else 0
-    begin([str(m) for m in config.referenced_models()] if not record else [d['base_model'], *(o['donor'] for o in record['moved'])], {out: need}, f"mergekit, merge_method {d['merge_method']}")
+    begin(
+        (
+            [str(m) for m in config.referenced_models()]
+            if not record
+            else [d['base_model'], *(o['donor'] for o in record['moved'])]
+        ),
+        {out: need},
+        f"mergekit, merge_method {d['merge_method']}",
+    )
     with atomic_folder(out, need) as tmp:
         how.apply_global_options()
-        try: run_merge(config, str(tmp/out.name), how, text)
-        except ActError: raise
-        except (RuntimeError, ValueError) as e: raise ActError(f"mergekit could not merge ({' '.join(str(e).split())[:300]}): check {recipe}") from e
-        for f in (tmp/out.name).iterdir(): f.rename(tmp/f.name)
-        (tmp/out.name).rmdir()
-        if record: write_json(dict(record, provenance=provenance()), tmp/'act_transfer.json')
+        try:
+            run_merge(config, str(tmp / out.name), how, text)
+        except ActError:
+            raise
+        except (RuntimeError, ValueError) as e:
+            raise ActError(f"mergekit could not merge ({' '.join(str(e).split())[:300]}): check {recipe}") from e
+        for f in (tmp / out.name).iterdir():
+            f.rename(tmp / f.name)
+        (tmp / out.name).rmdir()
+        if record:
+            write_json(dict(record, provenance=provenance()), tmp / 'act_transfer.json')
     return out
 
 # %% ../nbs/17_neighbours.ipynb #17-029
 class InsideMask:
     "Training inside a mask; it ends with `.remove()`, or with its `with` block."
-    def __init__(self,
+
+    def __init__(
+        self,
         hooks,  # on gradients and optimisers
-        frozen, # parameters that learnt before
-    ): self.hooks, self.frozen = hooks, frozen
+        frozen,  # parameters that learnt before
+    ):
+        self.hooks, self.frozen = hooks, frozen
+
     def remove(self):
         "Everything learns again."
-        for h in self.hooks: h.remove()
-        for p in self.frozen: p.requires_grad_(True)
+        for h in self.hooks:
+            h.remove()
+        for p in self.frozen:
+            p.requires_grad_(True)
         self.hooks, self.frozen = [], []
-    def __enter__(self): return self
-    def __exit__(self, *_): self.remove()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.remove()
 
 # %% ../nbs/17_neighbours.ipynb #17-031
 _FACTOR = r'(.+)\.lora_(A|B|embedding_A|embedding_B)\.[^.]+(?:\.(?:weight|bias))?'
 _TOKENS = r'(.+)\.trainable_tokens_delta\.([^.]+)'
 
+
 def _plain(name):
     "The name that a parameter has in the model alone."
-    return re.sub(r'^base_model\.model\.|\.(?:base_layer|original_module|token_adapter|modules_to_save\.[^.]+)(?=\.)', '', name)
+    return re.sub(
+        r'^base_model\.model\.|\.(?:base_layer|original_module|token_adapter|modules_to_save\.[^.]+)(?=\.)', '', name
+    )
 
 # %% ../nbs/17_neighbours.ipynb #17-032
 def _inside(model, mask):
     "Parameters that may learn: name -> (axis, bool vector), or None where all of it may."
     slices, axes, out = mask_slices(mask), {m.path: m.params[0][1] for m in mask.map}, {}
     for name, p in model.named_parameters():
-        if not p.requires_grad: continue
+        if not p.requires_grad:
+            continue
         plain = _plain(name)
         if m := re.fullmatch(_FACTOR, plain):
-            if m[1] not in mask.map or not mask[m[1]].any(): continue
-            at = {'embedding_B': 0, **({'A': 1} if axes[m[1]] else {'B': 0})} # the factor that has the channels, and along which axis
+            if m[1] not in mask.map or not mask[m[1]].any():
+                continue
+            at = {
+                'embedding_B': 0,
+                **({'A': 1} if axes[m[1]] else {'B': 0}),
+            }  # the factor that has the channels, and along which axis
             out[name] = (at[m[2]], mask[m[1]]) if m[2] in at else None
         elif m := re.fullmatch(_TOKENS, plain):
             axis, chosen = slices.get(f'{m[1]}.weight', (0, None))
             rows = model.get_submodule(name.rpartition('.trainable_tokens_delta')[0]).token_indices[m[2]]
-            if chosen is not None: out[name] = axis, chosen if axis else chosen[rows]
-        elif 'lora_' in plain: raise ActError(f"no channels are known in {name}: use plain LoRA, without DoRA or other variants")
-        elif plain in slices: out[name] = slices[plain]
+            if chosen is not None:
+                out[name] = axis, chosen if axis else chosen[rows]
+        elif 'lora_' in plain:
+            raise ActError(f"no channels are known in {name}: use plain LoRA, without DoRA or other variants")
+        elif plain in slices:
+            out[name] = slices[plain]
     return out
 
 # %% ../nbs/17_neighbours.ipynb #17-033
@@ -191,58 +306,91 @@ def _kept(model, slices):
     for n, (axis, chosen) in slices.items():
         idx = (~chosen).nonzero()[:, 0].to(named[n].device)
         keep[n] = axis, idx, named[n].detach().index_select(axis, idx)
+
     def back(optimizer, *_):
         if not any(id(p) in ours for g in optimizer.param_groups for p in g['params']):
-            if dict(model().named_parameters()).get(first, named[first]) is not named[first]: raise ActError("the model's parameters are other ones than when mask_gradients was called (were they spread over devices?): call it after that, or train with act.finetune.finetune(mask=...)")
+            if dict(model().named_parameters()).get(first, named[first]) is not named[first]:
+                raise ActError(
+                    "the model's parameters are other ones than when mask_gradients was called (were they spread over"
+                    " devices?): call it after that, or train with act.finetune.finetune(mask=...)"
+                )
             return
         for n, (axis, idx, values) in keep.items():
             p = named[n].detach()
-            if values.device != p.device or values.dtype != p.dtype: keep[n] = _, idx, values = axis, idx.to(p.device), values.to(p.device, p.dtype) # the model has moved
+            if values.device != p.device or values.dtype != p.dtype:
+                keep[n] = _, idx, values = axis, idx.to(p.device), values.to(p.device, p.dtype)  # the model has moved
             p.index_copy_(axis, idx, values)
+
     return back
 
 # %% ../nbs/17_neighbours.ipynb #17-034
 def mask_gradients(
-    model,             # a model, or a PEFT model around it
-    mask: ChannelMask, # the channels that learn
-    keep: bool = True, # put back after every optimiser step what weight decay or momentum moved outside the mask; it takes a copy of those entries
-) -> InsideMask: # raises ActError for a mask of another model, and for a model that is spread over devices
+    model,  # a model, or a PEFT model around it
+    mask: ChannelMask,  # the channels that learn
+    keep: bool = True,  # put back after every optimiser step what weight decay or momentum moved outside the mask; it takes a copy of those entries
+) -> InsideMask:  # raises ActError for a mask of another model, and for a model that is spread over devices
     "From now on only the channels of a mask learn, whatever the optimiser; an adapter's rows outside the mask become zero."
     from torch.optim.optimizer import register_optimizer_step_post_hook
     from act.finetune import DTensor, restrict_gradients
+
     named = dict(model.named_parameters())
-    if any(isinstance(p, DTensor) for p in named.values()): raise ActError("the model is spread over devices: train it with act.finetune.finetune(mask=...)")
-    mask.map.check({_plain(n): tuple(p.shape) for n, p in named.items() if '.lora_' not in n and '.trainable_tokens_' not in n}, label_of(model))
+    if any(isinstance(p, DTensor) for p in named.values()):
+        raise ActError("the model is spread over devices: train it with act.finetune.finetune(mask=...)")
+    mask.map.check(
+        {_plain(n): tuple(p.shape) for n, p in named.items() if '.lora_' not in n and '.trainable_tokens_' not in n},
+        label_of(model),
+    )
     learning = _inside(model, mask)
-    if not learning: raise ActError("nothing that learns lies inside the mask: it is empty, or the adapter is on other modules (peft_config makes one that fits)")
-    frozen, slices = [p for n, p in named.items() if p.requires_grad and n not in learning], {n: s for n, s in learning.items() if s}
-    for p in frozen: p.requires_grad_(False); p.grad = None
+    if not learning:
+        raise ActError(
+            "nothing that learns lies inside the mask: it is empty, or the adapter is on other modules (peft_config"
+            " makes one that fits)"
+        )
+    frozen, slices = (
+        [p for n, p in named.items() if p.requires_grad and n not in learning],
+        {n: s for n, s in learning.items() if s},
+    )
+    for p in frozen:
+        p.requires_grad_(False)
+        p.grad = None
     with torch.no_grad():
         for n, (axis, chosen) in slices.items():
-            if '.lora_' in n: named[n].index_fill_(axis, (~chosen).nonzero()[:, 0].to(named[n].device), 0)
+            if '.lora_' in n:
+                named[n].index_fill_(axis, (~chosen).nonzero()[:, 0].to(named[n].device), 0)
     hooks = restrict_gradients(model, slices)
     if keep:
         hooks.append(register_optimizer_step_post_hook(_kept(model, slices)))
-        weakref.finalize(model, hooks[-1].remove) # the hook is torch's, not the model's
+        weakref.finalize(model, hooks[-1].remove)  # the hook is torch's, not the model's
     return InsideMask(hooks, frozen)
 
 # %% ../nbs/17_neighbours.ipynb #17-042
 def peft_config(
-    mask: ChannelMask,        # the channels to train
-    r: int = 8,               # rank
-    parameters: bool = False, # name the matrices as `target_parameters`, instead of their modules as `target_modules`
-    rest: bool = False,       # train masked norms and biases too; PEFT saves those whole, beside the factors
-    **options,                # more of `peft.LoraConfig`
-): # raises ActError when no channel of the mask belongs to a matrix
+    mask: ChannelMask,  # the channels to train
+    r: int = 8,  # rank
+    parameters: bool = False,  # name the matrices as `target_parameters`, instead of their modules as `target_modules`
+    rest: bool = False,  # train masked norms and biases too; PEFT saves those whole, beside the factors
+    **options,  # more of `peft.LoraConfig`
+):  # raises ActError when no channel of the mask belongs to a matrix
     "A `LoraConfig` for the modules that hold channels of a mask; `mask_gradients` then keeps the adapter inside the mask."
     from peft import LoraConfig
+
     chosen = [m for m in mask.map if mask[m.path].any()]
     matrices = [m for m in chosen if m.kind not in ('norm', mask.map.tied)]
-    if not matrices: raise ActError("LoRA trains matrices, and the mask has channels of norms or of a tied embedding alone: train without an adapter, mask_gradients(model, mask)")
-    where = dict(target_modules=[], target_parameters=[m.params[0][0] for m in matrices]) if parameters else dict(target_modules=[m.path for m in matrices])
-    if mask.map.tied == 'lm_head' and mask['lm_head'].any(): where['trainable_token_indices'] = {'model.embed_tokens': mask['lm_head'].nonzero()[:, 0].tolist()}
-    if rest: where.update(bias='all', modules_to_save=[m.path for m in chosen if m.kind == 'norm'] or None)
-    return LoraConfig(**{**dict(task_type='CAUSAL_LM', r=r, lora_alpha=2*r), **where, **options})
+    if not matrices:
+        raise ActError(
+            "LoRA trains matrices, and the mask has channels of norms or of a tied embedding alone: train without an"
+            " adapter, mask_gradients(model, mask)"
+        )
+    where = (
+        dict(target_modules=[], target_parameters=[m.params[0][0] for m in matrices])
+        if parameters
+        else dict(target_modules=[m.path for m in matrices])
+    )
+    if mask.map.tied == 'lm_head' and mask['lm_head'].any():
+        where['trainable_token_indices'] = {'model.embed_tokens': mask['lm_head'].nonzero()[:, 0].tolist()}
+    if rest:
+        where.update(bias='all', modules_to_save=[m.path for m in chosen if m.kind == 'norm'] or None)
+    return LoraConfig(**{**dict(task_type='CAUSAL_LM', r=r, lora_alpha=2 * r), **where, **options})
 
 # %% ../nbs/17_neighbours.ipynb #17-056
 _CODE = '''"What the tasks of this folder read and how they score; written by act_tasks, loaded by lm-eval."
@@ -256,53 +404,103 @@ def items(file, eos=False, language=None, **_):
     return dict(test=Dataset.from_list([dict(r, eos=eos, language=language) for r in rows]))
 
 '''
-_NAMES, _SCORES = ('DECIMAL_POINT', 'DECIMAL_COMMA'), ('bits_per_byte', 'score_answer', 'right_choice', 'score_choices', 'read_number', 'final_answer', 'read_answer', 'compare_answers')
-def _task_code(): return _CODE + ''.join(f'{o} = {getattr(_scoring, o)!r}\n' for o in _NAMES) + '\n' + '\n'.join(inspect.getsource(getattr(_scoring, f)) for f in _SCORES)
+_NAMES, _SCORES = (
+    ('DECIMAL_POINT', 'DECIMAL_COMMA'),
+    (
+        'bits_per_byte',
+        'score_answer',
+        'right_choice',
+        'score_choices',
+        'read_number',
+        'final_answer',
+        'read_answer',
+        'compare_answers',
+    ),
+)
+
+
+def _task_code():
+    return (
+        _CODE
+        + ''.join(f'{o} = {getattr(_scoring, o)!r}\n' for o in _NAMES)
+        + '\n'
+        + '\n'.join(inspect.getsource(getattr(_scoring, f)) for f in _SCORES)
+    )
 
 # %% ../nbs/17_neighbours.ipynb #17-058
 def _task_yaml(name, kind, a, write):
     "One task file, from the template of its kind."
-    text = (TASKS/f'act_{kind}.yaml').read_text(encoding='utf-8').replace('act.evaluate.task_items', 'act_items.items').replace('act.evaluate.', 'act_items.')
-    file = f'  file: {name.removesuffix("_generate")}.jsonl\n' + '  eos: true\n'*(a.eos and kind != 'generate') + (f'  language: "{a.language}"\n' if a.language else '')
-    for old, new in ((r'^task: .*$', f'task: {name}\ntag: act'), (r'^  spec: .*\n', lambda _: file), (r'^  max_gen_toks: .*$', f'  max_gen_toks: {write}')): text = re.sub(old, new, text, flags=re.M)
-    return text + f'  ability: {json.dumps(a.name, ensure_ascii=False)}\n  source: {json.dumps(a.source, ensure_ascii=False)}\n  items: {len(a)}\n  hash: {a.hash}\n'
+    text = (
+        (TASKS / f'act_{kind}.yaml')
+        .read_text(encoding='utf-8')
+        .replace('act.evaluate.task_items', 'act_items.items')
+        .replace('act.evaluate.', 'act_items.')
+    )
+    file = (
+        f'  file: {name.removesuffix("_generate")}.jsonl\n'
+        + '  eos: true\n' * (a.eos and kind != 'generate')
+        + (f'  language: "{a.language}"\n' if a.language else '')
+    )
+    for old, new in (
+        (r'^task: .*$', f'task: {name}\ntag: act'),
+        (r'^  spec: .*\n', lambda _: file),
+        (r'^  max_gen_toks: .*$', f'  max_gen_toks: {write}'),
+    ):
+        text = re.sub(old, new, text, flags=re.M)
+    return (
+        text
+        + f'  ability: {json.dumps(a.name, ensure_ascii=False)}\n  source: {json.dumps(a.source, ensure_ascii=False)}\n'
+        f'  items: {len(a)}\n  hash: {a.hash}\n'
+    )
+
 
 def _task_files(abilities, write):
     "File name -> text."
     files = {'act_items.py': _task_code()}
     for a in abilities:
         name = 'act_' + re.sub(r'[^A-Za-z0-9]+', '_', a.name)
-        if f'{name}.jsonl' in files: raise ActError(f"two abilities would both be the task {name}: give them different names")
-        files[f'{name}.jsonl'] = ''.join(json.dumps(dict(prompt=o.prompt, answer=o.answer, id=o.id or str(i), choices=o.choices), ensure_ascii=False) + '\n' for i, o in enumerate(a))
+        if f'{name}.jsonl' in files:
+            raise ActError(f"two abilities would both be the task {name}: give them different names")
+        files[f'{name}.jsonl'] = ''.join(
+            json.dumps(dict(prompt=o.prompt, answer=o.answer, id=o.id or str(i), choices=o.choices), ensure_ascii=False)
+            + '\n'
+            for i, o in enumerate(a)
+        )
         for kind in dict.fromkeys((task_kind(a, False), task_kind(a, True))):
-            task = name + '_generate'*(kind == 'generate')
+            task = name + '_generate' * (kind == 'generate')
             files[f'{task}.yaml'] = _task_yaml(task, kind, a, write)
     return files
 
 # %% ../nbs/17_neighbours.ipynb #17-059
 def task_folder(
-    abilities,            # an ability or several: as `load_ability` takes them
-    out,                  # folder to create; must not exist
+    abilities,  # an ability or several: as `load_ability` takes them
+    out,  # folder to create; must not exist
     split: str = 'test',  # train, localize, sft, validation, test or all
-    n: int = None,        # items of each ability; all by default
-    write: int = 512,     # tokens that a model may write in the tasks that end in _generate
-) -> list: # names of the tasks
+    n: int = None,  # items of each ability; all by default
+    write: int = 512,  # tokens that a model may write in the tasks that end in _generate
+) -> list:  # names of the tasks
     "Write a folder of tasks for `act_lm_eval` and for `lm_eval --include_path`; the folder needs nothing of this package."
-    abilities = [load_ability(a, split, n) for a in (abilities if isinstance(abilities, (list, tuple)) else [abilities])]
-    if write < 1: raise ActError(f"write is {write}: let the model write one token at least")
+    abilities = [
+        load_ability(a, split, n) for a in (abilities if isinstance(abilities, (list, tuple)) else [abilities])
+    ]
+    if write < 1:
+        raise ActError(f"write is {write}: let the model write one token at least")
     files = {f: t.encode() for f, t in _task_files(abilities, write).items()}
-    begin([a.source for a in abilities], {out: sum(map(len, files.values()))}, f"{len(files)} files: {', '.join(files)}")
+    begin(
+        [a.source for a in abilities], {out: sum(map(len, files.values()))}, f"{len(files)} files: {', '.join(files)}"
+    )
     with atomic_folder(out) as tmp:
-        for f, t in files.items(): (tmp/f).write_bytes(t)
+        for f, t in files.items():
+            (tmp / f).write_bytes(t)
     return [f.removesuffix('.yaml') for f in files if f.endswith('.yaml')]
 
 # %% ../nbs/17_neighbours.ipynb #17-064
 @command
 def act_mergekit(
-    config: str, # YAML file, as for mergekit-yaml
-    out: str,    # folder to create
-    options: str = '', # options of mergekit-yaml, as --options="--cuda --lazy-unpickle"
-    no_check: store_true = False, # do not compare shapes, weights and hashes first
+    config: str,  # YAML file, as for mergekit-yaml
+    out: str,  # folder to create
+    options: str = '',  # options of mergekit-yaml, as --options="--cuda --lazy-unpickle"
+    no_check: store_true = False,  # do not compare shapes, weights and hashes first
 ):
     "Merge with mergekit, which then knows the merge method act: `act_mergekit --config merge.yaml --out merged`"
     print(f'{config} -> {run_mergekit(config, out, options, not no_check)}')
@@ -311,11 +509,11 @@ def act_mergekit(
 # %% ../nbs/17_neighbours.ipynb #17-065
 @command
 def act_tasks(
-    ability: str, # names or jsonl files, separated by commas
-    out: str,     # folder to create
-    split: str = 'test', # train, localize, sft, validation, test or all
-    n: int = None,       # items of each ability; all by default
-    write: int = 512,    # tokens that a model may write in the tasks that end in _generate
+    ability: str,  # names or jsonl files, separated by commas
+    out: str,  # folder to create
+    split: str = 'test',  # train, localize, sft, validation, test or all
+    n: int = None,  # items of each ability; all by default
+    write: int = 512,  # tokens that a model may write in the tasks that end in _generate
 ):
     "Write a folder of tasks for lm_eval: `act_tasks --ability lab/science-zh,mine.jsonl --out tasks`"
     names = task_folder(listed(ability), out, split, n, write)

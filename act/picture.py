@@ -18,43 +18,48 @@ from .masks import ChannelScores
 # %% ../nbs/04_picture.ipynb #04-007
 @torch.no_grad()
 def activity(
-    model,                  # a model, as `load_model` gives it
-    ability,                # name, file or `Ability`
-    tokenizer,              # the model's own
+    model,  # a model, as `load_model` gives it
+    ability,  # name, file or `Ability`
+    tokenizer,  # the model's own
     split: str = 'localize',
 ) -> ChannelScores:
     "Mean |activation| of every channel over the answer tokens of an ability: one model, no comparison."
     cm, sums, n = enumerate_channels(model), {}, 0
+
     def add(path, at, module, args, out):
         a = answer_rows(out, at).float().abs()
         sums[path] = sums.get(path, 0) + (a.mean(1) if a.ndim == 3 else a).sum(0).cpu()
+
     for b in batches(encode(load_ability(ability, split), tokenizer), tokenizer):
         b = readable_batch(b, model.config)
         forward_pass(model, b, cm, lambda p: partial(add, p, b['at']), 'lm_head' in cm)
         n += len(b['at'][0])
-    return ChannelScores({p: s/n for p, s in sums.items()}, cm, dict(ability=str(ability), tokens=n, made='mean |activation|'))
+    return ChannelScores(
+        {p: s / n for p, s in sums.items()}, cm, dict(ability=str(ability), tokens=n, made='mean |activation|')
+    )
 
 # %% ../nbs/04_picture.ipynb #04-010
 def pixels(
-    values: np.ndarray, # one number a channel, from 0 to 1
-    colour: tuple,      # (red, green, blue), 0 to 255
-    width: int = 128,   # channels in a row of the picture
-) -> str: # a `data:` address of a PNG
+    values: np.ndarray,  # one number a channel, from 0 to 1
+    colour: tuple,  # (red, green, blue), 0 to 255
+    width: int = 128,  # channels in a row of the picture
+) -> str:  # a `data:` address of a PNG
     "A transparent picture with one pixel a channel, as opaque as its value."
     from PIL import Image
-    a = np.zeros(-(-len(values)//width)*width)
-    a[:len(values)] = values
+
+    a = np.zeros(-(-len(values) // width) * width)
+    a[: len(values)] = values
     px = np.empty((len(a), 4), np.uint8)
-    px[:, :3], px[:, 3] = colour, np.round(255*a)
+    px[:, :3], px[:, 3] = colour, np.round(255 * a)
     f = io.BytesIO()
     Image.fromarray(px.reshape(-1, width, 4)).save(f, 'PNG', optimize=True)
     return 'data:image/png;base64,' + base64.b64encode(f.getvalue()).decode()
 
 # %% ../nbs/04_picture.ipynb #04-011
-def brightness(scores: ChannelScores) -> np.ndarray: # one number a channel, from 0 to 1
+def brightness(scores: ChannelScores) -> np.ndarray:  # one number a channel, from 0 to 1
     "Values relative to the mean of their module; the brightest 2 % are full."
     flat = scores.normalised().flat().double().numpy()
-    return np.clip(flat/max(np.quantile(flat, .98), 1e-30), 0, 1)
+    return np.clip(flat / max(np.quantile(flat, 0.98), 1e-30), 0, 1)
 
 # %% ../nbs/04_picture.ipynb #04-018
 _INK, _DARK, _OURS, _THEIRS = '#14202a', (16, 32, 43), (62, 207, 190), (255, 168, 54)
@@ -69,31 +74,71 @@ image{image-rendering:pixelated}.rest{opacity:.2}.move{transform:translate(-300p
 @keyframes s1{0%,20%{opacity:1}25%,100%{opacity:.6}}@keyframes s2{0%,20%{opacity:.6}25%,42%{opacity:1}47%,100%{opacity:.6}}
 @keyframes s3{0%,42%{opacity:.6}47%,52%{opacity:1}57%,100%{opacity:.6}}@keyframes s4{0%,52%{opacity:.6}57%,100%{opacity:1}}"""
 
-def _panel(x, y, label): return f'<text x="{x+110}" y="{y-10}" text-anchor="middle">{html.escape(label)}</text><rect x="{x}" y="{y}" width="220" height="100" rx="4" fill="#10202b"/>'
-def _pixels(values, colour, x, y, kind=''): return f'<image class="{kind}" x="{x}" y="{y}" width="220" height="100" preserveAspectRatio="none" href="{pixels(values, colour)}"/>'
+
+def _panel(x, y, label):
+    return (
+        f'<text x="{x + 110}" y="{y - 10}" text-anchor="middle">{html.escape(label)}</text><rect x="{x}" y="{y}"'
+        ' width="220" height="100" rx="4" fill="#10202b"/>'
+    )
+
+
+def _pixels(values, colour, x, y, kind=''):
+    return (
+        f'<image class="{kind}" x="{x}" y="{y}" width="220" height="100" preserveAspectRatio="none"'
+        f' href="{pixels(values, colour)}"/>'
+    )
+
+
 def _bars(y, label, values, kind):
     "A line of the table: its name and a bar for each ability."
-    out = f'<g class="{kind}"><text class="small" x="20" y="{y+15}">{html.escape(label)}</text>'
-    for x, v, colour in zip((200, 385), values, ('#1b8a7d', '#b35c00')): out += f'<rect x="{x}" y="{y}" width="110" height="20" fill="#dfe5e3"/><rect x="{x}" y="{y}" width="{110*v:.1f}" height="20" fill="{colour}"/><text class="small" x="{x+118}" y="{y+15}">{100*v:.0f} %</text>'
+    out = f'<g class="{kind}"><text class="small" x="20" y="{y + 15}">{html.escape(label)}</text>'
+    for x, v, colour in zip((200, 385), values, ('#1b8a7d', '#b35c00')):
+        out += (
+            f'<rect x="{x}" y="{y}" width="110" height="20" fill="#dfe5e3"/><rect x="{x}" y="{y}" width="{110 * v:.1f}"'
+            f' height="20" fill="{colour}"/><text class="small" x="{x + 118}" y="{y + 15}">{100 * v:.0f} %</text>'
+        )
     return out + '</g>'
 
 # %% ../nbs/04_picture.ipynb #04-019
 def story(
-    target: ChannelScores, donor: ChannelScores, # `activity` of both
-    scores: ChannelScores, # their difference, from `localize`
-    mask,                  # the channels that move
-    bars: dict,            # label -> (retained, recovered), fractions; the first is the target
-    words: dict,           # what the picture says: target, donor, scores, retained, recovered, and steps (four)
-    about: str,            # the same in a sentence, for those who do not see it
-) -> str: # SVG; raises ActError when channels do not agree
+    target: ChannelScores,
+    donor: ChannelScores,  # `activity` of both
+    scores: ChannelScores,  # their difference, from `localize`
+    mask,  # the channels that move
+    bars: dict,  # label -> (retained, recovered), fractions; the first is the target
+    words: dict,  # what the picture says: target, donor, scores, retained, recovered, and steps (four)
+    about: str,  # the same in a sentence, for those who do not see it
+) -> str:  # SVG; raises ActError when channels do not agree
     "The claim as layers: both models, their difference, what is kept of it, and where that goes."
-    if not target.map == donor.map == scores.map == mask.map: raise ActError("the picture needs activities, scores and mask of the same channels")
+    if not target.map == donor.map == scores.map == mask.map:
+        raise ActError("the picture needs activities, scores and mask of the same channels")
     on, (t, d, s) = mask.flat().numpy(), map(brightness, (target, donor, scores))
-    parts = [_panel(20, 44, words['target']), _pixels(t, _OURS, 20, 44), _panel(320, 44, words['donor']), _pixels(d, _THEIRS, 320, 44), _panel(170, 190, words['scores'])]
-    parts += [_pixels(s, (255, 255, 255), 170, 190, 'a rest'), _pixels(np.maximum(s, .4)*on, _THEIRS, 170, 190, 'a top'), _pixels(np.maximum(d, .4)*on, _THEIRS, 320, 44, 'a move')]
-    parts += [f'<text class="a s s{i+1}" x="20" y="{324+25*i}">{i+1}  {html.escape(o)}</text>' for i, o in enumerate(words['steps'])]
-    y = 324 + 25*len(words['steps'])
-    parts += [f'<text class="small" x="{x}" y="{y+6}">{html.escape(words[k])}</text>' for x, k in ((200, 'retained'), (385, 'recovered'))]
-    parts += [_bars(y + 16 + 28*i, label, v, 'a bar' if i else '') for i, (label, v) in enumerate(bars.items())]
-    h = y + 28 + 28*len(bars)
-    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 560 {h}" width="560" height="{h}" style="max-width:100%;height:auto" role="img" aria-label="{html.escape(about)}"><title>{html.escape(about)}</title><style>{_STYLE}</style><rect width="560" height="{h}" rx="8" fill="#f7f8f4"/>{"".join(parts)}</svg>'
+    parts = [
+        _panel(20, 44, words['target']),
+        _pixels(t, _OURS, 20, 44),
+        _panel(320, 44, words['donor']),
+        _pixels(d, _THEIRS, 320, 44),
+        _panel(170, 190, words['scores']),
+    ]
+    parts += [
+        _pixels(s, (255, 255, 255), 170, 190, 'a rest'),
+        _pixels(np.maximum(s, 0.4) * on, _THEIRS, 170, 190, 'a top'),
+        _pixels(np.maximum(d, 0.4) * on, _THEIRS, 320, 44, 'a move'),
+    ]
+    parts += [
+        f'<text class="a s s{i + 1}" x="20" y="{324 + 25 * i}">{i + 1}  {html.escape(o)}</text>'
+        for i, o in enumerate(words['steps'])
+    ]
+    y = 324 + 25 * len(words['steps'])
+    parts += [
+        f'<text class="small" x="{x}" y="{y + 6}">{html.escape(words[k])}</text>'
+        for x, k in ((200, 'retained'), (385, 'recovered'))
+    ]
+    parts += [_bars(y + 16 + 28 * i, label, v, 'a bar' if i else '') for i, (label, v) in enumerate(bars.items())]
+    h = y + 28 + 28 * len(bars)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 560 {h}" width="560" height="{h}"'
+        ' style="max-width:100%;height:auto" role="img"'
+        f' aria-label="{html.escape(about)}"><title>{html.escape(about)}</title><style>{_STYLE}</style><rect'
+        f' width="560" height="{h}" rx="8" fill="#f7f8f4"/>{"".join(parts)}</svg>'
+    )

@@ -16,7 +16,19 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from fastcore.basics import patch
 from fastcore.script import store_true
 from .abilities import SHARES, SOURCES, hub_is_off, skill_language
-from .checkpoints import BLOCK, FILE_TYPES, read_into, gguf_header, header_of, opened, checkpoint_json, resolve, weight_hash, write_like, write_tensors
+from act.checkpoints import (
+    BLOCK,
+    FILE_TYPES,
+    read_into,
+    gguf_header,
+    header_of,
+    opened,
+    checkpoint_json,
+    resolve,
+    weight_hash,
+    write_like,
+    write_tensors,
+)
 from ._modidx import d as _site
 from .core import ActError, option_line, atomic_folder, begin, check_absent, command, next_step, write_json, listed
 from .deltas import Delta, bits_in_folder, verify_delta, act_apply, act_delta
@@ -27,61 +39,122 @@ from .masks import ChannelMask, act_mask
 from .transfer import mask_cells, act_transfer
 
 # %% ../nbs/16_publish.ipynb #16-010
-_PATH = re.compile(r'(?<![\w.:/~-])(?:~|[A-Za-z]:)?[\\/](?:[^\s\\/,;:"\'()]+[\\/])+([^\s\\/,;:"\'()]+)') # inside a longer text
+_PATH = re.compile(
+    r'(?<![\w.:/~-])(?:~|[A-Za-z]:)?[\\/](?:[^\s\\/,;:"\'()]+[\\/])+([^\s\\/,;:"\'()]+)'
+)  # inside a longer text
+
 
 def _shown(model):
     "A model or file as others may read of it."
     s = str(model)
-    if m := re.search(r'models--([\w.-]+?)(?:--([\w.-]+))?[\\/]snapshots[\\/]', s): return '/'.join(filter(None, m.groups()))
-    if not (os.path.exists(s) or re.match(r'[\\/.~]|[A-Za-z]:[\\/]', s) or s.count('/') > 1 or s.endswith('.gguf')): return s
+    if m := re.search(r'models--([\w.-]+?)(?:--([\w.-]+))?[\\/]snapshots[\\/]', s):
+        return '/'.join(filter(None, m.groups()))
+    if not (os.path.exists(s) or re.match(r'[\\/.~]|[A-Za-z]:[\\/]', s) or s.count('/') > 1 or s.endswith('.gguf')):
+        return s
     last = re.split(r'[\\/]+', s.rstrip('\\/'))[-1]
     return last if last.strip('.~') else os.path.basename(os.path.abspath(os.path.expanduser(s)))
 
+
 def _scrub(x):
     "The same JSON without paths."
-    if isinstance(x, dict): return {_scrub(k): _scrub(v) for k, v in x.items()}
-    if isinstance(x, list): return [_scrub(v) for v in x]
-    if not isinstance(x, str) or '://' in x or not re.search(r'[\\/]', x): return x
+    if isinstance(x, dict):
+        return {_scrub(k): _scrub(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [_scrub(v) for v in x]
+    if not isinstance(x, str) or '://' in x or not re.search(r'[\\/]', x):
+        return x
     return _PATH.sub(r'\1', x) if re.search(r'\s', x) and not os.path.exists(x) else _shown(x)
 
 # %% ../nbs/16_publish.ipynb #16-013
-Step = namedtuple('Step', 'kind name record path', defaults=(None,)) # kind: transfer, finetune or gguf; name and path: of what it made
+Step = namedtuple(
+    'Step', 'kind name record path', defaults=(None,)
+)  # kind: transfer, finetune or gguf; name and path: of what it made
+
 
 def history(
-    model,     # a checkpoint folder or a .gguf file; others have no history here
-    seen=(),   # folders that are being looked at already
-) -> list: # of Step
+    model,  # a checkpoint folder or a .gguf file; others have no history here
+    seen=(),  # folders that are being looked at already
+) -> list:  # of Step
     "The steps that led to a model, oldest first, as far as their records are on this machine."
     folder = Path(model)
-    if folder.suffix == '.gguf': return [Step('gguf', _shown(model), gguf_header(folder)[0])]
-    if not folder.is_dir() or folder.resolve() in seen: return []
-    own = sorted((Step(k, _shown(model), _record(folder, k), folder.resolve()) for k in ('gguf', 'transfer', 'finetune') if (folder/f'act_{k}.json').exists()), key=lambda s: str(_made(s).get('time', '')))
-    if [s.kind for s in own[-2:]] == ['transfer', 'finetune']: own[-2] = own[-2]._replace(name=_shown(m := _began(own[-1])[0]), path=Path(m).resolve()) # a note that the fine-tuning took along
+    if folder.suffix == '.gguf':
+        return [Step('gguf', _shown(model), gguf_header(folder)[0])]
+    if not folder.is_dir() or folder.resolve() in seen:
+        return []
+    own = sorted(
+        (
+            Step(k, _shown(model), _record(folder, k), folder.resolve())
+            for k in ('gguf', 'transfer', 'finetune')
+            if (folder / f'act_{k}.json').exists()
+        ),
+        key=lambda s: str(_made(s).get('time', '')),
+    )
+    if [s.kind for s in own[-2:]] == ['transfer', 'finetune']:
+        own[-2] = own[-2]._replace(
+            name=_shown(m := _began(own[-1])[0]), path=Path(m).resolve()
+        )  # a note that the fine-tuning took along
     before = [m for i, s in enumerate(own) for m in (_began(s) if not i else _began(s)[1:])]
     return list({str(s): s for m in before for s in history(m, (*seen, folder.resolve()))}.values()) + own
 
 # %% ../nbs/16_publish.ipynb #16-014
 def _record(folder, kind):
-    r = checkpoint_json(folder/f'act_{kind}.json')
-    if kind == 'transfer' and not _fine(r): raise ActError(f"{folder.name}/act_transfer.json does not name target, donors and lam as act_transfer writes them: publish what it wrote")
-    if kind == 'finetune' and not (_strings(r.get('abilities')) and isinstance(_made(Step(kind, '', r)).get('model', r.get('model')), str)): raise ActError(f"{folder.name}/act_finetune.json does not name model and abilities as act_finetune writes them: publish what it wrote")
+    r = checkpoint_json(folder / f'act_{kind}.json')
+    if kind == 'transfer' and not _fine(r):
+        raise ActError(
+            f"{folder.name}/act_transfer.json does not name target, donors and lam as act_transfer writes them: publish"
+            " what it wrote"
+        )
+    if kind == 'finetune' and not (
+        _strings(r.get('abilities')) and isinstance(_made(Step(kind, '', r)).get('model', r.get('model')), str)
+    ):
+        raise ActError(
+            f"{folder.name}/act_finetune.json does not name model and abilities as act_finetune writes them: publish"
+            " what it wrote"
+        )
     return r
 
-_TYPE = dict(donor=str, mask=str, ability=str, rank=str, made=str, lam=(int, float), p=(int, float), channels=int, total=int)
 
-def _fine(r): return isinstance(r.get('target'), str) and isinstance(r.get('moved'), list) and r['moved'] and all(isinstance(m, dict) and {'donor', 'lam'} <= m.keys() and all(isinstance(m[k], t) for k, t in _TYPE.items() if k in m) for m in r['moved'])
-def _strings(d): return isinstance(d, dict) and all(isinstance(v, dict) for v in d.values())
-def _made(step): return p if isinstance(p := step.record.get('provenance'), dict) else step.record # time, git revision, versions
+_TYPE = dict(
+    donor=str, mask=str, ability=str, rank=str, made=str, lam=(int, float), p=(int, float), channels=int, total=int
+)
+
+
+def _fine(r):
+    return (
+        isinstance(r.get('target'), str)
+        and isinstance(r.get('moved'), list)
+        and r['moved']
+        and all(
+            isinstance(m, dict)
+            and {'donor', 'lam'} <= m.keys()
+            and all(isinstance(m[k], t) for k, t in _TYPE.items() if k in m)
+            for m in r['moved']
+        )
+    )
+
+
+def _strings(d):
+    return isinstance(d, dict) and all(isinstance(v, dict) for v in d.values())
+
+
+def _made(step):
+    return p if isinstance(p := step.record.get('provenance'), dict) else step.record  # time, git revision, versions
+
+
 def _began(step):
     "Models that a step began from; what it changed comes first."
-    if step.kind == 'transfer': return [step.record['target'], *dict.fromkeys(m['donor'] for m in step.record['moved'])]
+    if step.kind == 'transfer':
+        return [step.record['target'], *dict.fromkeys(m['donor'] for m in step.record['moved'])]
     return [_made(step).get('model', step.record.get('model'))] if step.kind == 'finetune' else []
 
 # %% ../nbs/16_publish.ipynb #16-017
-Licence = namedtuple('Licence', 'id said name link', defaults=(None, None)) # id: as the hub calls it, or None; said: where; name, link: of one that the hub has no name for
+Licence = namedtuple(
+    'Licence', 'id said name link', defaults=(None, None)
+)  # id: as the hub calls it, or None; said: where; name, link: of one that the hub has no name for
+
 
 def licence_of(
-    model, # a folder, .gguf file, hub id, lab/NAME or smollm2/NAME
+    model,  # a folder, .gguf file, hub id, lab/NAME or smollm2/NAME
 ) -> Licence:
     "The licence of a model, and where that is said."
     folder, name, head = Path(model), _shown(model), str(model).split('/')[0]
@@ -89,41 +162,83 @@ def licence_of(
         says = gguf_header(folder)[0]['license']
         return Licence(says, f'general.license of {name}') if says else _silent(name)
     if folder.is_dir():
-        readme, files = folder/'README.md', sorted(f for f in folder.iterdir() if re.match(r'(?i)licen[cs]e', f.name) and f.is_file())
+        readme, files = (
+            folder / 'README.md',
+            sorted(f for f in folder.iterdir() if re.match(r'(?i)licen[cs]e', f.name) and f.is_file()),
+        )
         found = _of_card(readme, f'README.md of {name}') if readme.is_file() else None
         return found or (_of_text(files[0], name) if files else None) or _inherited(folder) or _silent(name)
-    if head in ('lab', 'smollm2'): return Licence('apache-2.0', dict(lab='ships with act-transfer', smollm2='SmolLM2-135M-Instruct and the adapters of act-transfer')[head])
-    if hub_is_off(): return Licence(None, f'not stated by {name} on this machine, and the hub is switched off: look before you share')
+    if head in ('lab', 'smollm2'):
+        return Licence(
+            'apache-2.0',
+            dict(lab='ships with act-transfer', smollm2='SmolLM2-135M-Instruct and the adapters of act-transfer')[head],
+        )
+    if hub_is_off():
+        return Licence(
+            None, f'not stated by {name} on this machine, and the hub is switched off: look before you share'
+        )
     return _of_card(str(model), f'model card of {name}') or _silent(name)
 
 # %% ../nbs/16_publish.ipynb #16-018
-_TEXTS = {'Apache License': 'apache-2.0', 'MIT License': 'mit', 'LLAMA 2 COMMUNITY LICENSE': 'llama2', 'LLAMA 3 COMMUNITY LICENSE': 'llama3', 'LLAMA 3.1 COMMUNITY LICENSE': 'llama3.1', 'LLAMA 3.2 COMMUNITY LICENSE': 'llama3.2'}
+_TEXTS = {
+    'Apache License': 'apache-2.0',
+    'MIT License': 'mit',
+    'LLAMA 2 COMMUNITY LICENSE': 'llama2',
+    'LLAMA 3 COMMUNITY LICENSE': 'llama3',
+    'LLAMA 3.1 COMMUNITY LICENSE': 'llama3.1',
+    'LLAMA 3.2 COMMUNITY LICENSE': 'llama3.2',
+}
 
-def _silent(name): return Licence(None, f'not stated by {name}: look before you share')
+
+def _silent(name):
+    return Licence(None, f'not stated by {name}: look before you share')
+
 
 def _of_card(card, said):
-    try: d = ModelCard.load(card, ignore_metadata_errors=True).data
-    except Exception: return None # no card, or none that can be read
+    try:
+        d = ModelCard.load(card, ignore_metadata_errors=True).data
+    except Exception:
+        return None  # no card, or none that can be read
     ids = d.license if isinstance(d.license, list) else [d.license]
-    if len(ids) == 1 and isinstance(ids[0], str): return Licence(ids[0], said, d.get('license_name'), d.get('license_link'))
-    return Licence(None, f"{said} names several ({', '.join(map(str, ids))}): look before you share") if len(ids) > 1 else None
+    if len(ids) == 1 and isinstance(ids[0], str):
+        return Licence(ids[0], said, d.get('license_name'), d.get('license_link'))
+    return (
+        Licence(None, f"{said} names several ({', '.join(map(str, ids))}): look before you share")
+        if len(ids) > 1
+        else None
+    )
+
 
 def _of_text(file, name):
     start = file.read_text(encoding='utf-8', errors='replace')[:2000].lower()
     found = next((i for t, i in _TEXTS.items() if t.lower() in start), None)
-    return Licence(found, f'{file.name} of {name}' if found else f'{file.name} of {name} is not a text that is known here: look before you share')
+    return Licence(
+        found,
+        (
+            f'{file.name} of {name}'
+            if found
+            else f'{file.name} of {name} is not a text that is known here: look before you share'
+        ),
+    )
+
 
 def _inherited(folder):
     "Of a folder that was made here: what its parents agree on."
     steps = history(folder)
-    if steps and steps[-1].kind == 'gguf': return Licence(says, f"general.license of {steps[-1].record['file']}") if (says := steps[-1].record.get('license')) else None
+    if steps and steps[-1].kind == 'gguf':
+        return (
+            Licence(says, f"general.license of {steps[-1].record['file']}")
+            if (says := steps[-1].record.get('license'))
+            else None
+        )
     found = [licence_of(m) if Path(m).resolve() != folder.resolve() else Licence(None, '') for m in _roots(steps)]
-    if len({l[::2] for l in found}) == 1 and found[0].id: return found[0]._replace(said=f'of what {_shown(folder)} was made from')
+    if len({l[::2] for l in found}) == 1 and found[0].id:
+        return found[0]._replace(said=f'of what {_shown(folder)} was made from')
 
 # %% ../nbs/16_publish.ipynb #16-019
 def _roots(steps):
     "The models that nothing here says the making of; what was changed in place was another one before."
-    here = lambda m: any((Path(m)/f'act_{k}.json').exists() for k in ('transfer', 'finetune'))
+    here = lambda m: any((Path(m) / f'act_{k}.json').exists() for k in ('transfer', 'finetune'))
     before = lambda m, i: steps[i].path == Path(m).resolve() and all(o.path != steps[i].path for o in steps[:i])
     return list(dict.fromkeys(m for i, s in enumerate(steps) for m in _began(s) if not here(m) or before(m, i)))
 
@@ -131,61 +246,97 @@ def _roots(steps):
 @dataclass
 class Publication:
     "What will be written, and all that is known of it: `.card()` puts it into words, `publish` writes it."
-    source: str          # checkpoint folder, delta file or .gguf file
-    kind: str            # model, delta or gguf
-    steps: list          # of Step, oldest first
-    delta: Delta         # of a delta file
-    masks: dict          # hash -> ChannelMask, of the last transfer
-    results: dict        # role ('this model', 'target', 'donor') -> EvalResult
-    licences: list       # of (parent, Licence)
-    licence: Licence     # of what is published
-    base_model: list     # parents' names for the front matter
-    weights: str         # weight hash; none of a delta or a .gguf file
-    nbytes: int          # that will be written, about
-    names: str           # of the weight files
+
+    source: str  # checkpoint folder, delta file or .gguf file
+    kind: str  # model, delta or gguf
+    steps: list  # of Step, oldest first
+    delta: Delta  # of a delta file
+    masks: dict  # hash -> ChannelMask, of the last transfer
+    results: dict  # role ('this model', 'target', 'donor') -> EvalResult
+    licences: list  # of (parent, Licence)
+    licence: Licence  # of what is published
+    base_model: list  # parents' names for the front matter
+    weights: str  # weight hash; none of a delta or a .gguf file
+    nbytes: int  # that will be written, about
+    names: str  # of the weight files
 
     @property
-    def last(self): return next((s for s in reversed(self.steps) if s.kind == 'transfer'), None)
+    def last(self):
+        return next((s for s in reversed(self.steps) if s.kind == 'transfer'), None)
+
     @property
     def after(self):
         "Fine-tunings after the last transfer."
         at = max((i for i, s in enumerate(self.steps) if s.kind == 'transfer'), default=-1)
-        return [s for s in self.steps[at+1:] if s.kind == 'finetune']
+        return [s for s in self.steps[at + 1 :] if s.kind == 'finetune']
+
     @property
-    def unlinked(self): return [n for n in self.base_model if n.count('/') != 1 or n.startswith('lab/')]
+    def unlinked(self):
+        return [n for n in self.base_model if n.count('/') != 1 or n.startswith('lab/')]
+
     @property
     def mask(self):
         "All channels that moved, as far as their masks are known."
-        if self.delta: return self.delta.mask
+        if self.delta:
+            return self.delta.mask
         out = None
-        for m in self.masks.values(): out = m if out is None else out | m
+        for m in self.masks.values():
+            out = m if out is None else out | m
         return out
-    def __repr__(self): return f"Publication: {self.kind} {_shown(self.source)}, from {', '.join(n for n, _ in self.licences)}, licence {self.licence.id or 'not decided'}, {self.nbytes/1e6:,.1f} MB"
-    def _repr_markdown_(self): return self.card()._repr_markdown_()
+
+    def __repr__(self):
+        return (
+            f"Publication: {self.kind} {_shown(self.source)}, from {', '.join(n for n, _ in self.licences)}, licence"
+            f" {self.licence.id or 'not decided'}, {self.nbytes / 1e6:,.1f} MB"
+        )
+
+    def _repr_markdown_(self):
+        return self.card()._repr_markdown_()
 
 # %% ../nbs/16_publish.ipynb #16-023
 def _parents(steps):
     "(role, model) of what the last transfer, or the first step, began from."
     last = next((s for s in reversed(steps) if s.kind == 'transfer'), steps[0])
     names = _began(last) or [last.record['file']]
-    if last.kind != 'transfer': return [('file' if last.kind == 'gguf' else 'base', names[0])]
-    return [('target', names[0])] + [('donor' if len(names) == 2 else f'donor {i}', d) for i, d in enumerate(names[1:], 1)]
+    if last.kind != 'transfer':
+        return [('file' if last.kind == 'gguf' else 'base', names[0])]
+    return [('target', names[0])] + [
+        ('donor' if len(names) == 2 else f'donor {i}', d) for i, d in enumerate(names[1:], 1)
+    ]
+
 
 _SMOLLM2 = 'HuggingFaceTB/SmolLM2-135M-Instruct'
 
-def _hub_names(kind, licences): return [] if kind == 'gguf' else list(dict.fromkeys(_SMOLLM2 if p.split('/')[0] == 'smollm2' else p for p, _ in licences))
+
+def _hub_names(kind, licences):
+    return (
+        []
+        if kind == 'gguf'
+        else list(dict.fromkeys(_SMOLLM2 if p.split('/')[0] == 'smollm2' else p for p, _ in licences))
+    )
+
 
 def _opened_source(model):
     "(kind, delta, steps) of what is to be published; ActError when it is nothing that this package wrote."
     path = Path(model)
-    if path.suffix == '.gguf': return 'gguf', None, history(path)
+    if path.suffix == '.gguf':
+        return 'gguf', None, history(path)
     if path.is_dir():
-        if not (steps := history(path)): raise ActError(f"{model} has neither act_transfer.json nor act_finetune.json: publish what act_transfer, act_apply, act_finetune or act_delta wrote, or a .gguf file")
+        if not (steps := history(path)):
+            raise ActError(
+                f"{model} has neither act_transfer.json nor act_finetune.json: publish what act_transfer, act_apply,"
+                " act_finetune or act_delta wrote, or a .gguf file"
+            )
         return 'model', None, steps
-    if not path.exists(): raise ActError(f"there is neither a folder nor a file {model}: publish what act_transfer, act_apply, act_finetune or act_delta wrote, or a .gguf file")
+    if not path.exists():
+        raise ActError(
+            f"there is neither a folder nor a file {model}: publish what act_transfer, act_apply, act_finetune or"
+            " act_delta wrote, or a .gguf file"
+        )
     delta = Delta.load(path)
     step = Step('transfer', path.name, delta.meta)
-    if not _fine(delta.meta): raise ActError(f"{model} does not say of its transfer what act_delta writes: make it again")
+    if not _fine(delta.meta):
+        raise ActError(f"{model} does not say of its transfer what act_delta writes: make it again")
     return 'delta', delta, list({str(s): s for m in _began(step) for s in history(m)}.values()) + [step]
 
 # %% ../nbs/16_publish.ipynb #16-024
@@ -194,30 +345,54 @@ def _chosen(files, steps):
     masks = [m if isinstance(m, ChannelMask) else ChannelMask.load(m) for m in files]
     moved = next((s.record['moved'] for s in reversed(steps) if s.kind == 'transfer'), [])
     union = None
-    for m in masks: union = m if union is None else union | m
+    for m in masks:
+        union = m if union is None else union | m
     known = {m.hash: m for m in (*masks, *([union] if len(masks) > 1 else []))}
     out = {m['mask']: known[m['mask']] for m in moved if m.get('mask') in known}
-    if len(masks) > len(out) and union.hash not in out: raise ActError(f"a mask given with --mask is not one of those that moved ({', '.join(str(m.get('mask'))[:12] for m in moved) or 'nothing moved'}; given {', '.join(m.hash[:12] for m in masks)}): give the masks of this transfer")
+    if len(masks) > len(out) and union.hash not in out:
+        raise ActError(
+            "a mask given with --mask is not one of those that moved"
+            f" ({', '.join(str(m.get('mask'))[:12] for m in moved) or 'nothing moved'}; given"
+            f" {', '.join(m.hash[:12] for m in masks)}): give the masks of this transfer"
+        )
     return out
 
 # %% ../nbs/16_publish.ipynb #16-025
 def prepare(
-    model,             # folder written by act_transfer, act_apply or act_finetune, a file of act_delta, or a .gguf file
-    scores=(),         # result files of act_evaluate: of this model, its target, its donors
-    mask=(),           # mask files of the transfer
-    license=None,      # of what is published; by default what the parents agree on
-    base_model=(),     # hub ids of the parents, where they are not called so here
-) -> Publication: # raises ActError for records, results and masks that do not belong together
+    model,  # folder written by act_transfer, act_apply or act_finetune, a file of act_delta, or a .gguf file
+    scores=(),  # result files of act_evaluate: of this model, its target, its donors
+    mask=(),  # mask files of the transfer
+    license=None,  # of what is published; by default what the parents agree on
+    base_model=(),  # hub ids of the parents, where they are not called so here
+) -> Publication:  # raises ActError for records, results and masks that do not belong together
     "Read everything that a card needs; nothing is written."
     kind, delta, steps = _opened_source(model)
     masks = _chosen([mask] if isinstance(mask, (str, Path, ChannelMask)) else mask, steps)
     licences = [(_shown(m), licence_of(m)) for m in ([model] if kind == 'gguf' else _roots(steps))]
-    if license and not re.fullmatch(r'[a-z0-9][a-z0-9.+-]{1,60}', license): raise ActError(f"license is {license!r:.80}: give the hub's name for it, such as apache-2.0, mit, llama3.1 or other")
-    agreed = licences[0][1] if len({l[::2] for _, l in licences}) == 1 else Licence(None, 'the parents do not say the same')
+    if license and not re.fullmatch(r'[a-z0-9][a-z0-9.+-]{1,60}', license):
+        raise ActError(
+            f"license is {license!r:.80}: give the hub's name for it, such as apache-2.0, mit, llama3.1 or other"
+        )
+    agreed = (
+        licences[0][1] if len({l[::2] for _, l in licences}) == 1 else Licence(None, 'the parents do not say the same')
+    )
     files = opened(model).files if kind == 'model' else [Path(model).name]
-    pub = Publication(model, kind, steps, delta, masks, {}, licences, Licence(license, 'decided by whoever publishes this') if license else agreed, list(base_model) or _hub_names(kind, licences),
-                      weight_hash(model) if kind == 'model' else None, opened(model).nbytes if kind == 'model' else Path(model).stat().st_size, ', '.join(files))
-    for f in [scores] if isinstance(scores, (str, Path, EvalResult)) else scores: pub._add(f)
+    pub = Publication(
+        model,
+        kind,
+        steps,
+        delta,
+        masks,
+        {},
+        licences,
+        Licence(license, 'decided by whoever publishes this') if license else agreed,
+        list(base_model) or _hub_names(kind, licences),
+        weight_hash(model) if kind == 'model' else None,
+        opened(model).nbytes if kind == 'model' else Path(model).stat().st_size,
+        ', '.join(files),
+    )
+    for f in [scores] if isinstance(scores, (str, Path, EvalResult)) else scores:
+        pub._add(f)
     return pub
 
 # %% ../nbs/16_publish.ipynb #16-027
@@ -225,54 +400,144 @@ def prepare(
 def _add(self: Publication, file):
     "Take a result file in, under its role."
     r = file if isinstance(file, EvalResult) else EvalResult.load(file)
-    name, weights, where = r.meta.get('model'), r.meta.get('weights'), 'a result' if isinstance(file, EvalResult) else str(file)
-    if not weights or not _strings(r.meta.get('abilities')): raise ActError(f"{where} does not say which weights it is of: make it with act_evaluate --out")
-    role = 'this model' if weights == self.weights or self.delta and self._applied(name, weights) else next((k for k, m in _parents(self.steps) if str(m) == name), None)
-    if not role: raise ActError(f"{where} is of {_shown(name)} with weights {weights[:12]}, which is none of {', '.join(['this model', *(_shown(m) for _, m in _parents(self.steps))])}: leave it out, or evaluate again")
-    if role != 'this model' and weights != (now := weight_hash(name)): raise ActError(f"{where} is of {_shown(name)} with weights {weights[:12]}, which has weights {now[:12]}: evaluate it again")
+    name, weights, where = (
+        r.meta.get('model'),
+        r.meta.get('weights'),
+        'a result' if isinstance(file, EvalResult) else str(file),
+    )
+    if not weights or not _strings(r.meta.get('abilities')):
+        raise ActError(f"{where} does not say which weights it is of: make it with act_evaluate --out")
+    role = (
+        'this model'
+        if weights == self.weights or self.delta and self._applied(name, weights)
+        else next((k for k, m in _parents(self.steps) if str(m) == name), None)
+    )
+    if not role:
+        raise ActError(
+            f"{where} is of {_shown(name)} with weights {weights[:12]}, which is none of"
+            f" {', '.join(['this model', *(_shown(m) for _, m in _parents(self.steps))])}: leave it out, or evaluate"
+            " again"
+        )
+    if role != 'this model' and weights != (now := weight_hash(name)):
+        raise ActError(
+            f"{where} is of {_shown(name)} with weights {weights[:12]}, which has weights {now[:12]}: evaluate it again"
+        )
     for a, d in r.meta['abilities'].items():
-        if other := next((k for k, o in self.results.items() if o.meta['abilities'].get(a, d)['hash'] != d['hash']), None): raise ActError(f"{where} has other items of {a} than the result of {other}: evaluate both with the same --split and --n")
+        if other := next(
+            (k for k, o in self.results.items() if o.meta['abilities'].get(a, d)['hash'] != d['hash']), None
+        ):
+            raise ActError(
+                f"{where} has other items of {a} than the result of {other}: evaluate both with the same --split"
+                " and --n"
+            )
     self.results[role] = r
+
 
 @patch
 def _applied(self: Publication, model, weights):
     "Is it the delta's target after the delta?"
-    if not model or not Path(model).is_dir() or weight_hash(model) != weights: return False
-    try: verify_delta(self.delta, True, *bits_in_folder(opened(model)), model)
-    except ActError: return False
+    if not model or not Path(model).is_dir() or weight_hash(model) != weights:
+        return False
+    try:
+        verify_delta(self.delta, True, *bits_in_folder(opened(model)), model)
+    except ActError:
+        return False
     return True
 
 # %% ../nbs/16_publish.ipynb #16-030
 _HOME = _site['settings']['doc_host'] + _site['settings']['doc_baseurl']
 
-def _plain(s): return ' '.join(str(s).replace('`', "'").split())[:160]
-def _code(s): return '`' + _plain(s).replace('|', '\\|') + '`'
-def _grid(head, rows): return '\n'.join(f"| {' | '.join(map(str, r))} |" for r in (head, ['---']*len(head), *rows))
-def _number(x): return repr(x).removesuffix('.0')
-def _percent(x): return f'{100*x:.1f} %'
-def _title(kind): return dict(model='checkpoint', delta='delta file', gguf='checkpoint')[kind]
+
+def _plain(s):
+    return ' '.join(str(s).replace('`', "'").split())[:160]
+
+
+def _code(s):
+    return '`' + _plain(s).replace('|', '\\|') + '`'
+
+
+def _grid(head, rows):
+    return '\n'.join(f"| {' | '.join(map(str, r))} |" for r in (head, ['---'] * len(head), *rows))
+
+
+def _number(x):
+    return repr(x).removesuffix('.0')
+
+
+def _percent(x):
+    return f'{100 * x:.1f} %'
+
+
+def _title(kind):
+    return dict(model='checkpoint', delta='delta file', gguf='checkpoint')[kind]
 
 # %% ../nbs/16_publish.ipynb #16-032
 def _what(pub):
     "What was moved, from where, and how much."
-    if not pub.last: return f"A GGUF file, {_code(pub.steps[-1].record['file'])}, as a safetensors checkpoint." if pub.kind == 'gguf' else f"{_code(_shown(_parents(pub.steps)[0][1]))}, fine-tuned on {_trained(pub.after)}."
-    r, (_, target), = pub.last.record, _parents(pub.steps)[0]
-    rows = [(_code(_shown(m['donor'])), _code(m.get('ability', 'not said')), _number(m['p']) if 'p' in m else 'not said', _code(m.get('rank', 'not said') if 'made' not in m else m['made']), _number(m['lam']), f"{m['channels']:,} of {m['total']:,} ({_percent(m['channels']/m['total'])})" if m.get('total') else 'not said', _code(str(m.get('mask'))[:12])) for m in r['moved']]
+    if not pub.last:
+        return (
+            f"A GGUF file, {_code(pub.steps[-1].record['file'])}, as a safetensors checkpoint."
+            if pub.kind == 'gguf'
+            else f"{_code(_shown(_parents(pub.steps)[0][1]))}, fine-tuned on {_trained(pub.after)}."
+        )
+    r, (_, target) = pub.last.record, _parents(pub.steps)[0]
+    rows = [
+        (
+            _code(_shown(m['donor'])),
+            _code(m.get('ability', 'not said')),
+            _number(m['p']) if 'p' in m else 'not said',
+            _code(m.get('rank', 'not said') if 'made' not in m else m['made']),
+            _number(m['lam']),
+            (
+                f"{m['channels']:,} of {m['total']:,} ({_percent(m['channels'] / m['total'])})"
+                if m.get('total')
+                else 'not said'
+            ),
+            _code(str(m.get('mask'))[:12]),
+        )
+        for m in r['moved']
+    ]
     table = _grid(('donor', 'ability', 'p', 'rank', 'lam', 'channels', 'mask'), rows)
     tuned = f"\n\nAfter that it was fine-tuned on {_trained(pub.after)}." if pub.after else ''
-    rule = f" Where several donors claim a channel, the rule is {_code(r['rule'])}." if len(rows) > 1 and r.get('rule') else ''
+    rule = (
+        f" Where several donors claim a channel, the rule is {_code(r['rule'])}."
+        if len(rows) > 1 and r.get('rule')
+        else ''
+    )
     return f"""{'The change that a transfer makes in' if pub.delta else 'The target'} {_code(_shown(target))}{':' if pub.delta else ' with'} channels of another model moved into it: on the chosen channels its parameters are theta_T + lam (theta_D - theta_T), all others are the target's. The channels are those whose activations differ most between the two on the answers of the ability (ACT).
 
 {table}{rule}{tuned}"""
 
-def _trained(steps): return ', then '.join(f"{', '.join(map(_code, s.record.get('abilities', {})))} ({s.record.get('steps')} steps, learning rate {s.record.get('lr')})" for s in steps)
+
+def _trained(steps):
+    return ', then '.join(
+        f"{', '.join(map(_code, s.record.get('abilities', {})))} ({s.record.get('steps')} steps, learning rate"
+        f" {s.record.get('lr')})"
+        for s in steps
+    )
 
 # %% ../nbs/16_publish.ipynb #16-034
 def _channels(pub):
     "Where the channels lie: by kind, by layer, and as a picture."
     f = _lie(pub)
-    if f is None: return "The mask file is not part of this folder, so nothing is known of where they lie."
-    def by(key): return _grid((key, 'chosen', 'of', f'share of the {key}', 'share of the mask'), [(k, f'{int(g.chosen.sum()):,}', f'{int(g.width.sum()):,}', _percent(g.chosen.sum()/g.width.sum()), _percent(g.chosen.sum()/max(1, f.chosen.sum()))) for k, g in f.groupby(key, sort=False)])
+    if f is None:
+        return "The mask file is not part of this folder, so nothing is known of where they lie."
+
+    def by(key):
+        return _grid(
+            (key, 'chosen', 'of', f'share of the {key}', 'share of the mask'),
+            [
+                (
+                    k,
+                    f'{int(g.chosen.sum()):,}',
+                    f'{int(g.width.sum()):,}',
+                    _percent(g.chosen.sum() / g.width.sum()),
+                    _percent(g.chosen.sum() / max(1, f.chosen.sum())),
+                )
+                for k, g in f.groupby(key, sort=False)
+            ],
+        )
+
     picture = f'\n\n![{_alt(pub.mask)}](channels.png)' if pub.mask is not None else ''
     return f"""{by('kind')}{picture}
 
@@ -282,31 +547,62 @@ def _channels(pub):
 
 </details>"""
 
+
 def _lie(pub):
     "A frame of kind, layer, chosen and width, from the mask or from the note of one donor's transfer; None where neither tells."
-    if pub.mask is not None: return pub.mask.frame().rename(columns=dict(sum='chosen')).assign(layer=lambda d: d.layer.astype(object).where(d.layer.notna(), 'outside'))
+    if pub.mask is not None:
+        return (
+            pub.mask.frame()
+            .rename(columns=dict(sum='chosen'))
+            .assign(layer=lambda d: d.layer.astype(object).where(d.layer.notna(), 'outside'))
+        )
     moved = pub.last.record['moved'] if pub.last else []
     cells = mask_cells(moved[0].get('where')) if len(moved) == 1 else []
-    return pd.DataFrame([(k, 'outside' if l == '-' else l, a, n) for k, l, a, n in cells], columns='kind layer chosen width'.split()) if cells else None
+    return (
+        pd.DataFrame(
+            [(k, 'outside' if l == '-' else l, a, n) for k, l, a, n in cells], columns='kind layer chosen width'.split()
+        )
+        if cells
+        else None
+    )
+
 
 def _alt(mask):
     cells = mask._cells()
     layer, kind = cells.stack().idxmax()
-    return f'Heat map of layers by kinds of module, the share of channels that moved. Most in {kind}' + (f' of layer {layer}' if layer != '-' else '') + f': {cells.loc[layer, kind]:.0f} %.'
+    return (
+        f'Heat map of layers by kinds of module, the share of channels that moved. Most in {kind}'
+        + (f' of layer {layer}' if layer != '-' else '')
+        + f': {cells.loc[layer, kind]:.0f} %.'
+    )
 
 # %% ../nbs/16_publish.ipynb #16-036
-_HOW = dict(loglikelihood='an item counts as right when every token of its answer is the likeliest', choices='an item counts as right when its answer is the likeliest of the choices', generate='an item counts as right when the text that the model writes ends in the answer')
+_HOW = dict(
+    loglikelihood='an item counts as right when every token of its answer is the likeliest',
+    choices='an item counts as right when its answer is the likeliest of the choices',
+    generate='an item counts as right when the text that the model writes ends in the answer',
+)
+
 
 def _scores(pub):
     "Accuracy and interval of every ability, for each model that was scored."
-    if not pub.results: return "No evaluation was given."
+    if not pub.results:
+        return "No evaluation was given."
     roles = sorted(pub.results, key=lambda k: [r for r, _ in [('this model', 0), *_parents(pub.steps)]].index(k))
     tables, kinds, items = {k: pub.results[k].table() for k in roles}, {}, {}
     for k in roles:
-        for a, d in pub.results[k].meta['abilities'].items(): kinds[a], items[a] = d['kind'], d['items']
-    cell = lambda t, a: '' if a not in t.index else f"{_percent(t.accuracy[a])} [{100*t.low[a]:.1f}, {100*t.high[a]:.1f}]" + (f"; {t.bits_per_byte[a]:.3f}" if math.isfinite(t.bits_per_byte[a]) else '')
+        for a, d in pub.results[k].meta['abilities'].items():
+            kinds[a], items[a] = d['kind'], d['items']
+    cell = lambda t, a: (
+        ''
+        if a not in t.index
+        else f"{_percent(t.accuracy[a])} [{100 * t.low[a]:.1f}, {100 * t.high[a]:.1f}]"
+        + (f"; {t.bits_per_byte[a]:.3f}" if math.isfinite(t.bits_per_byte[a]) else '')
+    )
     rows = [(_code(a), n, *(cell(tables[k], a) for k in roles)) for a, n in items.items()]
-    how = '; '.join(f"{', '.join(_code(a) for a in kinds if kinds[a] == k)}: {_HOW[k]}" for k in dict.fromkeys(kinds.values()))
+    how = '; '.join(
+        f"{', '.join(_code(a) for a in kinds if kinds[a] == k)}: {_HOW[k]}" for k in dict.fromkeys(kinds.values())
+    )
     return f"""{_grid(('ability', 'items', *roles), rows)}
 
 Accuracy with its 95 % bootstrap interval over items; behind the semicolon the answers' bits per byte, of which fewer are better. {how}. Scored by lm-eval {_plain(pub.results[roles[0]].meta.get('lm_eval', 'of a version that is not recorded'))}."""
@@ -314,15 +610,28 @@ Accuracy with its 95 % bootstrap interval over items; behind the semicolon the a
 # %% ../nbs/16_publish.ipynb #16-038
 def _terms(pub):
     "Both parents' licences, and what follows."
-    rows = [(_code(n), _code(l.id + (f' ({l.name})' if l.name else '')) if l.id else 'not known', _plain(l.said)) for n, l in pub.licences]
+    rows = [
+        (_code(n), _code(l.id + (f' ({l.name})' if l.name else '')) if l.id else 'not known', _plain(l.said))
+        for n, l in pub.licences
+    ]
     mine = pub.licence
-    then = f"This {_title(pub.kind)}: {_code(mine.id)}, {'as its parents' if any(mine is l for _, l in pub.licences) else mine.said}." if mine.id else f"This {_title(pub.kind)} has no licence yet: {mine.said if len(rows) == 1 else 'its parents do not state one and the same'}. Whoever shares it has to look, and to decide."
+    then = (
+        f"This {_title(pub.kind)}: {_code(mine.id)},"
+        f" {'as its parents' if any(mine is l for _, l in pub.licences) else mine.said}."
+        if mine.id
+        else (
+            f"This {_title(pub.kind)} has no licence yet:"
+            f" {mine.said if len(rows) == 1 else 'its parents do not state one and the same'}. Whoever shares it has to"
+            " look, and to decide."
+        )
+    )
     return f"{_grid(('parent', 'licence', 'said by'), rows)}\n\n{then}"
 
 # %% ../nbs/16_publish.ipynb #16-039
 def _use(pub, name):
     "How to load it."
-    if not pub.delta: return f"""```python
+    if not pub.delta:
+        return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained({name!r})
 tokenizer = AutoTokenizer.from_pretrained({name!r})
@@ -341,17 +650,28 @@ pip install act-transfer
 def _call(f, **options):
     "A command line, with the options that differ from what `f` takes by default."
     params = inspect.signature(f).parameters
-    return f'{f.__name__} ' + option_line({k: v if v is None or isinstance(v, bool) else _plain(v) for k, v in options.items() if k not in params or params[k].default != v})
+    return f'{f.__name__} ' + option_line(
+        {
+            k: v if v is None or isinstance(v, bool) else _plain(v)
+            for k, v in options.items()
+            if k not in params or params[k].default != v
+        }
+    )
+
 
 def _spec(name, source):
     "(what `load_ability` took, split, n) from an ability's name and source; None when they do not say."
     where, n = re.fullmatch(r'(.*?)(?:, (\d+) of \d+, seed 0)?', str(source), re.S).groups()
     first, _, split = where.rpartition(' ')
     skill, lang = skill_language(name)
-    if where.endswith('.jsonl') and ' ' not in where: return where, None, n and int(n)
-    if split not in (*SHARES, 'all'): return None
-    if first.endswith('.jsonl') and ' ' not in first: return first, split, n and int(n)
-    if first == f'lab/{name}': return first, split, n and int(n)
+    if where.endswith('.jsonl') and ' ' not in where:
+        return where, None, n and int(n)
+    if split not in (*SHARES, 'all'):
+        return None
+    if first.endswith('.jsonl') and ' ' not in first:
+        return first, split, n and int(n)
+    if first == f'lab/{name}':
+        return first, split, n and int(n)
     return (f'{skill}/{lang}', split, n and int(n)) if skill in SOURCES and lang else None
 
 # %% ../nbs/16_publish.ipynb #16-043
@@ -360,18 +680,76 @@ def _moves(step, masks, delta=False):
     r, out = step.record, []
     target, many = _shown(r['target']), len(r['moved']) > 1
     for i, m in enumerate(r['moved'], 1):
-        s, k, donor, known = f'scores-{i}.safetensors' if many else 'scores.safetensors', f'mask-{i}.safetensors' if many else 'mask.safetensors', _shown(m['donor']), masks.get(m.get('mask'))
+        s, k, donor, known = (
+            f'scores-{i}.safetensors' if many else 'scores.safetensors',
+            f'mask-{i}.safetensors' if many else 'mask.safetensors',
+            _shown(m['donor']),
+            masks.get(m.get('mask')),
+        )
         meta = known.meta if known is not None else {}
         spec = _spec(meta.get('ability', ''), meta.get('source', '')) if {'target', 'donor'} <= meta.keys() else None
-        made = re.fullmatch(r'(?:random, matched by all, seed (?P<seed>\d+)|with all of (?P<whole>\w+))', m.get('made', '')) if 'made' in m else None
-        if spec: out.append(_call(act_localize, target=_shown(meta['target']), donor=_shown(meta['donor']), ability=spec[0], split=spec[1], n=spec[2], **{o: meta.get(o) for o in ('positions', 'batch_tokens', 'max_length', 'dtype', 'chat')}, tied=known.map.tied or 'embedding', out=s))
-        else: out.append(f"# {s}: act_localize of {target} and {donor} on {_plain(m.get('ability', 'an ability that is not recorded'))}; with which options and items is {'not recorded' if meta else 'in the mask file, which was not given'}")
-        if 'p' in m and ('made' not in m or made): out.append(_call(act_mask, scores=s, p=m['p'], rank=m.get('rank'), without=m.get('without'), **(dict(control='random', seed=int(made['seed'])) if made and made['seed'] else dict(whole=made and made['whole'])), out=k))
-        else: out.append(f"# {k}: the mask {str(m.get('mask'))[:12]}, {_plain(m.get('made', 'made in a way that is not recorded'))}")
+        made = (
+            re.fullmatch(
+                r'(?:random, matched by all, seed (?P<seed>\d+)|with all of (?P<whole>\w+))', m.get('made', '')
+            )
+            if 'made' in m
+            else None
+        )
+        if spec:
+            out.append(
+                _call(
+                    act_localize,
+                    target=_shown(meta['target']),
+                    donor=_shown(meta['donor']),
+                    ability=spec[0],
+                    split=spec[1],
+                    n=spec[2],
+                    **{o: meta.get(o) for o in ('positions', 'batch_tokens', 'max_length', 'dtype', 'chat')},
+                    tied=known.map.tied or 'embedding',
+                    out=s,
+                )
+            )
+        else:
+            out.append(
+                f"# {s}: act_localize of {target} and {donor} on"
+                f" {_plain(m.get('ability', 'an ability that is not recorded'))}; with which options and items is"
+                f" {'not recorded' if meta else 'in the mask file, which was not given'}"
+            )
+        if 'p' in m and ('made' not in m or made):
+            out.append(
+                _call(
+                    act_mask,
+                    scores=s,
+                    p=m['p'],
+                    rank=m.get('rank'),
+                    without=m.get('without'),
+                    **(
+                        dict(control='random', seed=int(made['seed']))
+                        if made and made['seed']
+                        else dict(whole=made and made['whole'])
+                    ),
+                    out=k,
+                )
+            )
+        else:
+            out.append(
+                f"# {k}: the mask {str(m.get('mask'))[:12]},"
+                f" {_plain(m.get('made', 'made in a way that is not recorded'))}"
+            )
     moved, unchecked = r['moved'], r.get('hashes') == {} and any('target_print' in o.meta for o in masks.values())
     one = lambda values: ','.join(values if len(set(values)) > 1 else values[:1])
-    return out + [_call(act_delta if delta else act_transfer, target=target, donor=','.join(_shown(m['donor']) for m in moved) if many else _shown(moved[0]['donor']),
-                        mask=','.join(f'mask-{i}.safetensors' for i in range(1, len(moved) + 1)) if many else 'mask.safetensors', lam=one([_number(m['lam']) for m in moved]), rule=r.get('rule'), no_check=unchecked, out=step.name)]
+    return out + [
+        _call(
+            act_delta if delta else act_transfer,
+            target=target,
+            donor=','.join(_shown(m['donor']) for m in moved) if many else _shown(moved[0]['donor']),
+            mask=','.join(f'mask-{i}.safetensors' for i in range(1, len(moved) + 1)) if many else 'mask.safetensors',
+            lam=one([_number(m['lam']) for m in moved]),
+            rule=r.get('rule'),
+            no_check=unchecked,
+            out=step.name,
+        )
+    ]
 
 # %% ../nbs/16_publish.ipynb #16-044
 def _tunes(step, masks):
@@ -379,24 +757,62 @@ def _tunes(step, masks):
     r = step.record
     specs = {a: _spec(a, d.get('source', '')) for a, d in r.get('abilities', {}).items() if isinstance(d, dict)}
     lost = [a for a, s in specs.items() if not s]
-    if lost or len({s[1:] for s in specs.values()}) > 1: return [f"# {step.name}: act_finetune of {_shown(_began(step)[0])} on {', '.join(map(_plain, specs))}, whose items have no one name on the command line"]
+    if lost or len({s[1:] for s in specs.values()}) > 1:
+        return [
+            f"# {step.name}: act_finetune of {_shown(_began(step)[0])} on {', '.join(map(_plain, specs))}, whose items"
+            " have no one name on the command line"
+        ]
     lora, (_, split, n) = r.get('lora') or {}, next(iter(specs.values()), (None, None, None))
     mask = None if not r.get('mask') else 'mask.safetensors' if list(masks) == [r['mask']] else f"MASK-{r['mask'][:12]}"
-    out = [_call(act_finetune, model=_shown(_began(step)[0]), ability=','.join(s[0] for s in specs.values()), split=split, n=n, mask=mask, lora_r=lora.get('r'), **{o: r.get(o) for o in ('steps', 'lr', 'batch_size', 'seed', 'max_length', 'weight_decay', 'chat', 'bf16')}, out=step.name)]
-    unsaid = [*(['whether in mixed precision (--bf16)'] if 'bf16' not in r else []), *(['on which abilities it was validated (--validation)'] if r.get('eval_losses') else [])]
-    return out + [f"# not recorded: {', '.join(unsaid)}"]*bool(unsaid)
+    out = [
+        _call(
+            act_finetune,
+            model=_shown(_began(step)[0]),
+            ability=','.join(s[0] for s in specs.values()),
+            split=split,
+            n=n,
+            mask=mask,
+            lora_r=lora.get('r'),
+            **{
+                o: r.get(o) for o in ('steps', 'lr', 'batch_size', 'seed', 'max_length', 'weight_decay', 'chat', 'bf16')
+            },
+            out=step.name,
+        )
+    ]
+    unsaid = [
+        *(['whether in mixed precision (--bf16)'] if 'bf16' not in r else []),
+        *(['on which abilities it was validated (--validation)'] if r.get('eval_losses') else []),
+    ]
+    return out + [f"# not recorded: {', '.join(unsaid)}"] * bool(unsaid)
+
 
 def _commands(pub):
     out = []
     for s in pub.steps:
-        if s.kind == 'transfer': out += _moves(s, pub.masks, bool(pub.delta) and s is pub.last)
-        elif s.kind == 'finetune': out += _tunes(s, pub.masks)
-        elif pub.kind == 'gguf': out.append(_call(act_publish, model=s.record['file'], out=Path(s.record['file']).stem))
-    if pub.delta: out.append(_call(act_apply, target=_shown(pub.last.record['target']), delta=pub.last.name, out='recovered'))
+        if s.kind == 'transfer':
+            out += _moves(s, pub.masks, bool(pub.delta) and s is pub.last)
+        elif s.kind == 'finetune':
+            out += _tunes(s, pub.masks)
+        elif pub.kind == 'gguf':
+            out.append(_call(act_publish, model=s.record['file'], out=Path(s.record['file']).stem))
+    if pub.delta:
+        out.append(_call(act_apply, target=_shown(pub.last.record['target']), delta=pub.last.name, out='recovered'))
     for k, r in pub.results.items():
         m = r.meta
         specs = [_spec(a, d['source']) for a, d in m['abilities'].items()]
-        if all(specs) and len({s[1:] for s in specs}) == 1: out.append(_call(act_evaluate, model=_shown(m['model']) if k != 'this model' else 'recovered' if pub.delta else pub.steps[-1].name, ability=','.join(s[0] for s in specs), split=specs[0][1], n=specs[0][2], batch_size=m.get('batch_size'), max_length=m.get('max_length'), chat=m.get('chat')))
+        if all(specs) and len({s[1:] for s in specs}) == 1:
+            out.append(
+                _call(
+                    act_evaluate,
+                    model=_shown(m['model']) if k != 'this model' else 'recovered' if pub.delta else pub.steps[-1].name,
+                    ability=','.join(s[0] for s in specs),
+                    split=specs[0][1],
+                    n=specs[0][2],
+                    batch_size=m.get('batch_size'),
+                    max_length=m.get('max_length'),
+                    chat=m.get('chat'),
+                )
+            )
     return out
 
 # %% ../nbs/16_publish.ipynb #16-045
@@ -404,18 +820,46 @@ def _again(pub):
     "Commands, hashes and versions."
     r, m = pub.last.record if pub.last else {}, pub.masks.values()
     which = 'fingerprint' if any('target_print' in o.meta for o in m) else 'hash'
-    hashes = [('weights of this checkpoint', pub.weights), ('this delta', pub.delta and pub.delta.hash), ('the delta that was applied', r.get('delta')), *((s.record['file'], s.record.get('sha256')) for s in pub.steps if s.kind == 'gguf'), *(('mask', o.get('mask')) for o in r.get('moved', [])), *(('items of ' + o.meta['ability'], o.meta.get('ability_hash')) for o in m if 'ability' in o.meta),
-              *((f'{which} of {_shown(k)}', v) for k, v in (r.get('hashes') or {}).items())]
-    made = [(s.kind, _plain(_made(s).get('time', '')), _code(_made(s).get('git', 'not recorded')), *(_plain((_made(s).get('versions') or {}).get(o, '')) for o in ('act', 'python', 'torch', 'transformers'))) for s in pub.steps if s.kind != 'gguf']
-    parts = [f"""```bash
+    hashes = [
+        ('weights of this checkpoint', pub.weights),
+        ('this delta', pub.delta and pub.delta.hash),
+        ('the delta that was applied', r.get('delta')),
+        *((s.record['file'], s.record.get('sha256')) for s in pub.steps if s.kind == 'gguf'),
+        *(('mask', o.get('mask')) for o in r.get('moved', [])),
+        *(('items of ' + o.meta['ability'], o.meta.get('ability_hash')) for o in m if 'ability' in o.meta),
+        *((f'{which} of {_shown(k)}', v) for k, v in (r.get('hashes') or {}).items()),
+    ]
+    made = [
+        (
+            s.kind,
+            _plain(_made(s).get('time', '')),
+            _code(_made(s).get('git', 'not recorded')),
+            *(_plain((_made(s).get('versions') or {}).get(o, '')) for o in ('act', 'python', 'torch', 'transformers')),
+        )
+        for s in pub.steps
+        if s.kind != 'gguf'
+    ]
+    parts = [
+        f"""```bash
 {chr(10).join(_commands(pub))}
-```""", "Models and files are named without the folders that they lay in; what is neither on the hub nor part of act-transfer has to be put in place first.",
-             _grid(('SHA-256', ''), [(_code(k), _code(v)) for k, v in hashes if v]) if any(v for _, v in hashes) else '', _grid(('step', 'when', 'git revision', 'act-transfer', 'Python', 'torch', 'transformers'), made) if made else '']
+```""",
+        (
+            "Models and files are named without the folders that they lay in; what is neither on the hub nor part of"
+            " act-transfer has to be put in place first."
+        ),
+        _grid(('SHA-256', ''), [(_code(k), _code(v)) for k, v in hashes if v]) if any(v for _, v in hashes) else '',
+        (
+            _grid(('step', 'when', 'git revision', 'act-transfer', 'Python', 'torch', 'transformers'), made)
+            if made
+            else ''
+        ),
+    ]
     return '\n\n'.join(filter(None, parts))
 
 # %% ../nbs/16_publish.ipynb #16-048
 class Card(ModelCard):
     "A model card that renders in a notebook, without its picture and with its headings in bold."
+
     def _repr_markdown_(self):
         parts = self.text.split('```')
         parts[::2] = [re.sub(r'(?m)^#+ (.*)$', r'**\1**', re.sub(r'!\[(.*?)\]\(.*?\)', r'*\1*', p)) for p in parts[::2]]
@@ -425,165 +869,304 @@ class Card(ModelCard):
 @patch
 def card(
     self: Publication,
-    name: str = None, # what it is called: a folder, or OWNER/NAME on the hub
+    name: str = None,  # what it is called: a folder, or OWNER/NAME on the hub
 ) -> Card:
     "The model card: front matter that the hub reads, and the text."
     name = name or _shown(self.source)
-    parts = {'Channels': _channels(self), 'Scores': _scores(self), 'Licences': _terms(self), 'Use': _use(self, name), 'How to reproduce': _again(self)}
-    if not self.last: del parts['Channels']
-    text = f"# {_plain(name.split('/')[-1])}\n\n{_what(self)}\n\nMade with [act-transfer]({_HOME}).\n\n" + '\n\n'.join(f'## {k}\n\n{v}' for k, v in parts.items()) + '\n'
+    parts = {
+        'Channels': _channels(self),
+        'Scores': _scores(self),
+        'Licences': _terms(self),
+        'Use': _use(self, name),
+        'How to reproduce': _again(self),
+    }
+    if not self.last:
+        del parts['Channels']
+    text = (
+        f"# {_plain(name.split('/')[-1])}\n\n{_what(self)}\n\nMade with [act-transfer]({_HOME}).\n\n"
+        + '\n\n'.join(f'## {k}\n\n{v}' for k, v in parts.items())
+        + '\n'
+    )
     return Card(f'---\n{self._front(name.split("/")[-1]).to_yaml()}\n---\n\n{text}')
 
 # %% ../nbs/16_publish.ipynb #16-050
 @patch
 def _front(self: Publication, name):
     "Front matter."
-    named = [(o.meta.get('ability', ''), o.meta.get('source', '')) for o in self.masks.values()] + [(a, d.get('source', '')) for s in self.after for a, d in s.record.get('abilities', {}).items()]
+    named = [(o.meta.get('ability', ''), o.meta.get('source', '')) for o in self.masks.values()] + [
+        (a, d.get('source', '')) for s in self.after for a, d in s.record.get('abilities', {}).items()
+    ]
     languages = dict.fromkeys(skill_language(a)[1] for a, source in named if (s := _spec(a, source)) and '/' in s[0])
     l, rel = self.licence, dict(base_model_relation='merge' if self.last else 'finetune') if self.kind != 'gguf' else {}
     more = dict(license_name=l.name, license_link=l.link) if l.id and l.name else {}
     tags = ['act-transfer', *(['merge'] if self.last else []), *(['delta'] if self.delta else [])]
-    return ModelCardData(license=l.id, base_model=self.base_model or None, library_name='act-transfer' if self.delta else 'transformers', pipeline_tag='text-generation', tags=tags, language=[x for x in languages if x] or None,
-                         model_name=name if (found := self._index()) else None, eval_results=found or None, **rel, **more)
+    return ModelCardData(
+        license=l.id,
+        base_model=self.base_model or None,
+        library_name='act-transfer' if self.delta else 'transformers',
+        pipeline_tag='text-generation',
+        tags=tags,
+        language=[x for x in languages if x] or None,
+        model_name=name if (found := self._index()) else None,
+        eval_results=found or None,
+        **rel,
+        **more,
+    )
+
 
 @patch
 def _index(self: Publication):
     "The results of this model for the front matter."
-    if not (r := self.results.get('this model')): return []
+    if not (r := self.results.get('this model')):
+        return []
     t, about = r.table(), r.meta['abilities']
     out = []
     for a in t.index:
-        data = dict(task_type='text-generation', dataset_type=SOURCES.get(skill_language(a)[0], dict(hub=('act-transfer',)))['hub'][0], dataset_name=a, dataset_config=a, dataset_split=(_spec(a, about[a]['source']) or (0, None))[1], dataset_args=dict(source=_scrub(about[a]['source']), sha256=about[a]['hash']))
-        out.append(Result(**data, metric_type='accuracy', metric_value=round(float(t.accuracy[a]), 4), metric_name=f"accuracy, 95 % interval {t.low[a]:.3f} to {t.high[a]:.3f}, {about[a]['items']} items"))
-        if math.isfinite(t.bits_per_byte[a]): out.append(Result(**data, metric_type='bits_per_byte', metric_value=round(float(t.bits_per_byte[a]), 4), metric_name='bits per byte of the answers'))
+        data = dict(
+            task_type='text-generation',
+            dataset_type=SOURCES.get(skill_language(a)[0], dict(hub=('act-transfer',)))['hub'][0],
+            dataset_name=a,
+            dataset_config=a,
+            dataset_split=(_spec(a, about[a]['source']) or (0, None))[1],
+            dataset_args=dict(source=_scrub(about[a]['source']), sha256=about[a]['hash']),
+        )
+        out.append(
+            Result(
+                **data,
+                metric_type='accuracy',
+                metric_value=round(float(t.accuracy[a]), 4),
+                metric_name=f"accuracy, 95 % interval {t.low[a]:.3f} to {t.high[a]:.3f}, {about[a]['items']} items",
+            )
+        )
+        if math.isfinite(t.bits_per_byte[a]):
+            out.append(
+                Result(
+                    **data,
+                    metric_type='bits_per_byte',
+                    metric_value=round(float(t.bits_per_byte[a]), 4),
+                    metric_name='bits per byte of the answers',
+                )
+            )
     return out
 
 # %% ../nbs/16_publish.ipynb #16-053
-_FILES = ('config.json', 'generation_config.json', 'tokenizer*', 'special_tokens_map.json', 'added_tokens.json', 'vocab.*', 'merges.txt', 'chat_template*', '*.model', '*.jinja', '*.safetensors', 'model.safetensors.index.json')
+_FILES = (
+    'config.json',
+    'generation_config.json',
+    'tokenizer*',
+    'special_tokens_map.json',
+    'added_tokens.json',
+    'vocab.*',
+    'merges.txt',
+    'chat_template*',
+    '*.model',
+    '*.jinja',
+    '*.safetensors',
+    'model.safetensors.index.json',
+)
+
 
 def _write_model(source, tmp):
     "Weights, configuration and tokenizer of a folder, without paths and without anything else."
     write_like(opened(source), tmp)
     for f in tmp.iterdir():
-        if not any(fnmatch(f.name, p) for p in _FILES): f.unlink()
-    for f in (tmp/n for n in ('config.json', 'generation_config.json', 'tokenizer_config.json')):
-        if not f.exists(): continue
+        if not any(fnmatch(f.name, p) for p in _FILES):
+            f.unlink()
+    for f in (tmp / n for n in ('config.json', 'generation_config.json', 'tokenizer_config.json')):
+        if not f.exists():
+            continue
         old = checkpoint_json(f)
-        new = {k: _scrub(v) if isinstance(v, str) and re.search('name_or_path|_file$|_dir$|_path$', k) else v for k, v in old.items()}
-        if new != old: write_json(new, f)
+        new = {
+            k: _scrub(v) if isinstance(v, str) and re.search('name_or_path|_file$|_dir$|_path$', k) else v
+            for k, v in old.items()
+        }
+        if new != old:
+            write_json(new, f)
+
 
 def _write_delta(delta, path):
     "The same delta, with a header that holds no paths."
     tensors, head = header_of(delta.path, FILE_TYPES)
+
     def data():
         for t in tensors.values():
             for a in range(t.start, t.end, BLOCK):
                 buf = torch.empty(min(BLOCK, t.end - a), dtype=torch.uint8)
                 read_into(t.file, buf, (a, 0, len(buf)))
                 yield buf
-    write_tensors(path, {n: (t.dtype, t.shape) for n, t in tensors.items()}, dict(head, meta=json.dumps(_scrub(delta.meta), ensure_ascii=False)), data())
+
+    write_tensors(
+        path,
+        {n: (t.dtype, t.shape) for n, t in tensors.items()},
+        dict(head, meta=json.dumps(_scrub(delta.meta), ensure_ascii=False)),
+        data(),
+    )
+
 
 def _write_picture(mask, path):
     import matplotlib.pyplot as plt
+
     ax = mask.plot()
     ax.figure.savefig(path, dpi=160, bbox_inches='tight', metadata=dict(Software=None))
     plt.close(ax.figure)
 
 # %% ../nbs/16_publish.ipynb #16-054
 def publish(
-    model,            # a Publication, or what `prepare` takes
-    out,              # folder to create; must not exist
-    name: str = None, # what it will be called on the hub: OWNER/NAME
-    **more,           # of `prepare`: scores, mask, license, base_model
-) -> Path: # raises ActError
+    model,  # a Publication, or what `prepare` takes
+    out,  # folder to create; must not exist
+    name: str = None,  # what it will be called on the hub: OWNER/NAME
+    **more,  # of `prepare`: scores, mask, license, base_model
+) -> Path:  # raises ActError
     "Write a folder for others: weights or delta, tokenizer, card, picture, mask and records."
     out = check_absent(out)
     pub = model if isinstance(model, Publication) else prepare(model, **more)
-    if pub.kind == 'gguf': pub = replace(pub, steps=history(resolve(pub.source)), weights=weight_hash(pub.source), nbytes=opened(pub.source).nbytes)
+    if pub.kind == 'gguf':
+        pub = replace(
+            pub, steps=history(resolve(pub.source)), weights=weight_hash(pub.source), nbytes=opened(pub.source).nbytes
+        )
     with atomic_folder(out, pub.nbytes) as tmp:
-        if pub.delta: _write_delta(pub.delta, tmp/'delta.safetensors')
-        else: _write_model(resolve(pub.source), tmp)
-        if pub.mask is not None: _write_picture(pub.mask, tmp/'channels.png')
-        if pub.masks: (tmp/'act').mkdir() # beside the weights a loader might take masks for weights
-        for i, m in enumerate(pub.masks.values(), 1): ChannelMask(m.data, m.map, _scrub(m.meta)).save(tmp/'act'/(f'mask-{i}.safetensors' if len(pub.masks) > 1 else 'mask.safetensors'))
-        for s in [] if pub.delta else [s for s in (pub.last, *pub.after[-1:], *(pub.steps if pub.kind == 'gguf' else [])) if s]: write_json(_scrub(s.record), tmp/f'act_{s.kind}.json')
-        pub.card(name or out.name).save(tmp/'README.md')
+        if pub.delta:
+            _write_delta(pub.delta, tmp / 'delta.safetensors')
+        else:
+            _write_model(resolve(pub.source), tmp)
+        if pub.mask is not None:
+            _write_picture(pub.mask, tmp / 'channels.png')
+        if pub.masks:
+            (tmp / 'act').mkdir()  # beside the weights a loader might take masks for weights
+        for i, m in enumerate(pub.masks.values(), 1):
+            ChannelMask(m.data, m.map, _scrub(m.meta)).save(
+                tmp / 'act' / (f'mask-{i}.safetensors' if len(pub.masks) > 1 else 'mask.safetensors')
+            )
+        for s in (
+            []
+            if pub.delta
+            else [s for s in (pub.last, *pub.after[-1:], *(pub.steps if pub.kind == 'gguf' else [])) if s]
+        ):
+            write_json(_scrub(s.record), tmp / f'act_{s.kind}.json')
+        pub.card(name or out.name).save(tmp / 'README.md')
     return out
 
 # %% ../nbs/16_publish.ipynb #16-064
-_WHY = {401: 'the token is not accepted: log in with hf auth login, or set HF_TOKEN', 403: 'the token has no right to write there: use one with write access, or another owner', 404: 'there is no such owner or repository for this token: check the name', 409: 'it is being changed by somebody else: try again'}
+_WHY = {
+    401: 'the token is not accepted: log in with hf auth login, or set HF_TOKEN',
+    403: 'the token has no right to write there: use one with write access, or another owner',
+    404: 'there is no such owner or repository for this token: check the name',
+    409: 'it is being changed by somebody else: try again',
+}
+
 
 def _why(e):
     "What went wrong with the hub, in a line."
-    while e.__cause__ is not None and getattr(e, 'response', None) is None: e = e.__cause__
+    while e.__cause__ is not None and getattr(e, 'response', None) is None:
+        e = e.__cause__
     code = getattr(getattr(e, 'response', None), 'status_code', None)
-    if code: return _WHY.get(code, f'the hub answers {code}: {_plain(getattr(e, "server_message", None) or e)}')
+    if code:
+        return _WHY.get(code, f'the hub answers {code}: {_plain(getattr(e, "server_message", None) or e)}')
     return f'the hub cannot be reached ({type(e).__name__}: {_plain(e)}): check the network and HF_ENDPOINT'
+
 
 def _check_push(repo, licence, token=None):
     "What can be known before anything is written or sent."
-    try: validate_repo_id(repo if repo.count('/') == 1 else '')
-    except HFValidationError as e: raise ActError(f"push is {repo!r:.200}: give OWNER/NAME, of letters, digits, -, _ and .") from e
-    if not licence: raise ActError("the licences of the parents do not settle under which one this may be shared (see the card): look, decide, and give --license")
-    if hub_is_off(): raise ActError("HF_HUB_OFFLINE is set, so nothing can be pushed: unset it")
-    if not (token or get_token()): raise ActError("there is no token for the hub: log in with hf auth login, or set HF_TOKEN")
+    try:
+        validate_repo_id(repo if repo.count('/') == 1 else '')
+    except HFValidationError as e:
+        raise ActError(f"push is {repo!r:.200}: give OWNER/NAME, of letters, digits, -, _ and .") from e
+    if not licence:
+        raise ActError(
+            "the licences of the parents do not settle under which one this may be shared (see the card): look, decide,"
+            " and give --license"
+        )
+    if hub_is_off():
+        raise ActError("HF_HUB_OFFLINE is set, so nothing can be pushed: unset it")
+    if not (token or get_token()):
+        raise ActError("there is no token for the hub: log in with hf auth login, or set HF_TOKEN")
 
 # %% ../nbs/16_publish.ipynb #16-065
 def push(
-    folder,                # what `publish` wrote
-    repo: str,             # OWNER/NAME
-    private: bool = False, # a private repository
+    folder,  # what `publish` wrote
+    repo: str,  # OWNER/NAME
+    private: bool = False,  # a private repository
     endpoint: str = None,  # of the hub; HF_ENDPOINT by default
-    token: str = None,     # of the hub; HF_TOKEN or that of `hf auth login` by default
-) -> str: # address of the commit; raises ActError
+    token: str = None,  # of the hub; HF_TOKEN or that of `hf auth login` by default
+) -> str:  # address of the commit; raises ActError
     "Upload a published folder to the hub."
     folder = Path(folder)
-    if not (folder/'README.md').is_file(): raise ActError(f"{folder} has no README.md: push what act_publish wrote")
-    _check_push(repo, ModelCard.load(folder/'README.md').data.license, token)
+    if not (folder / 'README.md').is_file():
+        raise ActError(f"{folder} has no README.md: push what act_publish wrote")
+    _check_push(repo, ModelCard.load(folder / 'README.md').data.license, token)
     api = HfApi(endpoint, token)
     try:
         api.create_repo(repo, private=private or None, exist_ok=True)
         there = api.repo_info(repo)
-        if private and not there.private: raise ActError(f"{repo} is there already and is public: make it private on the hub first, or choose another name")
-        odd = [f.rfilename for f in there.siblings or [] if re.search(r'\.(safetensors|bin|gguf|index\.json)$', f.rfilename) and not (folder/f.rfilename).exists()]
-        if odd: raise ActError(f"{repo} holds other weights ({odd[0]}): choose another name, or delete them there first")
-        return api.upload_folder(repo_id=repo, folder_path=folder, commit_message='Publish with act-transfer').commit_url
-    except ActError: raise
-    except Exception as e: raise ActError(f"pushing {folder} to {repo} failed, {_why(e)}") from e
+        if private and not there.private:
+            raise ActError(
+                f"{repo} is there already and is public: make it private on the hub first, or choose another name"
+            )
+        odd = [
+            f.rfilename
+            for f in there.siblings or []
+            if re.search(r'\.(safetensors|bin|gguf|index\.json)$', f.rfilename) and not (folder / f.rfilename).exists()
+        ]
+        if odd:
+            raise ActError(f"{repo} holds other weights ({odd[0]}): choose another name, or delete them there first")
+        return api.upload_folder(
+            repo_id=repo, folder_path=folder, commit_message='Publish with act-transfer'
+        ).commit_url
+    except ActError:
+        raise
+    except Exception as e:
+        raise ActError(f"pushing {folder} to {repo} failed, {_why(e)}") from e
 
 # %% ../nbs/16_publish.ipynb #16-068
 @command
 def act_publish(
-    model: str,          # folder of act_transfer, act_apply, act_finetune or act_publish, file of act_delta, or .gguf file
-    out: str = None,     # folder to create; none to push a published folder
+    model: str,  # folder of act_transfer, act_apply, act_finetune or act_publish, file of act_delta, or .gguf file
+    out: str = None,  # folder to create; none to push a published folder
     scores: str = None,  # result files of act_evaluate, of the model, its target and its donor, separated by commas
-    mask: str = None,    # mask files of the transfer, separated by commas
-    license: str = None, # what is published is under this licence; what the parents agree on by default
-    base_model: str = None, # hub ids of the parents, separated by commas, where the records call them otherwise
-    push: str = None,    # OWNER/NAME on the hub to upload it to
-    private: store_true = False, # in a private repository
+    mask: str = None,  # mask files of the transfer, separated by commas
+    license: str = None,  # what is published is under this licence; what the parents agree on by default
+    base_model: str = None,  # hub ids of the parents, separated by commas, where the records call them otherwise
+    push: str = None,  # OWNER/NAME on the hub to upload it to
+    private: store_true = False,  # in a private repository
 ):
     "Write a folder with a model card, and upload it if asked: `act_publish --model recovered --scores recovered.json,target.json --mask m.safetensors --out published`, `act_publish --model published --push me/recovered`, `act_publish --model model.gguf --out model`"
     if not out:
-        if not push: raise ActError("act_publish needs --out, or --push for a folder that is published already: see act_publish --help")
+        if not push:
+            raise ActError(
+                "act_publish needs --out, or --push for a folder that is published already: see act_publish --help"
+            )
         _check_push(push, _published(model))
         begin([model], work=f'push to {push}')
     else:
         check_absent(out)
         pub = prepare(model, listed(scores), listed(mask), license, listed(base_model))
-        if push: _check_push(push, pub.licence.id)
-        begin([model, *listed(scores), *listed(mask)], {out: pub.nbytes}, f"{pub.names}, its tokenizer and records{f'; then push to {push}' if push else ''}; this card:\n\n{pub.card(push or Path(out).name)}")
+        if push:
+            _check_push(push, pub.licence.id)
+        begin(
+            [model, *listed(scores), *listed(mask)],
+            {out: pub.nbytes},
+            f"{pub.names}, its tokenizer and records{f'; then push to {push}' if push else ''}; this"
+            f" card:\n\n{pub.card(push or Path(out).name)}",
+        )
         publish(pub, out, push)
         print(f'{pub} -> {out}')
-        if pub.unlinked: print(f"note: base_model names {', '.join(pub.unlinked)}, not on the hub under that name: --base_model gives hub ids")
-    if push: print(f'pushed: {_push(out or model, push, private)}')
-    else: next_step('act_publish', model=out, push=f'OWNER/{Path(out).name}')
+        if pub.unlinked:
+            print(
+                f"note: base_model names {', '.join(pub.unlinked)}, not on the hub under that name: --base_model gives"
+                " hub ids"
+            )
+    if push:
+        print(f'pushed: {_push(out or model, push, private)}')
+    else:
+        next_step('act_publish', model=out, push=f'OWNER/{Path(out).name}')
 
 # %% ../nbs/16_publish.ipynb #16-069
-_push = push # whose name is an option of the command
+_push = push  # whose name is an option of the command
+
 
 def _published(model):
     "The licence in the card of a folder that `publish` wrote."
-    readme = Path(model)/'README.md'
-    if not readme.is_file() or 'act-transfer' not in (ModelCard.load(readme).data.tags or []): raise ActError(f"{model} is not a folder that act_publish wrote: give --out to write one")
+    readme = Path(model) / 'README.md'
+    if not readme.is_file() or 'act-transfer' not in (ModelCard.load(readme).data.tags or []):
+        raise ActError(f"{model} is not a folder that act_publish wrote: give --out to write one")
     return ModelCard.load(readme).data.license

@@ -20,7 +20,21 @@ from .abilities import hub_is_off, load_ability
 from .baselines import BASELINES, BASELINE_ROWS
 from .channels import meta_model, enumerate_channels
 from .checkpoints import check_pair, is_here, load_model, resolve, weight_hash
-from .core import ActError, PACKAGE, version_of, atomic_file, atomic_folder, begin, check_absent, command, next_step, provenance, read_json, sha256, write_json
+from act.core import (
+    ActError,
+    PACKAGE,
+    version_of,
+    atomic_file,
+    atomic_folder,
+    begin,
+    check_absent,
+    command,
+    next_step,
+    provenance,
+    read_json,
+    sha256,
+    write_json,
+)
 from .evaluate import TaskKey, cached_task, task_kind, silent
 from .finetune import finetune, save_like
 from .masks import ChannelScores
@@ -28,7 +42,8 @@ from .merge import MERGERS, MERGE_ROWS, MergeBench, MergeCase, merge_study, plot
 from .recover import METHODS, ROWS, Bench, Case, write_study, write_tables, grid_of, points, recover
 
 # %% ../nbs/35_recipes.ipynb #35-106
-RECIPE_FILES = PACKAGE/'recipe_files'
+RECIPE_FILES = PACKAGE / 'recipe_files'
+
 
 def recipe_names() -> list:
     "Names of the recipes that come with the package."
@@ -36,74 +51,122 @@ def recipe_names() -> list:
 
 # %% ../nbs/35_recipes.ipynb #35-109
 def recipe_file(
-    recipe, # a name, or a YAML file
-) -> Path: # raises ActError that lists the names
+    recipe,  # a name, or a YAML file
+) -> Path:  # raises ActError that lists the names
     "Where a recipe lies."
-    if recipe in recipe_names(): return RECIPE_FILES/f'{recipe}.yaml'
-    if not Path(recipe).is_file(): raise ActError(f"{recipe} is neither the name of a recipe nor a file: choose one of {', '.join(recipe_names())}, or pass a YAML file")
+    if recipe in recipe_names():
+        return RECIPE_FILES / f'{recipe}.yaml'
+    if not Path(recipe).is_file():
+        raise ActError(
+            f"{recipe} is neither the name of a recipe nor a file: choose one of {', '.join(recipe_names())}, or pass a"
+            " YAML file"
+        )
     return Path(recipe)
 
 # %% ../nbs/35_recipes.ipynb #35-009
 @dataclass(frozen=True)
 class Recipe:
     "A study written down: models to make, what to compare, and how often."
-    name: str    # of the file
-    kind: str    # recover or merge
-    case: object # Case or MergeCase
+
+    name: str  # of the file
+    kind: str  # recover or merge
+    case: object  # Case or MergeCase
     rows: tuple  # rows of the table; none: those of `act.recover` or `act.merge`
-    seeds: tuple # of localisation, chance and fine-tuning
+    seeds: tuple  # of localisation, chance and fine-tuning
     train: dict  # name -> model, abilities, split, n, and options of `finetune`
-    shapes: dict # hub id -> entries of its config.json
-    text: str    # the file
+    shapes: dict  # hub id -> entries of its config.json
+    text: str  # the file
 
 # %% ../nbs/35_recipes.ipynb #35-010
 def _write_merged(rec, bench, out):
     write_tables(rec, out)
     ax = plot_merged(rec)
-    ax.figure.savefig(out/'rows.svg', bbox_inches='tight'); ax.figure.savefig(out/'rows.png', dpi=200, bbox_inches='tight')
+    ax.figure.savefig(out / 'rows.svg', bbox_inches='tight')
+    ax.figure.savefig(out / 'rows.png', dpi=200, bbox_inches='tight')
     plt.close(ax.figure)
 
-_Kind = namedtuple('_Kind', 'case bench rows methods plain study report') # plain: the rows of a recipe that names none
-_KINDS = dict(recover=_Kind(Case, Bench, {**BASELINE_ROWS, **ROWS}, {**BASELINES, **METHODS}, ROWS, recover, write_study),
-              merge=_Kind(MergeCase, MergeBench, MERGE_ROWS, MERGERS, MERGE_ROWS, merge_study, _write_merged))
-_OURS = 'ACT (module-normalised)' # the row that reports compare with the others
 
-def _frozen(v): return tuple(map(_frozen, v)) if isinstance(v, list) else {k: _frozen(x) for k, x in v.items()} if isinstance(v, dict) else v
+_Kind = namedtuple('_Kind', 'case bench rows methods plain study report')  # plain: the rows of a recipe that names none
+_KINDS = dict(
+    recover=_Kind(Case, Bench, {**BASELINE_ROWS, **ROWS}, {**BASELINES, **METHODS}, ROWS, recover, write_study),
+    merge=_Kind(MergeCase, MergeBench, MERGE_ROWS, MERGERS, MERGE_ROWS, merge_study, _write_merged),
+)
+_OURS = 'ACT (module-normalised)'  # the row that reports compare with the others
+
+
+def _frozen(v):
+    return (
+        tuple(map(_frozen, v))
+        if isinstance(v, list)
+        else {k: _frozen(x) for k, x in v.items()}
+        if isinstance(v, dict)
+        else v
+    )
+
 
 def _only(d, known, where, bad, need=()):
-    if not isinstance(d, dict): raise bad(f'{where} is not a mapping')
-    if odd := sorted(map(str, set(d) - set(known))): raise bad(f"{where} has the unknown entry {odd[0]!r}; it may hold {', '.join(known)}")
-    if miss := [k for k in need if d.get(k) in (None, [], {}, '')]: raise bad(f'{where} lacks {miss[0]!r}')
+    if not isinstance(d, dict):
+        raise bad(f'{where} is not a mapping')
+    if odd := sorted(map(str, set(d) - set(known))):
+        raise bad(f"{where} has the unknown entry {odd[0]!r}; it may hold {', '.join(known)}")
+    if miss := [k for k in need if d.get(k) in (None, [], {}, '')]:
+        raise bad(f'{where} lacks {miss[0]!r}')
+
 
 def _check_grid(grid, bad):
     _only(grid, ('ps', 'lams', 'sft'), 'grid', bad)
     for k, ok in dict(ps=lambda v: 0 < v <= 1, lams=lambda v: abs(v) < 100).items():
-        if k in grid and not (isinstance(grid[k], list) and grid[k] and all(isinstance(v, (int, float)) and ok(v) for v in grid[k])): raise bad(f'grid: {k} is {grid[k]!r}: a list of ' + dict(ps='fractions above 0, at most 1', lams='numbers')[k])
+        if k in grid and not (
+            isinstance(grid[k], list) and grid[k] and all(isinstance(v, (int, float)) and ok(v) for v in grid[k])
+        ):
+            raise bad(
+                f'grid: {k} is {grid[k]!r}: a list of ' + dict(ps='fractions above 0, at most 1', lams='numbers')[k]
+            )
 
 # %% ../nbs/35_recipes.ipynb #35-011
 def read_recipe(
-    recipe, # a name, or a YAML file
-) -> Recipe: # raises ActError naming the entry that is wrong
+    recipe,  # a name, or a YAML file
+) -> Recipe:  # raises ActError naming the entry that is wrong
     "Read and check a recipe; nothing is loaded yet."
     path = recipe_file(recipe)
-    def bad(why): return ActError(f"{path.name}: {why}: act_recipe list names examples")
-    try: text = path.read_text(encoding='utf-8'); d = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as e: raise ActError(f"{path} cannot be read ({e}): check the path") from e
-    except yaml.YAMLError as e: raise bad(f"not YAML ({' '.join(str(e).split())[:160]})") from e
+
+    def bad(why):
+        return ActError(f"{path.name}: {why}: act_recipe list names examples")
+
+    try:
+        text = path.read_text(encoding='utf-8')
+        d = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as e:
+        raise ActError(f"{path} cannot be read ({e}): check the path") from e
+    except yaml.YAMLError as e:
+        raise bad(f"not YAML ({' '.join(str(e).split())[:160]})") from e
     _only(d, ('kind', 'rows', 'seeds', 'train', 'case', 'shapes'), 'the recipe', bad, ('kind', 'case'))
-    if d['kind'] not in _KINDS: raise bad(f"kind is {d['kind']!r}: choose recover or merge")
+    if d['kind'] not in _KINDS:
+        raise bad(f"kind is {d['kind']!r}: choose recover or merge")
     kind, cls = _KINDS[d['kind']], _KINDS[d['kind']].case
-    _only(d['case'], [f.name for f in fields(cls)], 'case', bad, [f.name for f in fields(cls) if f.default is MISSING and f.name != 'others'])
-    if d['case'].get('grid'): _check_grid(d['case']['grid'], bad)
+    _only(
+        d['case'],
+        [f.name for f in fields(cls)],
+        'case',
+        bad,
+        [f.name for f in fields(cls) if f.default is MISSING and f.name != 'others'],
+    )
+    if d['case'].get('grid'):
+        _check_grid(d['case']['grid'], bad)
     chosen, seeds, train = d.get('rows') or list(kind.plain), d.get('seeds', [0, 1, 2]), d.get('train') or {}
-    if odd := [r for r in chosen if r not in kind.rows]: raise bad(f"no row is called {odd[0]!r}; there are {', '.join(kind.rows)}")
-    if _OURS not in chosen: raise bad(f'rows lacks {_OURS!r}, with which the report compares the others')
-    if not isinstance(seeds, list) or not seeds or not all(isinstance(s, int) for s in seeds): raise bad(f'seeds is {seeds!r}: a list of whole numbers')
+    if odd := [r for r in chosen if r not in kind.rows]:
+        raise bad(f"no row is called {odd[0]!r}; there are {', '.join(kind.rows)}")
+    if _OURS not in chosen:
+        raise bad(f'rows lacks {_OURS!r}, with which the report compares the others')
+    if not isinstance(seeds, list) or not seeds or not all(isinstance(s, int) for s in seeds):
+        raise bad(f'seeds is {seeds!r}: a list of whole numbers')
     options = ['model', 'abilities', 'split', 'n', *list(inspect.signature(finetune).parameters)[3:]]
-    for k, v in train.items(): _only(v, options, f'train: {k}', bad, ('model', 'abilities'))
+    for k, v in train.items():
+        _only(v, options, f'train: {k}', bad, ('model', 'abilities'))
     case = cls(**{'others': (), **_frozen(d['case'])}) if cls is Case else cls(**_frozen(d['case']))
     recipe = Recipe(path.stem, d['kind'], case, tuple(chosen), tuple(seeds), train, d.get('shapes') or {}, text)
-    if lost := [m for m in recipe.models if m.startswith('train/') and m[6:] not in train]: raise bad(f"case names {lost[0]}, which is not under train")
+    if lost := [m for m in recipe.models if m.startswith('train/') and m[6:] not in train]:
+        raise bad(f"case names {lost[0]}, which is not under train")
     return recipe
 
 # %% ../nbs/35_recipes.ipynb #35-012
@@ -114,54 +177,79 @@ def models(self: Recipe):
 
 # %% ../nbs/35_recipes.ipynb #35-015
 def shape_of(
-    recipe: Recipe, # from `read_recipe`
-    model: str,     # as the recipe calls it
-) -> tuple: # (configuration, where it comes from); raises ActError
+    recipe: Recipe,  # from `read_recipe`
+    model: str,  # as the recipe calls it
+) -> tuple:  # (configuration, where it comes from); raises ActError
     "A model's configuration, without its weights."
     source = recipe.train[model[6:]]['model'] if model.startswith('train/') else model
     noted = recipe.shapes.get(source)
     try:
         local = is_here(source)
-        config, where = AutoConfig.from_pretrained(resolve(source) if local else source, trust_remote_code=False, local_files_only=hub_is_off()), 'folder' if local else 'hub'
-    except ActError: raise
+        config, where = (
+            AutoConfig.from_pretrained(
+                resolve(source) if local else source, trust_remote_code=False, local_files_only=hub_is_off()
+            ),
+            'folder' if local else 'hub',
+        )
+    except ActError:
+        raise
     except Exception as e:
-        if not noted: raise ActError(f"{source} has no configuration here, on the hub ({type(e).__name__}) or under shapes: check the name, or note its config.json under shapes") from e
-        try: return AutoConfig.for_model(**noted), 'recipe'
-        except (ValueError, TypeError) as e: raise ActError(f"shapes: {source} makes no configuration ({str(e).splitlines()[0][:160]}): copy the entries from its config.json") from e
+        if not noted:
+            raise ActError(
+                f"{source} has no configuration here, on the hub ({type(e).__name__}) or under shapes: check the name,"
+                " or note its config.json under shapes"
+            ) from e
+        try:
+            return AutoConfig.for_model(**noted), 'recipe'
+        except (ValueError, TypeError) as e:
+            raise ActError(
+                f"shapes: {source} makes no configuration ({str(e).splitlines()[0][:160]}): copy the entries from its"
+                " config.json"
+            ) from e
     odd = [k for k, v in (noted or {}).items() if getattr(config, k, None) != v]
-    if odd: raise ActError(f"shapes: {source} has {odd[0]} {noted[odd[0]]}, its config.json says {getattr(config, odd[0], None)}: correct the recipe")
+    if odd:
+        raise ActError(
+            f"shapes: {source} has {odd[0]} {noted[odd[0]]}, its config.json says {getattr(config, odd[0], None)}:"
+            " correct the recipe"
+        )
     return config, where
 
 # %% ../nbs/35_recipes.ipynb #35-302
 def pair_problems(
-    recipe: Recipe, # from `read_recipe`
-    fetch: bool = False, # also of models that are on the hub alone
-) -> list: # one sentence for each pair that does not fit
+    recipe: Recipe,  # from `read_recipe`
+    fetch: bool = False,  # also of models that are on the hub alone
+) -> list:  # one sentence for each pair that does not fit
     "What keeps the models of a recipe from being pairs, before anything is trained."
     source = lambda m: recipe.train[m[6:]]['model'] if m.startswith('train/') else m
     first, *others = dict.fromkeys(map(source, recipe.models))
     found = []
     for other in others:
-        if not fetch and not all(is_here(m) for m in (first, other)): continue
-        try: check_pair(first, other)
-        except ActError as e: found.append(str(e))
+        if not fetch and not all(is_here(m) for m in (first, other)):
+            continue
+        try:
+            check_pair(first, other)
+        except ActError as e:
+            found.append(str(e))
     return found
 
-def _body(map): return [(m.path, m.width) for m in map if m.kind != 'lm_head'] # a head may be padded
+
+def _body(map):
+    return [(m.path, m.width) for m in map if m.kind != 'lm_head']  # a head may be padded
 
 # %% ../nbs/35_recipes.ipynb #35-018
 @dataclass(frozen=True)
 class Plan:
     "What a recipe comes to: renders itself."
+
     recipe: Recipe
-    models: pd.DataFrame   # model, from, type, layers, parameters, channels
-    kinds: pd.DataFrame    # channels by kind of module
-    moved: pd.DataFrame    # p, channels that a mask holds
-    data: pd.DataFrame     # ability, split, items, tokens, task
-    work: pd.DataFrame     # stage, times, tokens, pflop, memory_gb, hours
-    disk_gb: float         # checkpoints to fetch and to make
-    problems: tuple        # what does not resolve
-    speed: str             # what the hours assume
+    models: pd.DataFrame  # model, from, type, layers, parameters, channels
+    kinds: pd.DataFrame  # channels by kind of module
+    moved: pd.DataFrame  # p, channels that a mask holds
+    data: pd.DataFrame  # ability, split, items, tokens, task
+    work: pd.DataFrame  # stage, times, tokens, pflop, memory_gb, hours
+    disk_gb: float  # checkpoints to fetch and to make
+    problems: tuple  # what does not resolve
+    speed: str  # what the hours assume
 
     def _parts(self):
         yield 'Models', self.models
@@ -169,46 +257,98 @@ class Plan:
         yield 'Channels that a mask holds', self.moved
         yield 'Items', self.data
         yield 'Work', self.work
-        if len(self.work): yield 'In all', pd.DataFrame([dict(stages=int(self.work.times.sum()), memory_gb=self.work.memory_gb.max(), disk_gb=self.disk_gb, hours=self.work.hours.sum())])
+        if len(self.work):
+            yield (
+                'In all',
+                pd.DataFrame(
+                    [
+                        dict(
+                            stages=int(self.work.times.sum()),
+                            memory_gb=self.work.memory_gb.max(),
+                            disk_gb=self.disk_gb,
+                            hours=self.work.hours.sum(),
+                        )
+                    ]
+                ),
+            )
 
     def __repr__(self):
         fmt = {'float_format': '{:,.3g}'.format, 'index': False}
         text = '\n\n'.join(f'{t}\n{f.to_string(**fmt)}' for t, f in self._parts() if len(f))
-        return f'{self.recipe.name}: {self.recipe.kind}, {len(self.recipe.rows)} rows, {len(self.recipe.seeds)} seed(s)\n\n{text}\n\nHours assume {self.speed}.\n' + ('\n'.join(f'PROBLEM: {p}' for p in self.problems) or 'Everything resolves.')
+        return (
+            f'{self.recipe.name}: {self.recipe.kind}, {len(self.recipe.rows)} rows, {len(self.recipe.seeds)}'
+            f' seed(s)\n\n{text}\n\nHours assume {self.speed}.\n'
+            + ('\n'.join(f'PROBLEM: {p}' for p in self.problems) or 'Everything resolves.')
+        )
+
     def _repr_html_(self):
-        body = ''.join(f'<p><b>{t}</b></p>{f.to_html(index=False, border=0, float_format="{:,.3g}".format)}' for t, f in self._parts() if len(f))
-        return f'{body}<p>Hours assume {self.speed}. ' + (''.join(f'<br><b>Problem:</b> {p}' for p in self.problems) or 'Everything resolves.') + '</p>'
+        body = ''.join(
+            f'<p><b>{t}</b></p>{f.to_html(index=False, border=0, float_format="{:,.3g}".format)}'
+            for t, f in self._parts()
+            if len(f)
+        )
+        return (
+            f'{body}<p>Hours assume {self.speed}. '
+            + (''.join(f'<br><b>Problem:</b> {p}' for p in self.problems) or 'Everything resolves.')
+            + '</p>'
+        )
 
 # %% ../nbs/35_recipes.ipynb #35-019
 def _abilities(recipe):
     "(ability, split) -> items asked for, of all that the recipe will load."
     c, out = recipe.case, {}
     own = c.recovered if recipe.kind == 'recover' else [a for o in c.specialists.values() for a in o]
-    for a in own: out[a, 'localize'] = c.items
+    for a in own:
+        out[a, 'localize'] = c.items
     for names in c.aims.values():
-        for a in names: out[a, 'sft'], out[a, 'validation'] = None, c.n
+        for a in names:
+            out[a, 'sft'], out[a, 'validation'] = None, c.n
     for names in c.groups.values():
-        for a in names: out[a, 'test'] = c.n
+        for a in names:
+            out[a, 'test'] = c.n
     for t in recipe.train.values():
-        for a in t['abilities']: out[a, t.get('split', 'train')] = t.get('n')
+        for a in t['abilities']:
+            out[a, t.get('split', 'train')] = t.get('n')
     return out
+
 
 def _resolve_data(recipe, problems):
     rows = []
     for (a, split), n in _abilities(recipe).items():
         try:
-            ability = load_ability(a, split, n if split != 'localize' else None) # of which each seed takes so many
+            ability = load_ability(a, split, n if split != 'localize' else None)  # of which each seed takes so many
             kind = task_kind(ability, recipe.case.generate)
-            with silent(): task = cached_task(TaskKey(ability.name, ability), kind, '', recipe.case.generate) if split in ('validation', 'test') else None
+            with silent():
+                task = (
+                    cached_task(TaskKey(ability.name, ability), kind, '', recipe.case.generate)
+                    if split in ('validation', 'test')
+                    else None
+                )
             size = lambda o: len((o.prompt + ''.join(o.choices or [o.answer])).encode())
-            rows.append(dict(ability=a, split=split, items=len(ability), tokens=sum(map(size, ability))//3, task=f'{kind} {task.VERSION}' if task else ''))
-        except ActError as e: problems.append(str(e))
+            rows.append(
+                dict(
+                    ability=a,
+                    split=split,
+                    items=len(ability),
+                    tokens=sum(map(size, ability)) // 3,
+                    task=f'{kind} {task.VERSION}' if task else '',
+                )
+            )
+        except ActError as e:
+            problems.append(str(e))
     return pd.DataFrame(rows, columns=['ability', 'split', 'items', 'tokens', 'task'])
+
 
 def _tries(recipe):
     "Fine-tuned or not, for every setting to try, counted once however many rows share it."
     kind = _KINDS[recipe.kind]
-    return [sft for _, sft, _ in {(m, sft, tuple(s.items())) for _, m, sft, s in points(recipe.case, {r: kind.rows[r] for r in recipe.rows}, kind.methods)}]
+    return [
+        sft
+        for _, sft, _ in {
+            (m, sft, tuple(s.items()))
+            for _, m, sft, s in points(recipe.case, {r: kind.rows[r] for r in recipe.rows}, kind.methods)
+        }
+    ]
 
 # %% ../nbs/35_recipes.ipynb #35-020
 def _work(recipe, n, data, flops, bandwidth):
@@ -216,34 +356,81 @@ def _work(recipe, n, data, flops, bandwidth):
     c, b, kind = recipe.case, 4 if recipe.case.dtype == 'float32' else 2, _KINDS[recipe.kind]
     seeds, given, sft, tries = len(recipe.seeds), len(recipe.models), c.sft or {}, _tries(recipe)
     part = lambda split: data[data.split == split]
-    def stage(name, times, memory, trained=0, read=0, passes=1, writing=0): # tokens trained on; tokens read, by so many models; seconds spent on writing
-        work = n*(6*trained + 2*read*passes)
-        return dict(stage=name, times=times, tokens=int(trained + read), pflop=work/1e15, memory_gb=memory/1e9, hours=(work/flops + writing)/3600)
-    def training(o, split): # tokens of one fine-tuning
-        per_item = part(split).tokens.sum()/max(1, part(split)['items'].sum())
-        return o.get('steps', 50)*o.get('batch_size', 16)*o.get('accumulate', 1)*min(per_item, o.get('max_length') or 1e9)
-    def state(o): # bytes of one fine-tuning
+
+    def stage(
+        name, times, memory, trained=0, read=0, passes=1, writing=0
+    ):  # tokens trained on; tokens read, by so many models; seconds spent on writing
+        work = n * (6 * trained + 2 * read * passes)
+        return dict(
+            stage=name,
+            times=times,
+            tokens=int(trained + read),
+            pflop=work / 1e15,
+            memory_gb=memory / 1e9,
+            hours=(work / flops + writing) / 3600,
+        )
+
+    def training(o, split):  # tokens of one fine-tuning
+        per_item = part(split).tokens.sum() / max(1, part(split)['items'].sum())
+        return (
+            o.get('steps', 50)
+            * o.get('batch_size', 16)
+            * o.get('accumulate', 1)
+            * min(per_item, o.get('max_length') or 1e9)
+        )
+
+    def state(o):  # bytes of one fine-tuning
         whole = o.get('upcast', True)
-        return n*((4 if whole else b) if o.get('lora') else (16 if whole else 4*b))
-    def writing(split): # seconds in which one model writes its answers
-        steps = math.ceil(part(split)[part(split).task.str.startswith('generate')]['items'].sum()/c.batch_size)*c.generate
-        return steps*max(b*n/bandwidth, 2*n*c.batch_size/flops)
+        return n * ((4 if whole else b) if o.get('lora') else (16 if whole else 4 * b))
+
+    def writing(split):  # seconds in which one model writes its answers
+        steps = (
+            math.ceil(part(split)[part(split).task.str.startswith('generate')]['items'].sum() / c.batch_size)
+            * c.generate
+        )
+        return steps * max(b * n / bandwidth, 2 * n * c.batch_size / flops)
+
     val, test = (int(part(s).tokens.sum()) for s in ('validation', 'test'))
     samples = part('localize')
-    taken = seeds*(samples['items'].clip(upper=c.items)*samples.tokens/samples['items']).sum()
-    fit, beside, tuned = training(sft, 'sft'), (given + 1)*b*n, sum(kind.rows[r][1] for r in recipe.rows)
-    rows = seeds*len(recipe.rows)
-    return pd.DataFrame([
-        *[stage(f'train/{k}', 1, state(o), training(o, o.get('split', 'train'))) for k, o in recipe.train.items()],
-        stage('localise', seeds*(1 if recipe.kind == 'recover' else given - 1), given*b*n, read=taken, passes=2),
-        stage('given models', 2*given, given*b*n, read=given*(val + test), writing=given*(writing('validation') + writing('test'))),
-        stage('choose settings', len(tries), beside + (state(sft) if any(tries) else 0), sum(tries)*fit, len(tries)*val, writing=len(tries)*writing('validation')),
-        stage('test', rows, beside + (state(sft) if tuned else 0), seeds*tuned*fit, rows*test, writing=rows*writing('test'))])
+    taken = seeds * (samples['items'].clip(upper=c.items) * samples.tokens / samples['items']).sum()
+    fit, beside, tuned = training(sft, 'sft'), (given + 1) * b * n, sum(kind.rows[r][1] for r in recipe.rows)
+    rows = seeds * len(recipe.rows)
+    return pd.DataFrame(
+        [
+            *[stage(f'train/{k}', 1, state(o), training(o, o.get('split', 'train'))) for k, o in recipe.train.items()],
+            stage(
+                'localise', seeds * (1 if recipe.kind == 'recover' else given - 1), given * b * n, read=taken, passes=2
+            ),
+            stage(
+                'given models',
+                2 * given,
+                given * b * n,
+                read=given * (val + test),
+                writing=given * (writing('validation') + writing('test')),
+            ),
+            stage(
+                'choose settings',
+                len(tries),
+                beside + (state(sft) if any(tries) else 0),
+                sum(tries) * fit,
+                len(tries) * val,
+                writing=len(tries) * writing('validation'),
+            ),
+            stage(
+                'test',
+                rows,
+                beside + (state(sft) if tuned else 0),
+                seeds * tuned * fit,
+                rows * test,
+                writing=rows * writing('test'),
+            ),
+        ]
+    )
 
 # %% ../nbs/35_recipes.ipynb #35-021
 def plan(
-    recipe: Recipe,      # from `read_recipe`
-    tflops: float = 150, # operations a second that matrix products reach, in units of 1e12
+    recipe: Recipe,  # from `read_recipe`
+    tflops: float = 150,  # operations a second that matrix products reach, in units of 1e12
     gb_s: float = 1000,  # bytes a second that reading weights reaches, in units of 1e9
 ) -> Plan:
     "Resolve every model, module, task and item of a recipe without reading a weight, and estimate what it costs."
@@ -253,94 +440,192 @@ def plan(
             config, where = shape_of(recipe, m)
             net = meta_model(config)
             maps[m], n = enumerate_channels(net), sum(p.numel() for p in net.parameters())
-            rows.append(dict(model=m, origin=where, type=config.model_type, layers=config.num_hidden_layers, parameters=n, channels=maps[m].total))
-        except ActError as e: problems.append(str(e))
+            rows.append(
+                dict(
+                    model=m,
+                    origin=where,
+                    type=config.model_type,
+                    layers=config.num_hidden_layers,
+                    parameters=n,
+                    channels=maps[m].total,
+                )
+            )
+        except ActError as e:
+            problems.append(str(e))
     first = maps.get(recipe.models[0])
-    problems += pair_problems(recipe) or [f'{m} and {recipe.models[0]} have different channels: they are not of one architecture' for m in recipe.models if first and m in maps and _body(maps[m]) != _body(first)]
+    problems += pair_problems(recipe) or [
+        f'{m} and {recipe.models[0]} have different channels: they are not of one architecture'
+        for m in recipe.models
+        if first and m in maps and _body(maps[m]) != _body(first)
+    ]
     data = _resolve_data(recipe, problems)
     n = max([r['parameters'] for r in rows], default=0)
-    work = _work(recipe, n, data, tflops*1e12, gb_s*1e9) if n and len(data) else pd.DataFrame(columns=['stage', 'times', 'tokens', 'pflop', 'memory_gb', 'hours'])
-    moved = pd.DataFrame([dict(p=p, channels=max(1, round(p*first.total))) for p in grid_of(recipe.case)['ps']]) if first else pd.DataFrame()
-    disk = sum(2*r['parameters'] for r in rows if r['origin'] != 'folder' and not r['model'].startswith('train/'))/1e9 + len(recipe.train)*2*n/1e9
+    work = (
+        _work(recipe, n, data, tflops * 1e12, gb_s * 1e9)
+        if n and len(data)
+        else pd.DataFrame(columns=['stage', 'times', 'tokens', 'pflop', 'memory_gb', 'hours'])
+    )
+    moved = (
+        pd.DataFrame([dict(p=p, channels=max(1, round(p * first.total))) for p in grid_of(recipe.case)['ps']])
+        if first
+        else pd.DataFrame()
+    )
+    disk = (
+        sum(2 * r['parameters'] for r in rows if r['origin'] != 'folder' and not r['model'].startswith('train/')) / 1e9
+        + len(recipe.train) * 2 * n / 1e9
+    )
     kinds = first.summary().reset_index() if first else pd.DataFrame()
-    return Plan(recipe, pd.DataFrame(rows), kinds, moved, data, work, disk, tuple(problems), f'{tflops:g} TFLOP/s and {gb_s:g} GB/s, which is assumed, not measured')
+    return Plan(
+        recipe,
+        pd.DataFrame(rows),
+        kinds,
+        moved,
+        data,
+        work,
+        disk,
+        tuple(problems),
+        f'{tflops:g} TFLOP/s and {gb_s:g} GB/s, which is assumed, not measured',
+    )
 
 # %% ../nbs/35_recipes.ipynb #35-028
 class Store:
     "Results of stages in a folder, each under a hash of all that it depends on."
-    def __init__(self,
-        folder, # where they are kept
-    ): self.folder, self.found, self.made, self.seconds = Path(folder), 0, 0, 0.
 
-    def path(self,
-        name: str,     # of the stage
-        depends: dict, # all that its result depends on
-        suffix: str = '.json', # of its file
+    def __init__(
+        self,
+        folder,  # where they are kept
+    ):
+        self.folder, self.found, self.made, self.seconds = Path(folder), 0, 0, 0.0
+
+    def path(
+        self,
+        name: str,  # of the stage
+        depends: dict,  # all that its result depends on
+        suffix: str = '.json',  # of its file
     ) -> Path:
         "Where the stage's result is or will be."
         plain = ''.join(c if c.isalnum() or c in '.-' else '_' for c in name)
-        return self.folder/f'{plain}-{sha256(json.dumps(depends, sort_keys=True, ensure_ascii=False))[:16]}{suffix}'
+        return self.folder / f'{plain}-{sha256(json.dumps(depends, sort_keys=True, ensure_ascii=False))[:16]}{suffix}'
 
     def kept(self, path, make, load):
         "What `load` reads from the path; `make` writes it first where it is not there."
-        if path.exists(): self.found += 1
-        else: make(path); self.made += 1
+        if path.exists():
+            self.found += 1
+        else:
+            make(path)
+            self.made += 1
         return load(path)
 
-    def value(self,
-        name: str, depends: dict, # of the stage
-        make,                     # makes a value that JSON can hold
+    def value(
+        self,
+        name: str,
+        depends: dict,  # of the stage
+        make,  # makes a value that JSON can hold
     ):
         "A stage whose result is a value."
+
         def write(path):
             start = time.time()
-            write_json(dict(format='act-stage-1', name=name, depends=depends, value=make(), seconds=round(time.time() - start, 2), provenance=provenance()), path)
-        done = self.kept(self.path(name, depends), write, lambda p: read_json(p, 'act-stage-1', 'stage', 'act_recipe', lambda d: dict(value=d['value'], seconds=float(d['seconds']))))
-        self.seconds += done['seconds'] # whenever it was done
+            write_json(
+                dict(
+                    format='act-stage-1',
+                    name=name,
+                    depends=depends,
+                    value=make(),
+                    seconds=round(time.time() - start, 2),
+                    provenance=provenance(),
+                ),
+                path,
+            )
+
+        done = self.kept(
+            self.path(name, depends),
+            write,
+            lambda p: read_json(
+                p, 'act-stage-1', 'stage', 'act_recipe', lambda d: dict(value=d['value'], seconds=float(d['seconds']))
+            ),
+        )
+        self.seconds += done['seconds']  # whenever it was done
         return done['value']
 
 # %% ../nbs/35_recipes.ipynb #35-031
-_CODE = 'channels checkpoints abilities localize masks transfer finetune evaluate weights recover baselines merge'.split()
+_CODE = (
+    'channels checkpoints abilities localize masks transfer finetune evaluate weights recover baselines merge'.split()
+)
+
 
 def _code():
-    return dict(act=sha256(*[(PACKAGE/f'{m}.py').read_text(encoding='utf-8') for m in _CODE])[:16], **{o: version_of(o) for o in ('torch', 'transformers', 'peft', 'lm-eval', 'mergekit')})
+    return dict(
+        act=sha256(*[(PACKAGE / f'{m}.py').read_text(encoding='utf-8') for m in _CODE])[:16],
+        **{o: version_of(o) for o in ('torch', 'transformers', 'peft', 'lm-eval', 'mergekit')},
+    )
+
 
 def _identity(store, model):
     "Hash of weights and tokenizer; weights are read once for each state of their files."
     folder = resolve(model)
     files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.glob('*.safetensors'))]
     tokenizer = sha256(*[f.read_bytes() for f in sorted(folder.glob('tokenizer*.json'))])[:16]
-    return dict(weights=store.value('weights', dict(files=files, folder=sha256(str(folder.resolve()))), lambda: weight_hash(folder)), tokenizer=tokenizer)
+    return dict(
+        weights=store.value(
+            'weights', dict(files=files, folder=sha256(str(folder.resolve()))), lambda: weight_hash(folder)
+        ),
+        tokenizer=tokenizer,
+    )
 
 # %% ../nbs/35_recipes.ipynb #35-032
 class Staged:
     "Beside a bench: its localisations and scored models are stages of a `Store`."
-    def keep(self,
+
+    def keep(
+        self,
         store: Store,  # where stages are kept
-        depends: dict, # what every stage depends on
+        depends: dict,  # what every stage depends on
     ):
         "Use the store from now on."
         c = self.case
-        self.store, self.depends = store, dict(depends, dtype=c.dtype, max_length=c.max_length, chat=c.chat, tied=c.tied)
+        self.store, self.depends = (
+            store,
+            dict(depends, dtype=c.dtype, max_length=c.max_length, chat=c.chat, tied=c.tied),
+        )
         self.tuned = dict(sft=c.sft, items={a.name: a.hash for a in self.sft})
         return self
 
     def localised(self, name, items):
         depends = dict(self.depends, name=name, items=items.hash)
-        return self.store.kept(self.store.path(f'localise {name} {items.name}', depends, '.safetensors'), lambda p: super(Staged, self).localised(name, items).save(p), ChannelScores.load)
+        return self.store.kept(
+            self.store.path(f'localise {name} {items.name}', depends, '.safetensors'),
+            lambda p: super(Staged, self).localised(name, items).save(p),
+            ChannelScores.load,
+        )
 
     def score(self, name=None, items='test', method=None, seed=0, sft=False, setting=None):
         c, given = self.case, name in self.names
         samples = [] if given or method is None else sorted(s.meta['ability_hash'] for s in _each(self.scores(seed)))
-        depends = dict(self.depends, name=name, seed=None if given else seed, sft=self.tuned if sft or (method and method.tune) else None, setting=setting, samples=samples, given=given,
-                       items={a.name: a.hash for a in getattr(self, items)}, metric=c.metric, generate=c.generate, batch_size=c.batch_size)
+        depends = dict(
+            self.depends,
+            name=name,
+            seed=None if given else seed,
+            sft=self.tuned if sft or (method and method.tune) else None,
+            setting=setting,
+            samples=samples,
+            given=given,
+            items={a.name: a.hash for a in getattr(self, items)},
+            metric=c.metric,
+            generate=c.generate,
+            batch_size=c.batch_size,
+        )
+
         def make():
             done = super(Staged, self).score(name, items, method, seed, sft, setting)
             return dict(done, values={k: v.tolist() for k, v in done['values'].items()})
+
         done = self.store.value(f'{items} {name or "target"}{" sft" if sft else ""} seed {seed}', depends, make)
         return dict(done, values={k: np.array(v) for k, v in done['values'].items()})
 
-def _each(scores): return scores.values() if isinstance(scores, dict) else [scores]
+
+def _each(scores):
+    return scores.values() if isinstance(scores, dict) else [scores]
 
 # %% ../nbs/35_recipes.ipynb #35-033
 def _trained(recipe, store, device):
@@ -350,41 +635,71 @@ def _trained(recipe, store, device):
         o = dict(o)
         source, split, n = o.pop('model'), o.pop('split', 'train'), o.pop('n', None)
         items = [load_ability(a, split, n) for a in o.pop('abilities')]
-        depends = dict(model=_identity(store, source), items={a.name: a.hash for a in items}, options=o, dtype=recipe.case.dtype, code=_code())
+        depends = dict(
+            model=_identity(store, source),
+            items={a.name: a.hash for a in items},
+            options=o,
+            dtype=recipe.case.dtype,
+            code=_code(),
+        )
+
         def make(path):
             net, tok = load_model(source, dtype=recipe.case.dtype, device=device)
             report = finetune(net, items, tok, inplace=True, **o)
             save_like(report.model, source, path, {'act_finetune.json': report.record(source)})
+
         out[f'train/{name}'] = store.kept(store.path(f'train {name}', depends, ''), make, lambda p: p)
     return out
 
 # %% ../nbs/35_recipes.ipynb #35-035
 def run_recipe(
-    recipe: Recipe,        # from `read_recipe`
-    out,                   # folder of the run; stages that are there already are used
-    device=None,           # where the models go
-    progress: bool = True, # show bars
-    check: bool = True,    # its models are pairs
-): # Recovery or Merged; raises ActError when another run works there, or models do not fit
+    recipe: Recipe,  # from `read_recipe`
+    out,  # folder of the run; stages that are there already are used
+    device=None,  # where the models go
+    progress: bool = True,  # show bars
+    check: bool = True,  # its models are pairs
+):  # Recovery or Merged; raises ActError when another run works there, or models do not fit
     "Run a recipe stage by stage; what is there already is not done again."
-    if check and (odd := pair_problems(recipe, fetch=True)): raise ActError(odd[0])
+    if check and (odd := pair_problems(recipe, fetch=True)):
+        raise ActError(odd[0])
     out = Path(out)
-    (out/'stages').mkdir(parents=True, exist_ok=True)
-    try: lock = FileLock(out/'.lock', timeout=0).acquire()
-    except Timeout as e: raise ActError(f"another run is working in {out}: wait for it, or choose another folder") from e
+    (out / 'stages').mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(out / '.lock', timeout=0).acquire()
+    except Timeout as e:
+        raise ActError(f"another run is working in {out}: wait for it, or choose another folder") from e
     with lock:
-        for f in [*out.glob('.*.tmp'), *(out/'stages').glob('.*.tmp')]: shutil.rmtree(f) if f.is_dir() else f.unlink() # of a run that was killed
-        with atomic_file(out/'recipe.yaml') as tmp: tmp.write_text(recipe.text, encoding='utf-8')
-        store = Store(out/'stages')
+        for f in [*out.glob('.*.tmp'), *(out / 'stages').glob('.*.tmp')]:
+            shutil.rmtree(f) if f.is_dir() else f.unlink()  # of a run that was killed
+        with atomic_file(out / 'recipe.yaml') as tmp:
+            tmp.write_text(recipe.text, encoding='utf-8')
+        store = Store(out / 'stages')
         places = _trained(recipe, store, device)
         kind = _KINDS[recipe.kind]
         bench = type(f'Staged{kind.bench.__name__}', (Staged, kind.bench), {})(recipe.case, device, progress)
         bench.places, bench.check = places, check
         bench.keep(store, dict(models={m: _identity(store, places.get(m, m)) for m in recipe.models}, code=_code()))
-        rec = kind.study(recipe.case, None, recipe.seeds, device, progress, {r: kind.rows[r] for r in recipe.rows}, kind.methods, bench)
-        rec.meta.update(recipe=recipe.name, recipe_hash=sha256(recipe.text), stages_made=store.made, stages_found=store.found, seconds=round(store.seconds))
-        if (out/'report').exists(): shutil.rmtree(out/'report')
-        with atomic_folder(out/'report') as tmp: kind.report(rec, bench, tmp)
+        rec = kind.study(
+            recipe.case,
+            None,
+            recipe.seeds,
+            device,
+            progress,
+            {r: kind.rows[r] for r in recipe.rows},
+            kind.methods,
+            bench,
+        )
+        rec.meta.update(
+            recipe=recipe.name,
+            recipe_hash=sha256(recipe.text),
+            stages_made=store.made,
+            stages_found=store.found,
+            seconds=round(store.seconds),
+        )
+        if (out / 'report').exists():
+            shutil.rmtree(out / 'report')
+        with atomic_folder(out / 'report') as tmp:
+            kind.report(rec, bench, tmp)
     return rec
 
 # %% ../nbs/35_recipes.ipynb #35-112
@@ -394,47 +709,66 @@ def _list():
         print(name, *(l.removeprefix('# ') for l in lines if l.startswith('# ')), sep='\n  ')
     next_step('act_recipe copy', recipe='lab-recover', out='my.yaml')
 
+
 def _copy(recipe, out):
-    if not out: raise ActError("act_recipe copy needs --out, the file to write")
-    if Path(out).exists(): raise ActError(f"{out} exists already: remove it or choose another name")
+    if not out:
+        raise ActError("act_recipe copy needs --out, the file to write")
+    if Path(out).exists():
+        raise ActError(f"{out} exists already: remove it or choose another name")
     text = read_recipe(recipe).text
-    with atomic_file(out) as tmp: tmp.write_text(text, encoding='utf-8')
+    with atomic_file(out) as tmp:
+        tmp.write_text(text, encoding='utf-8')
     print(f'{recipe} -> {out}')
     next_step('act_recipe run', recipe=out, out='runs/my')
 
 # %% ../nbs/35_recipes.ipynb #35-042
 @command
 def act_recipe(
-    action: str,           # list, copy, run, resume or report
-    recipe: str = None,    # a name or a YAML file, for copy and run
-    out: str = None,       # folder of the run, to create or to go on with; for copy the file to write
-    device: str = None,    # cpu, cuda, ...
-    tflops: float = 150,   # assumed by the dry run: 1e12 operations a second
-    gb_s: float = 1000,    # assumed by the dry run: 1e9 bytes of weights read a second
-    no_check: store_true = False, # do not compare the models first
-    dry_run: store_true = False, # resolve everything, estimate the cost, and stop
+    action: str,  # list, copy, run, resume or report
+    recipe: str = None,  # a name or a YAML file, for copy and run
+    out: str = None,  # folder of the run, to create or to go on with; for copy the file to write
+    device: str = None,  # cpu, cuda, ...
+    tflops: float = 150,  # assumed by the dry run: 1e12 operations a second
+    gb_s: float = 1000,  # assumed by the dry run: 1e9 bytes of weights read a second
+    no_check: store_true = False,  # do not compare the models first
+    dry_run: store_true = False,  # resolve everything, estimate the cost, and stop
 ):
     "A study from its file: `act_recipe list`; `act_recipe copy --recipe lab-recover --out my.yaml`; `act_recipe run --recipe lab-recover --out runs/lab`; `act_recipe resume --out runs/lab`; `act_recipe report --out runs/lab`"
-    if action not in ('list', 'copy', 'run', 'resume', 'report'): raise ActError(f"act_recipe cannot {action!r}: choose list, copy, run, resume or report")
-    if action == 'list': return _list()
-    if action in ('copy', 'run') and not recipe: raise ActError(f"act_recipe {action} needs --recipe, a name or a YAML file: act_recipe list has the names")
-    if action == 'copy': return _copy(recipe, out)
-    if not out and not dry_run: raise ActError(f"act_recipe {action} needs --out, the folder of the run")
-    written = Path(out or '.')/'recipe.yaml'
-    if action != 'run' and not written.exists(): raise ActError(f"{out} holds no run: start one with act_recipe run --recipe RECIPE --out {out}")
+    if action not in ('list', 'copy', 'run', 'resume', 'report'):
+        raise ActError(f"act_recipe cannot {action!r}: choose list, copy, run, resume or report")
+    if action == 'list':
+        return _list()
+    if action in ('copy', 'run') and not recipe:
+        raise ActError(f"act_recipe {action} needs --recipe, a name or a YAML file: act_recipe list has the names")
+    if action == 'copy':
+        return _copy(recipe, out)
+    if not out and not dry_run:
+        raise ActError(f"act_recipe {action} needs --out, the folder of the run")
+    written = Path(out or '.') / 'recipe.yaml'
+    if action != 'run' and not written.exists():
+        raise ActError(f"{out} holds no run: start one with act_recipe run --recipe RECIPE --out {out}")
     study = read_recipe(recipe if action == 'run' else written)
-    if action == 'run' and out: check_absent(out)
+    if action == 'run' and out:
+        check_absent(out)
     if action == 'report':
-        done, result = Path(out)/'stages', Path(out)/'report'/'result.json'
-        if result.exists(): return print((Path(out)/'report'/'table.txt').read_text(encoding='utf-8'))
+        done, result = Path(out) / 'stages', Path(out) / 'report' / 'result.json'
+        if result.exists():
+            return print((Path(out) / 'report' / 'table.txt').read_text(encoding='utf-8'))
         print(f"{len(list(done.glob('[!.]*')))} stages are done, the table is not")
         return next_step('act_recipe resume', out=out)
     if dry_run:
         p = plan(study, tflops, gb_s)
         print(p)
-        if p.problems: raise ActError(f"{len(p.problems)} problem(s) in {study.name}: see above")
-        begin([recipe or written, *study.models], {out: int(len(study.train)*2*p.models.parameters.max()) + 10_000_000} if out else {}, f'{int(p.work.times.sum())} stages')
-    try: rec = run_recipe(study, out, device, check=not no_check)
-    except KeyboardInterrupt: raise KeyboardInterrupt(f'go on with act_recipe resume --out {out}') from None
+        if p.problems:
+            raise ActError(f"{len(p.problems)} problem(s) in {study.name}: see above")
+        begin(
+            [recipe or written, *study.models],
+            {out: int(len(study.train) * 2 * p.models.parameters.max()) + 10_000_000} if out else {},
+            f'{int(p.work.times.sum())} stages',
+        )
+    try:
+        rec = run_recipe(study, out, device, check=not no_check)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f'go on with act_recipe resume --out {out}') from None
     print(f"{rec}\n\n{rec.meta['stages_made']} stages done, {rec.meta['stages_found']} found done -> {out}/report")
     next_step('act_recipe report', out=out)

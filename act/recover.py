@@ -18,7 +18,21 @@ import numpy as np, pandas as pd, matplotlib.pyplot as plt, seaborn as sns
 from fastcore.basics import patch
 from .abilities import load_ability, short_name
 from .checkpoints import check_use, check_pair, load_model, preflight, weight_hash
-from .core import PACKAGE, ActError, atomic_folder, bar, begin, beside, check_absent, command, next_step, provenance, read_json, write_json, peak_memory
+from act.core import (
+    PACKAGE,
+    ActError,
+    atomic_folder,
+    bar,
+    begin,
+    beside,
+    check_absent,
+    command,
+    next_step,
+    provenance,
+    read_json,
+    write_json,
+    peak_memory,
+)
 from .evaluate import evaluate, holm, mcnemar as paired_test
 from .finetune import finetune
 from .localize import localize
@@ -30,118 +44,167 @@ from .transfer import transfer
 @dataclass(frozen=True, kw_only=True)
 class Options:
     "How a study is done, whatever it is about."
-    metric: str = 'correct' # correct (share of items) or bits (bits per byte of the answer, lower is better)
-    items: int = 128       # localisation items drawn for each seed
-    sft: dict = None       # options of `finetune`
-    n: int = None          # validation and test items an ability; all by default
-    grid: dict = None      # ps and lams to choose from, and sft=False to choose before the fine-tuning
-    dtype: str = 'float32' # of the models in memory
-    max_length: int = None # tokens of an item in localisation
-    batch_size: int = 64   # items at once in evaluation
-    generate: int = 0      # let the models write so many tokens; 0 scores the given answers
-    chat: bool = False     # prompts through the chat template
-    tied: str = 'embedding' # what one matrix for embedding and lm_head counts as: embedding or lm_head
+
+    metric: str = 'correct'  # correct (share of items) or bits (bits per byte of the answer, lower is better)
+    items: int = 128  # localisation items drawn for each seed
+    sft: dict = None  # options of `finetune`
+    n: int = None  # validation and test items an ability; all by default
+    grid: dict = None  # ps and lams to choose from, and sft=False to choose before the fine-tuning
+    dtype: str = 'float32'  # of the models in memory
+    max_length: int = None  # tokens of an item in localisation
+    batch_size: int = 64  # items at once in evaluation
+    generate: int = 0  # let the models write so many tokens; 0 scores the given answers
+    chat: bool = False  # prompts through the chat template
+    tied: str = 'embedding'  # what one matrix for embedding and lm_head counts as: embedding or lm_head
 
     def __post_init__(self):
         for name, choices in dict(metric=('correct', 'bits'), tied=('embedding', 'lm_head')).items():
-            if getattr(self, name) not in choices: raise ActError(f"{name} is {getattr(self, name)!r}: choose {' or '.join(choices)}")
+            if getattr(self, name) not in choices:
+                raise ActError(f"{name} is {getattr(self, name)!r}: choose {' or '.join(choices)}")
 
 # %% ../nbs/30_recover.ipynb #30-007
 @dataclass(frozen=True)
 class Case(Options):
     "One recovery: which models, which abilities."
-    target: str            # the specialist: hub id, folder or lab name
-    donor: str             # the model that still has the ability
-    recovered: tuple       # abilities to bring back
-    retained: tuple        # abilities to keep
-    others: tuple          # abilities that are only watched
+
+    target: str  # the specialist: hub id, folder or lab name
+    donor: str  # the model that still has the ability
+    recovered: tuple  # abilities to bring back
+    retained: tuple  # abilities to keep
+    others: tuple  # abilities that are only watched
 
     @property
-    def aims(self): return dict(retained=self.retained, recovered=self.recovered) # what settings are chosen by
+    def aims(self):
+        return dict(retained=self.retained, recovered=self.recovered)  # what settings are chosen by
+
     @property
-    def groups(self): return {**self.aims, 'others': self.others}                 # the columns of the table
+    def groups(self):
+        return {**self.aims, 'others': self.others}  # the columns of the table
 
 # %% ../nbs/30_recover.ipynb #30-009
 _basic = [f'lab/{s}-{o}' for s in ('arithmetic', 'science') for o in ('en', 'es', 'sw', 'tr', 'el', 'zh')]
-def _lab(target, retained, recovered):
-    return Case(f'lab/{target}', 'lab/base', (recovered,), retained, tuple(a for a in _basic if a != recovered), sft=dict(steps=30, lr=3e-4, batch_size=16))
 
-CASES = {'lab': _lab('maths-en', ('lab/multiplication-en',), 'lab/science-zh'),
-         'lab-science': _lab('science-zh', ('lab/chemistry-zh',), 'lab/science-en'),
-         'lab-swahili': _lab('swahili', ('lab/multiplication-sw', 'lab/chemistry-sw'), 'lab/science-el')}
+
+def _lab(target, retained, recovered):
+    return Case(
+        f'lab/{target}',
+        'lab/base',
+        (recovered,),
+        retained,
+        tuple(a for a in _basic if a != recovered),
+        sft=dict(steps=30, lr=3e-4, batch_size=16),
+    )
+
+
+CASES = {
+    'lab': _lab('maths-en', ('lab/multiplication-en',), 'lab/science-zh'),
+    'lab-science': _lab('science-zh', ('lab/chemistry-zh',), 'lab/science-en'),
+    'lab-swahili': _lab('swahili', ('lab/multiplication-sw', 'lab/chemistry-sw'), 'lab/science-el'),
+}
 
 # SmolLM2 and its mathematics specialist: too small to be right, so likelihoods are compared, in bits per byte
 CASES['smollm2'] = Case(
-    target='smollm2/maths', donor='smollm2', recovered=('xquad-text/es',), retained=('gsm8k/en',), others=('xquad-text/en', 'xquad-text/de'),
-    metric='bits', items=16, n=12, sft=dict(steps=8, lr=1e-4, batch_size=4, max_length=160, bf16=True), grid=dict(ps=(0.05, 0.25), lams=(0.5, 1.), sft=False), dtype='bfloat16', max_length=160, batch_size=8)
+    target='smollm2/maths',
+    donor='smollm2',
+    recovered=('xquad-text/es',),
+    retained=('gsm8k/en',),
+    others=('xquad-text/en', 'xquad-text/de'),
+    metric='bits',
+    items=16,
+    n=12,
+    sft=dict(steps=8, lr=1e-4, batch_size=4, max_length=160, bf16=True),
+    grid=dict(ps=(0.05, 0.25), lams=(0.5, 1.0), sft=False),
+    dtype='bfloat16',
+    max_length=160,
+    batch_size=8,
+)
 
 # %% ../nbs/30_recover.ipynb #30-010
-RESULTS = PACKAGE/'results' # recorded results that ship with the package
+RESULTS = PACKAGE / 'results'  # recorded results that ship with the package
 
 # %% ../nbs/30_recover.ipynb #30-022
 @dataclass(frozen=True)
 class Method:
     "A way to bring an ability back."
-    make: Callable        # (bench, seed, **setting) -> model, before the fine-tuning
-    settings: Callable    # (ps, lams) -> list of settings to try: keyword arguments of `make`
-    tune: Callable = None # (bench, model, seed, **setting) -> model; the case's light fine-tuning by default
+
+    make: Callable  # (bench, seed, **setting) -> model, before the fine-tuning
+    settings: Callable  # (ps, lams) -> list of settings to try: keyword arguments of `make`
+    tune: Callable = None  # (bench, model, seed, **setting) -> model; the case's light fine-tuning by default
+
 
 def moving(
-    pick: Callable, # (bench, p, rank, seed) -> ChannelMask
-) -> Callable:      # for `Method.make`
+    pick: Callable,  # (bench, p, rank, seed) -> ChannelMask
+) -> Callable:  # for `Method.make`
     "Move the channels that `pick` chooses."
-    return lambda bench, seed, p, lam=1., rank='raw': transfer(bench.target, bench.donor, pick(bench, p, rank, seed), lam, check=False)
+    return lambda bench, seed, p, lam=1.0, rank='raw': transfer(
+        bench.target, bench.donor, pick(bench, p, rank, seed), lam, check=False
+    )
 
 # %% ../nbs/30_recover.ipynb #30-023
 def by_p_and_lam(
-    rank: str = 'raw', # raw or module
-) -> Callable: # for `Method.settings`
+    rank: str = 'raw',  # raw or module
+) -> Callable:  # for `Method.settings`
     "Every fraction of the channels with every lambda."
     return lambda ps, lams: [dict(p=p, lam=lam, rank=rank) for p in ps for lam in lams]
 
+
 def by_p_and_rank(ps, lams):
     "Fractions raw and within modules, at the last lambda."
-    return [dict(p=p, lam=lams[-1], rank=r) for r in ('raw', 'module') for p in ps][:len(ps)*len(lams)]
+    return [dict(p=p, lam=lams[-1], rank=r) for r in ('raw', 'module') for p in ps][: len(ps) * len(lams)]
+
 
 def by_lam(ps, lams):
     "All channels, by lambdas below 1."
-    n = len(ps)*len(lams)
-    return [dict(p=1., lam=round((i+1)/(n+2), 3)) for i in range(n)]
+    n = len(ps) * len(lams)
+    return [dict(p=1.0, lam=round((i + 1) / (n + 2), 3)) for i in range(n)]
 
 # %% ../nbs/30_recover.ipynb #30-025
 _activations = moving(lambda bench, p, rank, seed: top_p(bench.scores(seed), p, rank))
 METHODS = {
-    'random mask': Method(moving(lambda bench, p, rank, seed: random_mask(top_p(bench.scores(seed), p), seed=seed)), by_p_and_lam()),
+    'random mask': Method(
+        moving(lambda bench, p, rank, seed: random_mask(top_p(bench.scores(seed), p), seed=seed)), by_p_and_lam()
+    ),
     'weight mask': Method(moving(lambda bench, p, rank, seed: top_p(bench.weights, p, rank)), by_p_and_rank),
     'full task vector': Method(_activations, by_lam),
     'ACT': Method(_activations, by_p_and_lam()),
-    'ACT (module-normalised)': Method(_activations, by_p_and_lam('module'))}
+    'ACT (module-normalised)': Method(_activations, by_p_and_lam('module')),
+}
 
 # %% ../nbs/30_recover.ipynb #30-028
 class Bench:
     "Target, donor and items of a `Case`; the models are loaded once, when first asked for."
-    names, check = ('target', 'donor'), True # check: do the models fit?
-    def __init__(self,
-        case: Case,           # what to load
-        device=None,          # where the models go
-        progress: bool = True, # show bars
+
+    names, check = ('target', 'donor'), True  # check: do the models fit?
+
+    def __init__(
+        self,
+        case: Case,  # what to load
+        device=None,  # where the models go
+        progress: bool = True,  # show bars
     ):
         self.case, self.device, self.progress, self.places = case, device, progress, {}
         load = lambda split, groups, n=None: [load_ability(a, split, n=n) for names in groups.values() for a in names]
-        self.val, self.sft, self.test = load('validation', case.aims, case.n), load('sft', case.aims), load('test', case.groups, case.n)
+        self.val, self.sft, self.test = (
+            load('validation', case.aims, case.n),
+            load('sft', case.aims),
+            load('test', case.groups, case.n),
+        )
         self.acts, self.seconds, self.tokens, self.costs = {}, defaultdict(list), 0, {}
 
     def __getattr__(self, name):
-        if name not in ('target', 'donor', 'specialists', 'tok', 'weights', 'given') or 'given' in self.__dict__: raise AttributeError(name)
+        if name not in ('target', 'donor', 'specialists', 'tok', 'weights', 'given') or 'given' in self.__dict__:
+            raise AttributeError(name)
         self.load()
         return getattr(self, name)
 
-    def at(self, model): return self.places.get(model, model) # where a model of the case is kept
+    def at(self, model):
+        return self.places.get(model, model)  # where a model of the case is kept
 
     def load(self):
         "Load the models."
         target, donor = self.at(self.case.target), self.at(self.case.donor)
-        if self.check: preflight(target, donor)
+        if self.check:
+            preflight(target, donor)
         self.target, self.tok = load_model(target, dtype=self.case.dtype, device=self.device)
         self.donor, _ = load_model(donor, dtype=self.case.dtype, device=self.device)
         self.weights = weight_scores(self.target, self.donor, tied=self.case.tied)
@@ -158,71 +221,105 @@ class Bench:
 @patch
 def localised(
     self: Bench,
-    name: str, # of a given model
-    items,     # an Ability
+    name: str,  # of a given model
+    items,  # an Ability
 ):
     "Scores of every channel: that model against the target."
-    with self.clock('localise'): return localize(self.target, self.given[name], items, self.tok, max_length=self.case.max_length, chat=self.case.chat, tied=self.case.tied, progress=False)
+    with self.clock('localise'):
+        return localize(
+            self.target,
+            self.given[name],
+            items,
+            self.tok,
+            max_length=self.case.max_length,
+            chat=self.case.chat,
+            tied=self.case.tied,
+            progress=False,
+        )
 
 # %% ../nbs/30_recover.ipynb #30-030
 @patch
 def sample(
     self: Bench,
-    seed: int = 0, # of the sample
+    seed: int = 0,  # of the sample
 ):
     "A seeded sample of the recovered abilities' localisation items."
     pool = load_ability(self.case.recovered[0], 'localize')
-    for a in self.case.recovered[1:]: pool = pool + load_ability(a, 'localize')
+    for a in self.case.recovered[1:]:
+        pool = pool + load_ability(a, 'localize')
     return pool.sample(min(len(pool), self.case.items), seed=seed)
+
 
 @patch
 def scores(
     self: Bench,
-    seed: int = 0, # of the sample
+    seed: int = 0,  # of the sample
 ):
     "Activation scores of the recovered abilities on that sample."
-    if seed not in self.acts: self.acts[seed] = self.localised('donor', self.sample(seed))
+    if seed not in self.acts:
+        self.acts[seed] = self.localised('donor', self.sample(seed))
     return self.acts[seed]
 
 # %% ../nbs/30_recover.ipynb #30-031
 @patch
 def tune(
     self: Bench,
-    model,         # a model in memory
-    seed: int = 0, # of the order of items
-    **options,     # of `finetune`, instead of the case's; items: other abilities to learn
+    model,  # a model in memory
+    seed: int = 0,  # of the order of items
+    **options,  # of `finetune`, instead of the case's; items: other abilities to learn
 ):
     "A model after light fine-tuning on the case's SFT items."
-    report = finetune(model, options.pop('items', self.sft), self.tok, seed=seed, chat=self.case.chat, progress=False, **{**(self.case.sft or {}), **options})
+    report = finetune(
+        model,
+        options.pop('items', self.sft),
+        self.tok,
+        seed=seed,
+        chat=self.case.chat,
+        progress=False,
+        **{**(self.case.sft or {}), **options},
+    )
     self.tokens += report.tokens
     return report.model
+
 
 @patch
 def model(
     self: Bench,
-    method: Method = None, # none: no transfer
-    seed: int = 0,      # of localisation, chance and fine-tuning
-    sft: bool = True,   # light fine-tuning afterwards
-    **setting,          # one of the method's
+    method: Method = None,  # none: no transfer
+    seed: int = 0,  # of localisation, chance and fine-tuning
+    sft: bool = True,  # light fine-tuning afterwards
+    **setting,  # one of the method's
 ):
     "The target after a method and fine-tuning."
     m, tune = self.target, lambda bench, model, seed, **_: bench.tune(model, seed)
     if method is not None:
-        self.scores(seed) # on its own clock
-        with self.clock('transfer'): m = method.make(self, seed, **setting)
+        self.scores(seed)  # on its own clock
+        with self.clock('transfer'):
+            m = method.make(self, seed, **setting)
         tune = method.tune or tune
-    if not sft: return m
-    with self.clock('fine-tune'): return tune(self, m, seed, **setting)
+    if not sft:
+        return m
+    with self.clock('fine-tune'):
+        return tune(self, m, seed, **setting)
 
 # %% ../nbs/30_recover.ipynb #30-032
 @patch
 def values(
     self: Bench,
-    model,     # a model in memory
-    abilities, # what to score
-) -> dict: # ability -> array over items
+    model,  # a model in memory
+    abilities,  # what to score
+) -> dict:  # ability -> array over items
     "Per-item values of the case's metric."
-    with self.clock(f'evaluate {sum(map(len, abilities))} items'): result = evaluate(model, abilities, self.tok, batch_size=self.case.batch_size, generate=self.case.generate, chat=self.case.chat, progress=False)
+    with self.clock(f'evaluate {sum(map(len, abilities))} items'):
+        result = evaluate(
+            model,
+            abilities,
+            self.tok,
+            batch_size=self.case.batch_size,
+            generate=self.case.generate,
+            chat=self.case.chat,
+            progress=False,
+        )
     items = result.items.assign(bits=result.bits)
     return {k: g[self.case.metric].to_numpy(float) for k, g in items.groupby('ability', sort=False)}
 
@@ -230,13 +327,13 @@ def values(
 @patch
 def score(
     self: Bench,
-    name: str = None,      # of a method, or of a given model
-    items: str = 'test',   # val or test
-    method: Method = None, # none: no transfer
-    seed: int = 0,         # of localisation, chance and fine-tuning
-    sft: bool = False,     # light fine-tuning afterwards
+    name: str = None,  # of a method, or of a given model
+    items: str = 'test',  # val or test
+    method: Method = None,  # none: no transfer
+    seed: int = 0,  # of localisation, chance and fine-tuning
+    sft: bool = False,  # light fine-tuning afterwards
     setting: dict = None,  # one of the method's
-) -> dict: # values (ability -> per-item values); seconds and training tokens that the model took
+) -> dict:  # values (ability -> per-item values); seconds and training tokens that the model took
     "Make a model and score it."
     start, before = time.time(), self.tokens
     model = self.given[name] if name in self.names else self.model(method, seed, sft, **(setting or {}))
@@ -244,54 +341,76 @@ def score(
     return dict(values=self.values(model, getattr(self, items)), **took)
 
 # %% ../nbs/30_recover.ipynb #30-036
-ROWS = { # row -> (method or none, with SFT or not)
-    'target + SFT': (None, True), 'random mask + SFT': ('random mask', True), 'weight mask + SFT': ('weight mask', True), 'full task vector + SFT': ('full task vector', True),
-    'ACT without SFT': ('ACT', False), 'ACT': ('ACT', True), 'ACT (module-normalised) without SFT': ('ACT (module-normalised)', False), 'ACT (module-normalised)': ('ACT (module-normalised)', True)}
+ROWS = {  # row -> (method or none, with SFT or not)
+    'target + SFT': (None, True),
+    'random mask + SFT': ('random mask', True),
+    'weight mask + SFT': ('weight mask', True),
+    'full task vector + SFT': ('full task vector', True),
+    'ACT without SFT': ('ACT', False),
+    'ACT': ('ACT', True),
+    'ACT (module-normalised) without SFT': ('ACT (module-normalised)', False),
+    'ACT (module-normalised)': ('ACT (module-normalised)', True),
+}
 
 # %% ../nbs/30_recover.ipynb #30-038
 def grid_of(
-    case, # a Case or MergeCase
-) -> dict: # ps, lams; sft: choose after the fine-tuning
+    case,  # a Case or MergeCase
+) -> dict:  # ps, lams; sft: choose after the fine-tuning
     "The settings to choose from: the case's own, or the default ones."
-    return dict(ps=(0.05, 0.1, 0.2, 0.3), lams=(0.5, 1.), sft=True) | (case.grid or {})
+    return dict(ps=(0.05, 0.1, 0.2, 0.3), lams=(0.5, 1.0), sft=True) | (case.grid or {})
+
 
 def points(
-    case, rows: dict, methods: dict, # as in `choose`
-) -> list: # (row, method, with SFT or not, setting)
+    case,
+    rows: dict,
+    methods: dict,  # as in `choose`
+) -> list:  # (row, method, with SFT or not, setting)
     "Every setting of every row that has a method."
     grid = grid_of(case)
-    return [(r, m, sft and (grid['sft'] or methods[m].tune is not None), s) for r, (m, sft) in rows.items() if m for s in methods[m].settings(grid['ps'], grid['lams'])]
+    return [
+        (r, m, sft and (grid['sft'] or methods[m].tune is not None), s)
+        for r, (m, sft) in rows.items()
+        if m
+        for s in methods[m].settings(grid['ps'], grid['lams'])
+    ]
 
 # %% ../nbs/30_recover.ipynb #30-039
 def choose(
-    bench: Bench,            # from a case
-    rows: dict = ROWS,       # row -> (method or none, with SFT or not)
-    methods: dict = METHODS, # name -> Method
-    seed: int = 0,           # of localisation, random masks and fine-tuning
-) -> tuple: # DataFrame of all points, the given models first: row, setting, a column for each aim, mean; dict row -> best setting
+    bench: Bench,  # from a case
+    rows: dict = ROWS,  # row -> (method or none, with SFT or not)
+    methods: dict = METHODS,  # name -> Method
+    seed: int = 0,  # of localisation, random masks and fine-tuning
+) -> tuple:  # DataFrame of all points, the given models first: row, setting, a column for each aim, mean; dict row -> best setting
     "Try every setting on validation items; the best has the best mean over the case's aims (retained and recovered)."
     case, known = bench.case, {}
     mean = lambda vals, names: np.mean([vals[short_name(a)].mean() for a in names])
+
     def point(row, s, vals):
         aims = {k: mean(vals, v) for k, v in case.aims.items()}
         return dict(row=row, setting=s, **aims, mean=np.mean(list(aims.values())))
+
     out = [point(n, {}, bench.score(n, 'val')['values']) for n in bench.names]
     for row, m, sft, s in bar(points(case, rows, methods), bench.progress, desc='choosing on validation'):
         key = m, sft, tuple(s.items())
-        if key not in known: known[key] = bench.score(m, 'val', methods[m], seed, sft, s)['values']
+        if key not in known:
+            known[key] = bench.score(m, 'val', methods[m], seed, sft, s)['values']
         out.append(point(row, s, known[key]))
     df = pd.DataFrame(out)
-    best = df.loc[df[len(bench.names):].groupby('row', sort=False)['mean'].agg('idxmax' if case.metric == 'correct' else 'idxmin')]
+    best = df.loc[
+        df[len(bench.names) :]
+        .groupby('row', sort=False)['mean']
+        .agg('idxmax' if case.metric == 'correct' else 'idxmin')
+    ]
     return df, dict(zip(best.row, best.setting))
 
 # %% ../nbs/30_recover.ipynb #30-042
 def measure(
-    bench: Bench,          # from a case
-    best: dict,            # row -> setting, from `choose`
-    seeds: tuple = (0, 1, 2), # localisation sample, random mask and fine-tuning order
-    rows: dict = ROWS,     # row -> (method or none, with SFT or not)
-    methods: dict = METHODS, # name -> Method
-) -> dict: # row (the given models first) -> list over seeds of dict ability -> per-item values
+    bench: Bench,  # from a case
+    best: dict,  # row -> setting, from `choose`
+    seeds: tuple = (0, 1, 2),  # localisation sample, random mask and fine-tuning order
+    rows: dict = ROWS,  # row -> (method or none, with SFT or not)
+    methods: dict = METHODS,  # name -> Method
+) -> dict:  # row (the given models first) -> list over seeds of dict ability -> per-item values
     "Every row on the test items."
     out = {n: [bench.score(n)['values']] for n in bench.names}
     for (row, (m, sft)), seed in bar([(r, s) for r in rows.items() for s in seeds], bench.progress, desc='test items'):
@@ -302,40 +421,48 @@ def measure(
 
 # %% ../nbs/30_recover.ipynb #30-044
 def group_samples(
-    runs: list,    # over seeds: dict ability -> per-item values
+    runs: list,  # over seeds: dict ability -> per-item values
     names: tuple,  # abilities of the group
-    n: int = 2000, # bootstrap resamples
-    seed: int = 0, # of the bootstrap; the same items are drawn for every row, so rows can be paired
-) -> np.ndarray: # (n + 1,): the estimate, then its resamples
+    n: int = 2000,  # bootstrap resamples
+    seed: int = 0,  # of the bootstrap; the same items are drawn for every row, so rows can be paired
+) -> np.ndarray:  # (n + 1,): the estimate, then its resamples
     "Bootstrap of a group mean over items and seeds."
     rng, pick = np.random.default_rng(seed), np.random.default_rng(seed + 1)
-    who = np.vstack([np.arange(len(runs)), pick.integers(len(runs), size=(n, len(runs)))]) if len(runs) > 1 else np.zeros((n+1, 1), int)
+    who = (
+        np.vstack([np.arange(len(runs)), pick.integers(len(runs), size=(n, len(runs)))])
+        if len(runs) > 1
+        else np.zeros((n + 1, 1), int)
+    )
     means = []
     for a in names:
-        x = np.stack([r[short_name(a)] for r in runs])                            # seeds x items
+        x = np.stack([r[short_name(a)] for r in runs])  # seeds x items
         draw = np.vstack([np.arange(x.shape[1]), rng.integers(x.shape[1], size=(n, x.shape[1]))])
-        per_seed = np.stack([o[draw].mean(1) for o in x], 1)                  # (n + 1) x seeds
+        per_seed = np.stack([o[draw].mean(1) for o in x], 1)  # (n + 1) x seeds
         means.append(np.take_along_axis(per_seed, who, 1).mean(1))
     return np.mean(means, 0)
 
 # %% ../nbs/30_recover.ipynb #30-045
 def interval(
-    samples: np.ndarray, # from `group_samples`: the estimate, then its resamples
-) -> tuple: # (estimate, low, high)
+    samples: np.ndarray,  # from `group_samples`: the estimate, then its resamples
+) -> tuple:  # (estimate, low, high)
     "The estimate and its 95 % percentile interval."
     return samples[0], *np.percentile(samples[1:], [2.5, 97.5])
 
 # %% ../nbs/30_recover.ipynb #30-047
 class Recovery(Shown):
     "Result of a recovery study: `.table()`, `.against()`, `.mcnemar()`, `.save()`; shows itself; `.plot()` is `plot_rows`, and `plot_grid` draws the settings."
+
     kind = Case
-    def __init__(self,
-        case: Case,         # what was studied
-        rows: dict,         # row -> list over seeds of dict ability -> per-item values
-        grid: pd.DataFrame, # all settings tried, with their validation scores
-        best: dict,         # row -> chosen setting
-        meta: dict,         # where it comes from
-    ): self.case, self.rows, self.grid, self.best, self.meta, self._samples = case, rows, grid, best, meta, {}
+
+    def __init__(
+        self,
+        case: Case,  # what was studied
+        rows: dict,  # row -> list over seeds of dict ability -> per-item values
+        grid: pd.DataFrame,  # all settings tried, with their validation scores
+        best: dict,  # row -> chosen setting
+        meta: dict,  # where it comes from
+    ):
+        self.case, self.rows, self.grid, self.best, self.meta, self._samples = case, rows, grid, best, meta, {}
 
     def samples(self, row):
         "10,000 bootstrap samples of each column for a row."
@@ -349,43 +476,70 @@ class Recovery(Shown):
         out = [(r, c, *interval(s), len(self.rows[r])) for r in self.rows for c, s in self.samples(r).items()]
         return pd.DataFrame(out, columns=['row', 'column', 'value', 'low', 'high', 'seeds'])
 
-    def _scale(self): return 100 if self.case.metric == 'correct' else 1
-    def _compared(self): return [c for c in (*self.case.groups, 'mean') if c != 'others']
+    def _scale(self):
+        return 100 if self.case.metric == 'correct' else 1
+
+    def _compared(self):
+        return [c for c in (*self.case.groups, 'mean') if c != 'others']
 
     def table(self):
         "Rows x columns, each cell `estimate [low, high]`; percent of items, or bits per byte."
         k, d = self._scale(), 1 if self.case.metric == 'correct' else 3
         df = self.numbers()
-        df['cell'] = [f'{k*v:.{d}f} [{k*a:.{d}f}, {k*b:.{d}f}]' for v, a, b in zip(df.value, df.low, df.high)]
-        return df.pivot(index='row', columns='column', values='cell').loc[list(self.rows), list(df.column.unique())].rename_axis(index=None, columns=None)
+        df['cell'] = [f'{k * v:.{d}f} [{k * a:.{d}f}, {k * b:.{d}f}]' for v, a, b in zip(df.value, df.low, df.high)]
+        return (
+            df.pivot(index='row', columns='column', values='cell')
+            .loc[list(self.rows), list(df.column.unique())]
+            .rename_axis(index=None, columns=None)
+        )
 
-    def __repr__(self): return self.table().to_string()
-    def plot(self, ax=None): "As `plot_rows`."; return plot_rows(self, ax)
-    def _title(self): return f"Recovery: {', '.join(self.case.recovered)} into {self.case.target} from {self.case.donor}"
+    def __repr__(self):
+        return self.table().to_string()
+
+    def plot(self, ax=None):
+        "As `plot_rows`."
+        return plot_rows(self, ax)
+
+    def _title(self):
+        return f"Recovery: {', '.join(self.case.recovered)} into {self.case.target} from {self.case.donor}"
+
     def _parts(self):
-        yield table(self.table(), f"{'percent of test items' if self.case.metric == 'correct' else 'bits per byte, lower is better'}, with 95 % intervals")
-        if self.best: yield table(pd.DataFrame(self.best).T, 'settings, chosen on validation items')
-        if self.meta: yield folded('where it comes from', {k: v for k, v in self.meta.items() if not (isinstance(v, list) and v and isinstance(v[0], dict))})
+        yield table(
+            self.table(),
+            f"{'percent of test items' if self.case.metric == 'correct' else 'bits per byte, lower is better'}, with 95"
+            " % intervals",
+        )
+        if self.best:
+            yield table(pd.DataFrame(self.best).T, 'settings, chosen on validation items')
+        if self.meta:
+            yield folded(
+                'where it comes from',
+                {k: v for k, v in self.meta.items() if not (isinstance(v, list) and v and isinstance(v[0], dict))},
+            )
 
 # %% ../nbs/30_recover.ipynb #30-049
 @patch
 def against(
     self: Recovery,
-    row: str = 'ACT (module-normalised)', # compared with every other row
-) -> pd.DataFrame: # against, column, difference, low, high, p (two-sided), holm (p corrected for all comparisons of this table)
+    row: str = 'ACT (module-normalised)',  # compared with every other row
+) -> (
+    pd.DataFrame
+):  # against, column, difference, low, high, p (two-sided), holm (p corrected for all comparisons of this table)
     "Paired differences of a row to every other in all columns but the others', with 95 % intervals; points, or bits per byte."
     mine, out = self.samples(row), []
     for r in [r for r in self.rows if r != row]:
         for c in self._compared():
-            d = self._scale()*(mine[c] - self.samples(r)[c])
-            out.append((r, c, *interval(d), min(1., 2*(1 + min((d[1:] <= 0).sum(), (d[1:] >= 0).sum()))/len(d))))
-    return pd.DataFrame(out, columns=['against', 'column', 'difference', 'low', 'high', 'p']).assign(holm=lambda t: holm(t.p))
+            d = self._scale() * (mine[c] - self.samples(r)[c])
+            out.append((r, c, *interval(d), min(1.0, 2 * (1 + min((d[1:] <= 0).sum(), (d[1:] >= 0).sum())) / len(d))))
+    return pd.DataFrame(out, columns=['against', 'column', 'difference', 'low', 'high', 'p']).assign(
+        holm=lambda t: holm(t.p)
+    )
 
 # %% ../nbs/30_recover.ipynb #30-050
 @patch
 def mcnemar(
     self: Recovery,
-    row: str = 'ACT (module-normalised)', # compared with every other row
+    row: str = 'ACT (module-normalised)',  # compared with every other row
 ) -> pd.DataFrame:
     "McNemar's exact test of a row against every other on the recovered abilities' items (first seed of each)."
     items = lambda r: np.concatenate([self.rows[r][0][short_name(a)] for a in self.case.recovered])
@@ -396,12 +550,12 @@ def mcnemar(
 @patch
 def sides(
     self: Recovery,
-    row: str = 'ACT',           # compared with every other row
+    row: str = 'ACT',  # compared with every other row
     columns: tuple = ('recovered', 'mean'),
-) -> dict: # column -> dict of lists of rows: better, worse, tie
+) -> dict:  # column -> dict of lists of rows: better, worse, tie
     "Than which rows a row is better and worse, and from which it is not told apart, at the 5 % level after Holm's correction."
     d = self.against(row)
-    above, below = (d.difference > 0) & (d.holm < .05), (d.difference < 0) & (d.holm < .05)
+    above, below = (d.difference > 0) & (d.holm < 0.05), (d.difference < 0) & (d.holm < 0.05)
     better, worse = (above, below) if self.case.metric == 'correct' else (below, above)
     side = np.select([better, worse], ['better', 'worse'], 'tie')
     return {c: {s: list(d.against[(d.column == c) & (side == s)]) for s in ('better', 'worse', 'tie')} for c in columns}
@@ -410,112 +564,181 @@ def sides(
 @patch
 def save(
     self: Recovery,
-    path, # file to write
+    path,  # file to write
 ) -> Path:
     "Write one JSON file with settings, grid, per-item values and provenance."
-    pack = lambda x: ''.join(str(int(v)) for v in x) if self.case.metric == 'correct' else [round(float(v), 4) for v in x]
+    pack = lambda x: (
+        ''.join(str(int(v)) for v in x) if self.case.metric == 'correct' else [round(float(v), 4) for v in x]
+    )
     rows = {r: [{a: pack(x) for a, x in run.items()} for run in runs] for r, runs in self.rows.items()}
-    return write_json(dict(format='act-recovery-2', case=asdict(self.case), best=self.best, rows=rows, grid=self.grid.round(4).to_dict('records'), meta=self.meta), path)
+    return write_json(
+        dict(
+            format='act-recovery-2',
+            case=asdict(self.case),
+            best=self.best,
+            rows=rows,
+            grid=self.grid.round(4).to_dict('records'),
+            meta=self.meta,
+        ),
+        path,
+    )
 
 # %% ../nbs/30_recover.ipynb #30-054
 @patch(cls_method=True)
 def load(
     cls: Recovery,
-    path, # file that `save` wrote
-): # raises ActError for any other file
+    path,  # file that `save` wrote
+):  # raises ActError for any other file
     "Read what `save` wrote."
+
     def make(d):
         case = cls.kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in d['case'].items()})
-        rows = {r: [{a: np.array([float(o) for o in x]) for a, x in run.items()} for run in runs] for r, runs in d['rows'].items()}
+        rows = {
+            r: [{a: np.array([float(o) for o in x]) for a, x in run.items()} for run in runs]
+            for r, runs in d['rows'].items()
+        }
         return cls(case, rows, pd.DataFrame(d['grid']), d['best'], d['meta'])
+
     return read_json(path, 'act-recovery-2', 'recovery result', 'act_reproduce', make)
 
 # %% ../nbs/30_recover.ipynb #30-056
 def study_meta(bench, seeds, start, **more):
     "What a result's file says of its making: time, memory, cost of each row, data, and what `provenance` knows."
-    costs = {r: dict(seconds=round(np.mean([s for s, _ in c]), 2), tokens=round(np.mean([t for _, t in c]))) for r, c in bench.costs.items()}
-    return provenance(seconds=round(time.time() - start), peak_memory_mb=peak_memory() >> 20, seeds=list(seeds),
-                      stages={k: round(sum(v)/len(v), 2) for k, v in bench.seconds.items()}, costs=costs, data={x.name: x.hash for x in bench.test}, **more)
+    costs = {
+        r: dict(seconds=round(np.mean([s for s, _ in c]), 2), tokens=round(np.mean([t for _, t in c])))
+        for r, c in bench.costs.items()
+    }
+    return provenance(
+        seconds=round(time.time() - start),
+        peak_memory_mb=peak_memory() >> 20,
+        seeds=list(seeds),
+        stages={k: round(sum(v) / len(v), 2) for k, v in bench.seconds.items()},
+        costs=costs,
+        data={x.name: x.hash for x in bench.test},
+        **more,
+    )
 
 # %% ../nbs/30_recover.ipynb #30-401
 def ready_bench(bench, pairs, rows, methods, seeds, writes):
     "A bench whose pairs of models fit; here a dry run ends."
     check_use(device=bench.device)
     if bench.check:
-        for p in pairs: check_pair(*p)
+        for p in pairs:
+            check_pair(*p)
     tries = {(m, sft, str(s)) for _, m, sft, s in points(bench.case, rows, methods)}
-    tuned = sum(sft for _, sft, _ in tries) + len(seeds)*sum(sft or methods[m].tune is not None for m, sft in rows.values() if m or sft)
+    tuned = sum(sft for _, sft, _ in tries) + len(seeds) * sum(
+        sft or methods[m].tune is not None for m, sft in rows.values() if m or sft
+    )
     count = lambda items: sum(map(len, items))
-    begin(dict.fromkeys(m for p in pairs for m in p), writes,
-          f'{len(tries)} settings on {count(bench.val):,} validation items, then {len(rows)*len(seeds)} models on {count(bench.test):,} test items; {tuned} fine-tunings')
+    begin(
+        dict.fromkeys(m for p in pairs for m in p),
+        writes,
+        f'{len(tries)} settings on {count(bench.val):,} validation items, then {len(rows) * len(seeds)} models on'
+        f' {count(bench.test):,} test items; {tuned} fine-tunings',
+    )
     return bench
 
 # %% ../nbs/30_recover.ipynb #30-057
 def recover(
-    case,                     # a Case, or a name in CASES
-    out=None,                 # folder to create: result.json, tables, figures, report.html, scores and mask
-    seeds: tuple = (0, 1, 2), # of localisation sample, random masks and fine-tuning
-    device=None,              # where the models go
-    progress: bool = True,    # show bars
-    rows: dict = ROWS,        # row -> (method or none, with SFT or not)
+    case,  # a Case, or a name in CASES
+    out=None,  # folder to create: result.json, tables, figures, report.html, scores and mask
+    seeds: tuple = (0, 1, 2),  # of localisation sample, random masks and fine-tuning
+    device=None,  # where the models go
+    progress: bool = True,  # show bars
+    rows: dict = ROWS,  # row -> (method or none, with SFT or not)
     methods: dict = METHODS,  # name -> Method
-    bench: Bench = None,      # of the case; made here by default
+    bench: Bench = None,  # of the case; made here by default
 ) -> Recovery:
     "Choose settings on validation items, measure every row on test items."
     if isinstance(case, str):
-        if case not in CASES: raise ActError(f"no case is called {case!r}: choose one of {', '.join(CASES)}")
+        if case not in CASES:
+            raise ActError(f"no case is called {case!r}: choose one of {', '.join(CASES)}")
         case = CASES[case]
-    if out: check_absent(out)
+    if out:
+        check_absent(out)
     start = time.time()
-    if bench is None: bench = ready_bench(Bench(case, device, progress), [(case.target, case.donor)], rows, methods, seeds, {out: 500_000 + 20_000*len(rows)} if out else {})
+    if bench is None:
+        bench = ready_bench(
+            Bench(case, device, progress),
+            [(case.target, case.donor)],
+            rows,
+            methods,
+            seeds,
+            {out: 500_000 + 20_000 * len(rows)} if out else {},
+        )
     grid, best = choose(bench, rows, methods, seeds[0])
     rows = measure(bench, best, seeds, rows, methods)
-    rec = Recovery(case, rows, grid, best, study_meta(bench, seeds, start, target_hash=weight_hash(bench.target), donor_hash=weight_hash(bench.donor)))
+    rec = Recovery(
+        case,
+        rows,
+        grid,
+        best,
+        study_meta(bench, seeds, start, target_hash=weight_hash(bench.target), donor_hash=weight_hash(bench.donor)),
+    )
     if out:
-        with atomic_folder(out) as tmp: write_study(rec, bench, tmp)
+        with atomic_folder(out) as tmp:
+            write_study(rec, bench, tmp)
     return rec
 
 # %% ../nbs/30_recover.ipynb #30-059
 _MARKS = dict(zip(['target', 'donor', *ROWS], 'sDoX^vPPpp'))
 
+
 def _axis(case, name, ax, which, items='test'):
     unit = f'% of {items} items' if case.metric == 'correct' else 'bits per byte, lower is better'
     getattr(ax, f'set_{which}label')(f'{name} ({unit})')
-    if case.metric != 'correct': getattr(ax, f'invert_{which}axis')()
+    if case.metric != 'correct':
+        getattr(ax, f'invert_{which}axis')()
+
 
 def plot_rows(
-    rec: Recovery, # what to draw
-    ax=None,       # axes to draw on
+    rec: Recovery,  # what to draw
+    ax=None,  # axes to draw on
 ):
     "Retained against recovered for every row, with 95 % intervals; returns the axes."
-    if ax is None: _, ax = plt.subplots(figsize=(3.5, 3.7), constrained_layout=True)
+    if ax is None:
+        _, ax = plt.subplots(figsize=(3.5, 3.7), constrained_layout=True)
     df, k = rec.numbers().set_index(['column', 'row']), rec._scale()
     kinds = list(dict.fromkeys(r.removesuffix(' without SFT') for r in rec.rows))
     colors = dict(zip(kinds, sns.color_palette('colorblind', len(kinds))))
     for r in rec.rows:
         c = colors[r.removesuffix(' without SFT')]
         x, y = df.loc[('retained', r)], df.loc[('recovered', r)]
-        err = lambda o: [[k*max(0, o.value-o.low)], [k*max(0, o.high-o.value)]]
+        err = lambda o: [[k * max(0, o.value - o.low)], [k * max(0, o.high - o.value)]]
         hollow = 'without' in r
-        ax.errorbar(k*x.value, k*y.value, xerr=err(x), yerr=err(y), fmt=_MARKS.get(r, 'o'), color=c, label=r, ms=6, lw=.8, mfc='white' if hollow else c)
-    _axis(rec.case, 'retained', ax, 'x'); _axis(rec.case, 'recovered', ax, 'y')
-    ax.legend(fontsize=6, loc='upper center', bbox_to_anchor=(.45, -.18), ncol=2, frameon=False)
+        ax.errorbar(
+            k * x.value,
+            k * y.value,
+            xerr=err(x),
+            yerr=err(y),
+            fmt=_MARKS.get(r, 'o'),
+            color=c,
+            label=r,
+            ms=6,
+            lw=0.8,
+            mfc='white' if hollow else c,
+        )
+    _axis(rec.case, 'retained', ax, 'x')
+    _axis(rec.case, 'recovered', ax, 'y')
+    ax.legend(fontsize=6, loc='upper center', bbox_to_anchor=(0.45, -0.18), ncol=2, frameon=False)
     return ax
 
 # %% ../nbs/30_recover.ipynb #30-060
 def plot_grid(
-    rec: Recovery, # what to draw
-    ax=None,       # axes to draw on
+    rec: Recovery,  # what to draw
+    ax=None,  # axes to draw on
 ):
     "All settings that were tried on validation items, retained against recovered, a colour for each row with fine-tuning; returns the axes."
-    if ax is None: _, ax = plt.subplots(figsize=(3.5, 3.2), constrained_layout=True)
+    if ax is None:
+        _, ax = plt.subplots(figsize=(3.5, 3.2), constrained_layout=True)
     k = rec._scale()
     tuned = rec.grid[2:][~rec.grid[2:].row.str.contains('without SFT')]
     for (m, g), c, mark in zip(tuned.groupby('row', sort=False), sns.color_palette('colorblind'), 'X^vPp'):
-        ax.scatter(k*g.retained, k*g.recovered, s=22, color=c, marker=mark, label=m, alpha=.75, lw=0)
+        ax.scatter(k * g.retained, k * g.recovered, s=22, color=c, marker=mark, label=m, alpha=0.75, lw=0)
         b = g[[s == rec.best[m] for s in g.setting]]
-        ax.scatter(k*b.retained, k*b.recovered, s=70, facecolor='none', edgecolor=c, lw=1.2)
-    for name, which in (('retained', 'x'), ('recovered', 'y')): _axis(rec.case, name, ax, which, 'validation')
+        ax.scatter(k * b.retained, k * b.recovered, s=70, facecolor='none', edgecolor=c, lw=1.2)
+    for name, which in (('retained', 'x'), ('recovered', 'y')):
+        _axis(rec.case, name, ax, which, 'validation')
     ax.legend(fontsize=6, loc='lower left')
     return ax
 
@@ -523,43 +746,64 @@ def plot_grid(
 def _svg(ax):
     buf = io.StringIO()
     ax.figure.savefig(buf, format='svg')
-    return buf.getvalue()[buf.getvalue().index('<svg'):]
+    return buf.getvalue()[buf.getvalue().index('<svg') :]
+
 
 def write_tables(rec, out):
-    rec.save(out/'result.json')
-    rec.table().to_csv(out/'table.csv')
-    (out/'table.txt').write_text(rec.table().to_string() + '\n')
-    rec.numbers().to_csv(out/'numbers.csv', index=False); rec.grid.to_csv(out/'grid.csv', index=False); rec.against().to_csv(out/'against.csv', index=False)
+    rec.save(out / 'result.json')
+    rec.table().to_csv(out / 'table.csv')
+    (out / 'table.txt').write_text(rec.table().to_string() + '\n')
+    rec.numbers().to_csv(out / 'numbers.csv', index=False)
+    rec.grid.to_csv(out / 'grid.csv', index=False)
+    rec.against().to_csv(out / 'against.csv', index=False)
+
 
 def write_study(rec, bench, out):
     scores, best = bench.scores(rec.meta['seeds'][0]), rec.best['ACT (module-normalised)']
     mask = top_p(scores, best['p'], best['rank'])
-    scores.save(out/'scores.safetensors'); mask.save(out/'mask.safetensors')
+    scores.save(out / 'scores.safetensors')
+    mask.save(out / 'mask.safetensors')
     write_tables(rec, out)
     figures = {}
-    for name, draw in dict(rows=lambda: plot_rows(rec), grid=lambda: plot_grid(rec), scores=scores.plot, mask=mask.plot).items():
+    for name, draw in dict(
+        rows=lambda: plot_rows(rec), grid=lambda: plot_grid(rec), scores=scores.plot, mask=mask.plot
+    ).items():
         ax = draw()
         figures[name] = _svg(ax)
-        (out/f'{name}.svg').write_text(figures[name])
-        ax.figure.savefig(out/f'{name}.png', dpi=200)
+        (out / f'{name}.svg').write_text(figures[name])
+        ax.figure.savefig(out / f'{name}.png', dpi=200)
         plt.close(ax.figure)
-    (out/'report.html').write_text(report_html(rec, figures))
+    (out / 'report.html').write_text(report_html(rec, figures))
 
 # %% ../nbs/30_recover.ipynb #30-063
 def report_html(
-    rec: Recovery, # what to report
-    figures: dict, # name -> SVG text
+    rec: Recovery,  # what to report
+    figures: dict,  # name -> SVG text
 ) -> str:
     "A page of its own, with nothing to load from elsewhere."
     c, m = rec.case, rec.meta
-    unit = 'percent of test items answered correctly' if c.metric == 'correct' else 'bits per byte of the answers, lower is better'
+    unit = (
+        'percent of test items answered correctly'
+        if c.metric == 'correct'
+        else 'bits per byte of the answers, lower is better'
+    )
     d = rec.against()
     d['cell'] = [f'{a:+.2f} [{b:+.2f}, {e:+.2f}]' for a, b, e in zip(d.difference, d.low, d.high)]
-    against = d.pivot(index='against', columns='column', values='cell').loc[d.against.unique(), ['retained', 'recovered', 'mean']].rename_axis(index=None, columns=None)
+    against = (
+        d.pivot(index='against', columns='column', values='cell')
+        .loc[d.against.unique(), ['retained', 'recovered', 'mean']]
+        .rename_axis(index=None, columns=None)
+    )
     chosen = pd.DataFrame(rec.best).T.to_html(border=0)
-    texts = dict(rows='Retained against recovered on test items, with 95 % intervals over items and seeds.', grid='All settings tried on validation items; a ring marks the chosen one.',
-                 scores='Mean activation difference by layer and kind.', mask='Share of channels moved by ACT (module-normalised).')
-    pictures = ''.join(f'<figure>{figures[k]}<figcaption>{t}</figcaption></figure>' for k, t in texts.items() if k in figures)
+    texts = dict(
+        rows='Retained against recovered on test items, with 95 % intervals over items and seeds.',
+        grid='All settings tried on validation items; a ring marks the chosen one.',
+        scores='Mean activation difference by layer and kind.',
+        mask='Share of channels moved by ACT (module-normalised).',
+    )
+    pictures = ''.join(
+        f'<figure>{figures[k]}<figcaption>{t}</figcaption></figure>' for k, t in texts.items() if k in figures
+    )
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>ACT: recovery of {html.escape(', '.join(c.recovered))}</title>
 <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}table{{border-collapse:collapse;font-size:.85rem;display:block;overflow-x:auto}}th,td{{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #ddd}}
 th:first-child{{text-align:left}}figure{{display:inline-block;margin:.5rem;vertical-align:top;max-width:26rem}}figure svg{{max-width:100%;height:auto}}figcaption{{font-size:.85rem;color:#444}}</style></head><body>
@@ -572,45 +816,68 @@ th:first-child{{text-align:left}}figure{{display:inline-block;margin:.5rem;verti
 # %% ../nbs/30_recover.ipynb #30-065
 def findings(
     rec: Recovery,  # with metric correct
-    ours: tuple = ('ACT', 'ACT (module-normalised)'), # rows to speak of
+    ours: tuple = ('ACT', 'ACT (module-normalised)'),  # rows to speak of
     differs: str = '',  # what differs from the paper, said when a rival does better than ACT
-) -> str: # Markdown
+) -> str:  # Markdown
     "What a result shows of the recovered ability and of the mean of all columns, after correction for many comparisons."
     n = rec.numbers().set_index(['row', 'column']).value
-    lost, back = 100*(n['donor', 'recovered'] - n['target', 'recovered']), 100*(n['target + SFT', 'recovered'] - n['target', 'recovered'])
+    lost, back = (
+        100 * (n['donor', 'recovered'] - n['target', 'recovered']),
+        100 * (n['target + SFT', 'recovered'] - n['target', 'recovered']),
+    )
     out = [f"The target lost {lost:.0f} points of the ability; light fine-tuning alone brings back {back:.0f} of them."]
     rivals, beaten = [r for r in rec.rows if r.endswith('+ SFT')], False
     for row in ours:
         for column, what in (('recovered', 'recovered ability'), ('mean', 'mean of the three columns')):
             sides = {k: [r for r in v if r in rivals] for k, v in rec.sides(row)[column].items()}
             beaten |= len(sides['worse']) > 0
-            parts = [f"{word} {', '.join(sides[k])}" for k, word in (('better', 'above'), ('worse', 'below'), ('tie', 'not told apart from')) if sides[k]]
+            parts = [
+                f"{word} {', '.join(sides[k])}"
+                for k, word in (('better', 'above'), ('worse', 'below'), ('tie', 'not told apart from'))
+                if sides[k]
+            ]
             out.append(f"**{row}**, {what}: {'; '.join(parts)}.")
-    if beaten and differs: out.append(f"That some rivals do better contradicts the paper, which finds the channels of largest activation difference to be the ones that matter. {differs}")
+    if beaten and differs:
+        out.append(
+            "That some rivals do better contradicts the paper, which finds the channels of largest activation"
+            f" difference to be the ones that matter. {differs}"
+        )
     return '\n\n'.join(out)
 
 # %% ../nbs/30_recover.ipynb #30-067
 @command
 def act_reproduce(
-    out: str,             # folder to create
-    case: str = 'lab',    # a name in CASES
-    seeds: int = 3,       # how many
-    device: str = None,   # cpu, cuda, ...
+    out: str,  # folder to create
+    case: str = 'lab',  # a name in CASES
+    seeds: int = 3,  # how many
+    device: str = None,  # cpu, cuda, ...
 ):
     "The main job: recover a forgotten ability, with all controls: `act_reproduce --out runs/reproduce`"
-    if seeds < 1: raise ActError(f"seeds is {seeds}: at least one is needed")
+    if seeds < 1:
+        raise ActError(f"seeds is {seeds}: at least one is needed")
     rec = recover(case, out, tuple(range(seeds)), device)
     unit = '% of test items' if rec.case.metric == 'correct' else 'bits per byte, lower is better'
-    print(f"\n{rec.case.target} <- {rec.case.donor}; recovered: {', '.join(rec.case.recovered)}; retained: {', '.join(rec.case.retained)}\n{unit}, 95 % intervals over items and {seeds} seeds\n")
+    print(
+        f"\n{rec.case.target} <- {rec.case.donor}; recovered: {', '.join(rec.case.recovered)}; retained:"
+        f" {', '.join(rec.case.retained)}\n{unit}, 95 % intervals over items and {seeds} seeds\n"
+    )
     print(rec)
-    print(f"\n{rec.meta['seconds']} s, peak memory {rec.meta['peak_memory_mb']:,} MB; tables, figures and report.html in {out}")
+    print(
+        f"\n{rec.meta['seconds']} s, peak memory {rec.meta['peak_memory_mb']:,} MB; tables, figures and report.html in"
+        f" {out}"
+    )
     next_step('act_baselines', case=case, seeds=seeds, device=device, out=beside(out, 'baselines'))
 
 # %% ../nbs/30_recover.ipynb #30-087
 def stages(
-    rec: Recovery, # from `recover`
-    row: str = 'ACT (module-normalised)', # a row that has a twin without SFT
-) -> pd.DataFrame: # stage x retained, recovered, others
+    rec: Recovery,  # from `recover`
+    row: str = 'ACT (module-normalised)',  # a row that has a twin without SFT
+) -> pd.DataFrame:  # stage x retained, recovered, others
     "Scores before and after each stage."
-    names = {'target': 'target', f'{row} without SFT': 'after the transfer', row: 'after transfer and SFT', 'target + SFT': 'SFT alone'}
+    names = {
+        'target': 'target',
+        f'{row} without SFT': 'after the transfer',
+        row: 'after transfer and SFT',
+        'target + SFT': 'SFT alone',
+    }
     return rec.table().loc[list(names)].rename(index=names)[list(rec.case.groups)]

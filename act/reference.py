@@ -11,61 +11,101 @@ from ._modidx import d
 from .core import PACKAGE, ActError
 
 # %% ../nbs/60_reference.ipynb #60-006
-def pages() -> dict: # module name -> (notebook, what the module is about, in one line)
+def pages() -> dict:  # module name -> (notebook, what the module is about, in one line)
     "The modules of this library in the order of their notebooks, and where each is built."
     found = {}
     for f in PACKAGE.glob('*.py'):
         text = f.read_text(encoding='utf-8')
-        if m := re.search(r'File to edit: \.\./nbs/(\S+\.ipynb)', text): found[f.stem] = (m[1], re.search(r'"""(.*?)"""', text, re.S)[1].strip())
+        if m := re.search(r'File to edit: \.\./nbs/(\S+\.ipynb)', text):
+            found[f.stem] = (m[1], re.search(r'"""(.*?)"""', text, re.S)[1].strip())
     return dict(sorted(found.items(), key=lambda o: o[1]))
 
 # %% ../nbs/60_reference.ipynb #60-009
 def called(
-    obj, # a function or class
-) -> str: # its name and parameters with defaults, as one would write them
+    obj,  # a function or class
+) -> str:  # its name and parameters with defaults, as one would write them
     "How something is called."
-    try: ps = list(inspect.signature(obj).parameters.values())
-    except (TypeError, ValueError): return obj.__name__
+    try:
+        ps = list(inspect.signature(obj).parameters.values())
+    except (TypeError, ValueError):
+        return obj.__name__
     value = lambda x: repr(x) if len(repr(x)) < 24 and '<' not in repr(x) else '...'
-    show = lambda p: {p.VAR_POSITIONAL: '*', p.VAR_KEYWORD: '**'}.get(p.kind, '') + p.name + ('' if p.default is p.empty else f'={value(p.default)}')
+    show = lambda p: (
+        {p.VAR_POSITIONAL: '*', p.VAR_KEYWORD: '**'}.get(p.kind, '')
+        + p.name
+        + ('' if p.default is p.empty else f'={value(p.default)}')
+    )
     return f"{obj.__name__}({', '.join(show(p) for p in ps if p.name not in ('self', 'cls'))})"
 
 # %% ../nbs/60_reference.ipynb #60-012
 def reference(
-    *modules: str, # names, such as 'masks'; all by default
-) -> str: # Markdown; raises ActError for a module that does not exist
+    *modules: str,  # names, such as 'masks'; all by default
+) -> str:  # Markdown; raises ActError for a module that does not exist
     "Tables of the public functions and classes, module by module, with links to the notebooks."
     known = pages()
-    if odd := [m for m in modules if m not in known]: raise ActError(f"there is no module act.{odd[0]}: there are {', '.join(known)}")
+    if odd := [m for m in modules if m not in known]:
+        raise ActError(f"there is no module act.{odd[0]}: there are {', '.join(known)}")
     parts = []
     for name in modules or known:
         module, (page, about) = importlib.import_module(f'act.{name}'), known[name]
         objs = [getattr(module, n) for n in module.__all__ if not n.startswith('act_')]
-        link = lambda n: f'[`{n}`]({page}' + (f'#{n.lower()}' if f'act.{name}.{n}' in d['syms'].get(f'act.{name}', ()) else '') + ')'
-        rows = [f"| {link(o.__name__)} | `{called(o)}` | {_line(o)} |" for o in objs if inspect.isfunction(o) or inspect.isclass(o)]
-        if rows: parts.append('\n'.join([f'### act.{name}', '', f'{about} Built in [{page}]({page}).', '', '| name | called | what it does |', '|:--|:--|:--|', *rows]))
+        link = lambda n: (
+            f'[`{n}`]({page}' + (f'#{n.lower()}' if f'act.{name}.{n}' in d['syms'].get(f'act.{name}', ()) else '') + ')'
+        )
+        rows = [
+            f"| {link(o.__name__)} | `{called(o)}` | {_line(o)} |"
+            for o in objs
+            if inspect.isfunction(o) or inspect.isclass(o)
+        ]
+        if rows:
+            parts.append(
+                '\n'.join(
+                    [
+                        f'### act.{name}',
+                        '',
+                        f'{about} Built in [{page}]({page}).',
+                        '',
+                        '| name | called | what it does |',
+                        '|:--|:--|:--|',
+                        *rows,
+                    ]
+                )
+            )
     return '\n\n'.join(parts)
 
 # %% ../nbs/60_reference.ipynb #60-013
 def _line(obj):
     "The first line of a docstring, safe in a table; a class's methods after it."
     text = (inspect.getdoc(obj) or '').split('\n')[0].replace('|', '\\|').replace('<', '&lt;')
-    if not inspect.isclass(obj): return text
-    if text.startswith(f'{obj.__name__}('): text = '' # what dataclasses and named tuples say by themselves
-    own = [n for n, f in vars(obj).items() if not n.startswith('_') and (inspect.isfunction(f) or isinstance(f, (classmethod, property)))]
-    return (text + ' Has ' + ', '.join(f'`{n}`' for n in own)  + '.' if own else text).strip()
+    if not inspect.isclass(obj):
+        return text
+    if text.startswith(f'{obj.__name__}('):
+        text = ''  # what dataclasses and named tuples say by themselves
+    own = [
+        n
+        for n, f in vars(obj).items()
+        if not n.startswith('_') and (inspect.isfunction(f) or isinstance(f, (classmethod, property)))
+    ]
+    return (text + ' Has ' + ', '.join(f'`{n}`' for n in own) + '.' if own else text).strip()
 
 # %% ../nbs/60_reference.ipynb #60-018
 class run_this:
     "For nbdev: below the title of a page, links that open its notebook in Colab and that download it."
-    def __init__(self, nb): self.nb = nb
+
+    def __init__(self, nb):
+        self.nb = nb
+
     def begin(self):
         from execnb.nbio import mk_cell
         from nbdev.config import get_config
+
         cfg, name = get_config(), str(self.nb.path_).replace('\\', '/').split('/')[-1]
         home, branch = cfg.git_url.removeprefix('https://github.com/'), cfg.branch
-        text = (f"[Open in Colab](https://colab.research.google.com/github/{home}/blob/{branch}/nbs/{name}) (there, first `%pip install git+{cfg.git_url}`) · "
-                f"[Download the notebook](https://raw.githubusercontent.com/{home}/{branch}/nbs/{name})")
+        text = (
+            f"[Open in Colab](https://colab.research.google.com/github/{home}/blob/{branch}/nbs/{name}) (there, first"
+            f" `%pip install git+{cfg.git_url}`) · [Download the"
+            f" notebook](https://raw.githubusercontent.com/{home}/{branch}/nbs/{name})"
+        )
         self.nb.cells.insert(min(1, len(self.nb.cells)), mk_cell(f'::: {{.run-this}}\n{text}\n:::', 'markdown'))
 
 # %% ../nbs/60_reference.ipynb #60-102
@@ -73,8 +113,13 @@ def plain_links(cell):
     "For nbdev: takes back links inside code blocks, inside other links, and to private names."
     bare = lambda text, to: re.sub(rf'\[(`[^`]+`)\]\(https?://{to}\)', r'\1', text)
     inner = lambda text: re.sub(r'\[\[(`[^`]+`)\]\([^)\s]*\)\]\(', r'[\1](', text)
-    tidy = lambda text: bare(re.sub(r'^```.*?^```', lambda m: bare(m[0], r'[^)\s]*'), inner(text), flags=re.S | re.M), r'[^)\s]*#(?:\w+\.)?_\w+')
-    if cell.cell_type == 'markdown': cell.source = tidy(cell.source)
+    tidy = lambda text: bare(
+        re.sub(r'^```.*?^```', lambda m: bare(m[0], r'[^)\s]*'), inner(text), flags=re.S | re.M),
+        r'[^)\s]*#(?:\w+\.)?_\w+',
+    )
+    if cell.cell_type == 'markdown':
+        cell.source = tidy(cell.source)
     for o in cell.get('outputs', []):
         data = o.get('data', {})
-        if 'text/markdown' in data: data['text/markdown'] = tidy(''.join(data['text/markdown'])).splitlines(True)
+        if 'text/markdown' in data:
+            data['text/markdown'] = tidy(''.join(data['text/markdown'])).splitlines(True)

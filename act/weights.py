@@ -23,164 +23,245 @@ from .sufficiency import areas, bench_of, doses, responses, unit
 # %% ../nbs/24_activation_vs_weight.ipynb #24-009
 @torch.no_grad()
 def own_items(
-    target, donor,            # models in memory, on one device
-    ability,                  # an Ability
-    tokenizer,                # of both
-    batch_tokens: int = 4096, # most tokens in a batch, padding included
-    max_length: int = None,   # cut longer items on the right
-    change: ChannelScores = None, # `weight_scores` of the two, when they are known
-    progress: bool = False,   # show a bar
-) -> tuple: # (own change, weight change x input norm): ItemScores
+    target,
+    donor,  # models in memory, on one device
+    ability,  # an Ability
+    tokenizer,  # of both
+    batch_tokens: int = 4096,  # most tokens in a batch, padding included
+    max_length: int = None,  # cut longer items on the right
+    change: ChannelScores = None,  # `weight_scores` of the two, when they are known
+    progress: bool = False,  # show a bar
+) -> tuple:  # (own change, weight change x input norm): ItemScores
     "What each channel's output would change by if only its own parameters became the donor's."
     encoded, cm, norms = encode(ability, tokenizer, max_length=max_length), enumerate_channels(target), {}
     own = {m.path: torch.zeros(len(encoded), m.width) for m in cm}
+
     def note(path, at, rows, module, args, out):
         diff = (answer_rows(donor.get_submodule(path)(*args), at).float() - answer_rows(out, at).float()).abs()
         own[path].index_add_(0, rows, (diff.mean(1) if diff.ndim == 3 else diff).cpu())
         if isinstance(module, torch.nn.Linear):
             size = (answer_rows(args[0], at).float().square().sum(-1) + (module.bias is not None)).sqrt()
             norms.setdefault(path, torch.zeros(len(encoded))).index_add_(0, rows, size.cpu())
+
     for batch in bar(list(batches(encoded, tokenizer, batch_tokens)), progress, desc='own change', unit='batch'):
         batch = readable_batch(batch, target.config)
-        rows = torch.tensor(batch['index'])[batch['at'][0]//batch['at'][1]]
+        rows = torch.tensor(batch['index'])[batch['at'][0] // batch['at'][1]]
         forward_pass(target, batch, cm, lambda p: partial(note, p, batch['at'], rows), 'lm_head' in cm)
     check_sums(own)
     tokens, change = torch.tensor([len(e.positions) for e in encoded]), change or weight_scores(target, donor)
-    bound = {p: norms[p][:, None]*change[p] if p in norms else v for p, v in own.items()}
-    make = lambda data, made: ItemScores(torch.cat([data[p] for p in cm.paths], 1), tokens, cm, dict(ability=ability.name, made=made))
+    bound = {p: norms[p][:, None] * change[p] if p in norms else v for p, v in own.items()}
+    make = lambda data, made: ItemScores(
+        torch.cat([data[p] for p in cm.paths], 1), tokens, cm, dict(ability=ability.name, made=made)
+    )
     return make(own, 'own change'), make(bound, 'weight change x input norm')
 
 # %% ../nbs/24_activation_vs_weight.ipynb #24-013
 RANKINGS = 'weight', 'relative weight', 'weight x input', 'own change'
 
+
 def weight_rankings(
-    target, donor, # models in memory
-) -> dict: # name -> ChannelScores
+    target,
+    donor,  # models in memory
+) -> dict:  # name -> ChannelScores
     "The rivals that need no data: the length of the weight change, as it is and relative to the target's weights."
     return {'weight': weight_scores(target, donor), 'relative weight': weight_scores(target, donor, relative=True)}
 
+
 def rankings(
-    weights: dict,     # from `weight_rankings`
-    own: ChannelScores, bound: ChannelScores, # pooled from `own_items`
-) -> dict: # name -> ChannelScores
+    weights: dict,  # from `weight_rankings`
+    own: ChannelScores,
+    bound: ChannelScores,  # pooled from `own_items`
+) -> dict:  # name -> ChannelScores
     "All rivals of the activation difference."
     return {**weights, 'weight x input': bound, 'own change': own}
 
 # %% ../nbs/24_activation_vs_weight.ipynb #24-015
 def correlations(
-    a: ChannelScores, b: ChannelScores, # of one model map
-) -> pd.DataFrame: # path, kind, layer, width, rho: NaN where one of the two is constant
+    a: ChannelScores,
+    b: ChannelScores,  # of one model map
+) -> pd.DataFrame:  # path, kind, layer, width, rho: NaN where one of the two is constant
     "Spearman's rank correlation inside every module."
+
     def rho(m):
         x, y = a[m.path].numpy(), b[m.path].numpy()
         return stats.spearmanr(x, y).statistic if len(set(x)) > 1 and len(set(y)) > 1 else np.nan
+
     return a.map.frame()[['path', 'kind', 'layer', 'width']].assign(rho=[rho(m) for m in a.map])
 
 # %% ../nbs/24_activation_vs_weight.ipynb #24-017
 def compare(
-    acts: ChannelScores, rival: ChannelScores, # of one pair
-    p: float = .05, # fraction of all channels
-) -> dict: # overlap raw and module, rho all and within
+    acts: ChannelScores,
+    rival: ChannelScores,  # of one pair
+    p: float = 0.05,  # fraction of all channels
+) -> dict:  # overlap raw and module, rho all and within
     "Agreement of a ranking with the activation difference."
-    return {'overlap, raw': overlap(top_p(acts, p), top_p(rival, p)), 'overlap, module': overlap(top_p(acts, p, 'module'), top_p(rival, p, 'module')),
-            'rho, all channels': float(stats.spearmanr(acts.flat(), rival.flat()).statistic), 'rho, within modules': float(correlations(acts, rival).rho.mean())}
+    return {
+        'overlap, raw': overlap(top_p(acts, p), top_p(rival, p)),
+        'overlap, module': overlap(top_p(acts, p, 'module'), top_p(rival, p, 'module')),
+        'rho, all channels': float(stats.spearmanr(acts.flat(), rival.flat()).statistic),
+        'rho, within modules': float(correlations(acts, rival).rho.mean()),
+    }
 
 # %% ../nbs/24_activation_vs_weight.ipynb #24-021
 def own_share(
-    acts: ChannelScores, own: ChannelScores, # of one pair and ability
-) -> pd.DataFrame: # kind, layer (-1: none), own, difference, share
+    acts: ChannelScores,
+    own: ChannelScores,  # of one pair and ability
+) -> pd.DataFrame:  # kind, layer (-1: none), own, difference, share
     "Own change as a share of the activation difference, by kind and layer."
-    f = acts.frame().assign(own=own.frame()['sum'], difference=lambda d: d['sum'], layer=lambda d: d.layer.fillna(-1).astype(int))
+    f = acts.frame().assign(
+        own=own.frame()['sum'], difference=lambda d: d['sum'], layer=lambda d: d.layer.fillna(-1).astype(int)
+    )
     g = f.groupby(['kind', 'layer'], sort=False)[['own', 'difference']].sum().reset_index()
-    return g.assign(share=g.own/g.difference.clip(lower=1e-30))
+    return g.assign(share=g.own / g.difference.clip(lower=1e-30))
 
 # %% ../nbs/24_activation_vs_weight.ipynb #24-023
 def plot_share(
-    shares: pd.DataFrame, # from `own_share`
-    ax=None,              # axes to draw on
+    shares: pd.DataFrame,  # from `own_share`
+    ax=None,  # axes to draw on
 ):
     "Heat map of the own share, layers x kinds; returns the axes."
     import seaborn as sns
-    grid = 100*shares.pivot(index='layer', columns='kind', values='share')[list(shares.kind.unique())]
-    if ax is None: _, ax = plt.subplots(figsize=(WIDTH, 1 + .16*len(grid)))
-    sns.heatmap(grid.rename(index={-1: '-'}), ax=ax, cmap='viridis', vmin=0, vmax=100, linewidths=.2, annot=len(grid) < 8, fmt='.0f', annot_kws=dict(size=6), cbar_kws=dict(label='own change (% of difference)'))
+
+    grid = 100 * shares.pivot(index='layer', columns='kind', values='share')[list(shares.kind.unique())]
+    if ax is None:
+        _, ax = plt.subplots(figsize=(WIDTH, 1 + 0.16 * len(grid)))
+    sns.heatmap(
+        grid.rename(index={-1: '-'}),
+        ax=ax,
+        cmap='viridis',
+        vmin=0,
+        vmax=100,
+        linewidths=0.2,
+        annot=len(grid) < 8,
+        fmt='.0f',
+        annot_kws=dict(size=6),
+        cbar_kws=dict(label='own change (% of difference)'),
+    )
     ax.set(xlabel='', ylabel='layer')
-    ax.tick_params(axis='y', rotation=0); ax.tick_params(axis='x', rotation=90)
+    ax.tick_params(axis='y', rotation=0)
+    ax.tick_params(axis='x', rotation=90)
     return ax
 
 # %% ../nbs/24_activation_vs_weight.ipynb #24-025
 def effects(
-    table: pd.DataFrame, # ability (skill-language, all combinations), value
-) -> dict: # share of the variance that goes with skill, language, rest
+    table: pd.DataFrame,  # ability (skill-language, all combinations), value
+) -> dict:  # share of the variance that goes with skill, language, rest
     "Two-way division of the variance over abilities."
-    t = pd.DataFrame([skill_language(a) for a in table.ability], columns=['skill', 'language']).assign(value=table.value.to_numpy())
-    grand, total = t.value.mean(), ((t.value - t.value.mean())**2).sum()
-    part = {f: float(((t.groupby(f).value.transform('mean') - grand)**2).sum()/max(total, 1e-30)) for f in ('skill', 'language')}
+    t = pd.DataFrame([skill_language(a) for a in table.ability], columns=['skill', 'language']).assign(
+        value=table.value.to_numpy()
+    )
+    grand, total = t.value.mean(), ((t.value - t.value.mean()) ** 2).sum()
+    part = {
+        f: float(((t.groupby(f).value.transform('mean') - grand) ** 2).sum() / max(total, 1e-30))
+        for f in ('skill', 'language')
+    }
     return {**part, 'rest': 1 - sum(part.values())}
 
 # %% ../nbs/24_activation_vs_weight.ipynb #24-027
 def plot_abilities(
-    table: pd.DataFrame, # ability, ranking, value
-    axes=None,           # one axes for each ranking
+    table: pd.DataFrame,  # ability, ranking, value
+    axes=None,  # one axes for each ranking
 ):
     "Correlation with the activation difference by skill and language; returns the axes."
     import seaborn as sns
+
     names = list(table.ranking.unique())
-    if axes is None: _, axes = plt.subplots(1, len(names), figsize=(2*WIDTH, 1.5), sharey=True, squeeze=False)
+    if axes is None:
+        _, axes = plt.subplots(1, len(names), figsize=(2 * WIDTH, 1.5), sharey=True, squeeze=False)
     axes = np.ravel(axes)
     for ax, n in zip(axes, names):
         t = table[table.ranking == n]
-        t = t.assign(**pd.DataFrame([skill_language(a) for a in t.ability], columns=['skill', 'language'], index=t.index))
-        sns.heatmap(t.pivot_table(index='skill', columns='language', values='value', sort=False), ax=ax, annot=True, fmt='.2f', cmap='cividis', vmin=min(0, table.value.min()), vmax=table.value.max(), annot_kws=dict(size=6), cbar=False)
+        t = t.assign(
+            **pd.DataFrame([skill_language(a) for a in t.ability], columns=['skill', 'language'], index=t.index)
+        )
+        sns.heatmap(
+            t.pivot_table(index='skill', columns='language', values='value', sort=False),
+            ax=ax,
+            annot=True,
+            fmt='.2f',
+            cmap='cividis',
+            vmin=min(0, table.value.min()),
+            vmax=table.value.max(),
+            annot_kws=dict(size=6),
+            cbar=False,
+        )
         ax.set(title=n, xlabel='', ylabel='')
         ax.tick_params(axis='y', rotation=0)
     return axes
 
 # %% ../nbs/24_activation_vs_weight.ipynb #24-029
 def orders(
-    bench,         # from `bench_of`
-    seeds=(0, 1, 2), # of localisation items
-) -> dict: # name -> from scores, fraction and seed to a mask, as `doses` takes them
+    bench,  # from `bench_of`
+    seeds=(0, 1, 2),  # of localisation items
+) -> dict:  # name -> from scores, fraction and seed to a mask, as `doses` takes them
     "Every ranking, raw and within modules, and random channels."
     weights = weight_rankings(bench.target, bench.donor)
-    own = {s: own_items(bench.target, bench.donor, bench.sample(s), bench.tok, max_length=bench.case.max_length, change=weights['weight']) for s in seeds}
+    own = {
+        s: own_items(
+            bench.target,
+            bench.donor,
+            bench.sample(s),
+            bench.tok,
+            max_length=bench.case.max_length,
+            change=weights['weight'],
+        )
+        for s in seeds
+    }
     rivals = {s: rankings(weights, *(o.pool() for o in two)) for s, two in own.items()}
     out = {}
     for r in ('raw', 'module'):
         out[f'activation, {r}'] = lambda scores, p, seed, r=r: top_p(scores, p, r)
-        for k in ('weight', 'weight x input', 'own change'): out[f'{k}, {r}'] = lambda scores, p, seed, k=k, r=r: top_p(rivals[seed][k], p, r)
+        for k in ('weight', 'weight x input', 'own change'):
+            out[f'{k}, {r}'] = lambda scores, p, seed, k=k, r=r: top_p(rivals[seed][k], p, r)
     out['random'] = lambda scores, p, seed: random_mask(top_p(scores, p), seed=seed)
     return out
 
 # %% ../nbs/24_activation_vs_weight.ipynb #24-030
 def plot_transfer(
-    areas: pd.DataFrame, # of the study
-    unit: str,           # of the values
-    ax=None,             # axes to draw on
+    areas: pd.DataFrame,  # of the study
+    unit: str,  # of the values
+    ax=None,  # axes to draw on
 ):
     "Mean difference to random channels over all doses, recovered and retained, with 95 % intervals; returns the axes."
     t = areas[areas.direction == 'sufficiency']
     names = list(t.order.unique())
-    if ax is None: _, ax = plt.subplots(figsize=(WIDTH, .8 + .24*len(names)))
-    for (c, g), mark, off in zip(t.groupby('column', sort=False), 'os', (-.12, .12)):
+    if ax is None:
+        _, ax = plt.subplots(figsize=(WIDTH, 0.8 + 0.24 * len(names)))
+    for (c, g), mark, off in zip(t.groupby('column', sort=False), 'os', (-0.12, 0.12)):
         x = g[['value', 'low', 'high']].to_numpy().T
-        ax.errorbar(x[0], [names.index(o) + off for o in g.order], xerr=[x[0] - x[1], x[2] - x[0]], fmt=mark, ms=3.5, lw=.8, label=c)
-    ax.axvline(0, color='.5', lw=.8, ls=':')
+        ax.errorbar(
+            x[0],
+            [names.index(o) + off for o in g.order],
+            xerr=[x[0] - x[1], x[2] - x[0]],
+            fmt=mark,
+            ms=3.5,
+            lw=0.8,
+            label=c,
+        )
+    ax.axvline(0, color='.5', lw=0.8, ls=':')
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
     ax.set_xlabel(f'difference to random channels\n({unit})')
-    ax.legend(loc='lower center', bbox_to_anchor=(.4, 1), ncols=2)
+    ax.legend(loc='lower center', bbox_to_anchor=(0.4, 1), ncols=2)
     return ax
 
 # %% ../nbs/24_activation_vs_weight.ipynb #24-032
-PAPER = 'masks from weight changes and from activation differences overlap only partly; language and task affect how the two relate'
+PAPER = (
+    'masks from weight changes and from activation differences overlap only partly; language and task affect how the'
+    ' two relate'
+)
+
 
 def agreements(
-    fam, target, donor, tok, # a Family; a pair in memory, its tokenizer
-    abilities, # names
-    seeds, resamples, # of the items
-    p: float = .05, # fraction of all channels
-): # (statistics: ability, ranking, statistic, value, low, high; modules: path, kind, layer, ranking, rho; shares: kind, layer, own, difference, share)
+    fam,
+    target,
+    donor,
+    tok,  # a Family; a pair in memory, its tokenizer
+    abilities,  # names
+    seeds,
+    resamples,  # of the items
+    p: float = 0.05,  # fraction of all channels
+):  # (statistics: ability, ranking, statistic, value, low, high; modules: path, kind, layer, ranking, rho; shares: kind, layer, own, difference, share)
     "Every ranking against the activation difference, ability by ability."
     full, draws, modules, shares, weights = {}, {}, [], [], weight_rankings(target, donor)
     for a in abilities:
@@ -190,83 +271,152 @@ def agreements(
             acts = localize_items(target, donor, items, tok, max_length=fam.max_length, progress=False)
             own, bound = own_items(target, donor, items, tok, max_length=fam.max_length, change=weights['weight'])
             for k, s in rankings(weights, own.pool(), bound.pool()).items():
-                for q, v in compare(acts.pool(), s, p).items(): full.setdefault((items.name, k, q), []).append(v)
-                if seed == seeds[0]: modules.append(correlations(acts.pool(), s).assign(ranking=k, ability=items.name))
+                for q, v in compare(acts.pool(), s, p).items():
+                    full.setdefault((items.name, k, q), []).append(v)
+                if seed == seeds[0]:
+                    modules.append(correlations(acts.pool(), s).assign(ranking=k, ability=items.name))
             shares.append(own_share(acts.pool(), own.pool()))
             for x, y, z in zip(*(s.resamples(resamples, seed) for s in (acts, own, bound))):
                 for k, s in rankings(weights, y, z).items():
-                    for q, v in compare(x, s, p).items(): draws.setdefault((items.name, k, q), []).append(v)
-    table = pd.DataFrame([dict(ability=a, ranking=k, statistic=q, **estimate(v, draws.get((a, k, q), v))) for (a, k, q), v in full.items()])
-    return table, pd.concat(modules), pd.concat(shares).groupby(['kind', 'layer'], sort=False)[['own', 'difference']].mean().reset_index().eval('share = own/difference')
+                    for q, v in compare(x, s, p).items():
+                        draws.setdefault((items.name, k, q), []).append(v)
+    table = pd.DataFrame(
+        [
+            dict(ability=a, ranking=k, statistic=q, **estimate(v, draws.get((a, k, q), v)))
+            for (a, k, q), v in full.items()
+        ]
+    )
+    return (
+        table,
+        pd.concat(modules),
+        pd.concat(shares)
+        .groupby(['kind', 'layer'], sort=False)[['own', 'difference']]
+        .mean()
+        .reset_index()
+        .eval('share = own/difference'),
+    )
 
 # %% ../nbs/24_activation_vs_weight.ipynb #24-033
 def study(
-    fam,                     # a Family, or its name
-    seeds=(0, 1, 2),         # of items and noise
-    resamples: int = 5,      # of the items, for each seed
-    ps=None,                 # fractions of all channels to move; fewer on SmolLM2 by default
-    n: int = None,           # test items an ability
-    p: float = .05,          # fraction of all channels for the overlap
+    fam,  # a Family, or its name
+    seeds=(0, 1, 2),  # of items and noise
+    resamples: int = 5,  # of the items, for each seed
+    ps=None,  # fractions of all channels to move; fewer on SmolLM2 by default
+    n: int = None,  # test items an ability
+    p: float = 0.05,  # fraction of all channels for the overlap
     progress: bool = False,  # show a bar
 ) -> Finding:
     "Do weights say what activations say, and which of them moves an ability?"
     fam = family(fam)
     target, donor, tok = load_pair(fam)
-    pair, modules, shares = agreements(fam, target, donor, tok, bar(fam.abilities, progress, desc='abilities'), seeds, resamples, p)
+    pair, modules, shares = agreements(
+        fam, target, donor, tok, bar(fam.abilities, progress, desc='abilities'), seeds, resamples, p
+    )
     noise, twins, _ = agreements(fam, noise_twin(donor, target, seeds[0]), donor, tok, fam.focus, seeds, resamples, p)
-    kinds = pd.concat([m.groupby(['ranking', 'kind'], sort=False).rho.mean().reset_index().assign(condition=c) for c, m in (('pair', modules), ('noise twin', twins))])
+    kinds = pd.concat(
+        [
+            m.groupby(['ranking', 'kind'], sort=False).rho.mean().reset_index().assign(condition=c)
+            for c, m in (('pair', modules), ('noise twin', twins))
+        ]
+    )
     spread = []
     for i, (t, _) in enumerate(fam.pairs):
         table = pair if i == 0 else agreements(fam, *load_pair(fam, i), fam.abilities, seeds[:1], 0, p)[0]
         table = table[table.statistic == 'rho, within modules'].assign(pair=t.rpartition('/')[2])
         spread.append(table)
     spread = pd.concat(spread)[['pair', 'ability', 'ranking', 'value', 'low', 'high']]
-    parts = pd.DataFrame([dict(pair=t, ranking=k, **effects(g)) for (t, k), g in spread.groupby(['pair', 'ranking'], sort=False)])
+    parts = pd.DataFrame(
+        [dict(pair=t, ranking=k, **effects(g)) for (t, k), g in spread.groupby(['pair', 'ranking'], sort=False)]
+    )
     bench = bench_of(fam, n or (60 if fam.kind == 'lab' else None))
-    ps = ps or ((.02, .05, .1, .2) if fam.kind == 'lab' else (.05, .25))
+    ps = ps or ((0.02, 0.05, 0.1, 0.2) if fam.kind == 'lab' else (0.05, 0.25))
     measured = doses(bench, orders(bench, seeds), ps, seeds, directions=('sufficiency',), progress=progress)
-    tables = dict(agreement=pd.concat([pair.assign(condition='pair'), noise.assign(condition='noise twin')]), kinds=kinds, shares=shares, abilities=spread, effects=parts, doses=responses(bench, measured), areas=areas(bench, measured))
-    meta = about(fam, seeds=list(seeds), resamples=resamples, p=p, ps=list(ps), test={a.name: dict(items=len(a), hash=a.hash) for a in bench.test}, metric=bench.case.metric, recovered=list(bench.case.recovered), retained=list(bench.case.retained))
+    tables = dict(
+        agreement=pd.concat([pair.assign(condition='pair'), noise.assign(condition='noise twin')]),
+        kinds=kinds,
+        shares=shares,
+        abilities=spread,
+        effects=parts,
+        doses=responses(bench, measured),
+        areas=areas(bench, measured),
+    )
+    meta = about(
+        fam,
+        seeds=list(seeds),
+        resamples=resamples,
+        p=p,
+        ps=list(ps),
+        test={a.name: dict(items=len(a), hash=a.hash) for a in bench.test},
+        metric=bench.case.metric,
+        recovered=list(bench.case.recovered),
+        retained=list(bench.case.retained),
+    )
     return Finding('weights', fam.name, tables, PAPER, *verdict(tables, meta), meta)
 
 # %% ../nbs/24_activation_vs_weight.ipynb #24-034
 def averaged(
-    agreement: pd.DataFrame, # of a study
-    names=None,              # abilities; those that every condition has by default
-) -> pd.DataFrame: # condition, ranking, statistic, value, low, high
+    agreement: pd.DataFrame,  # of a study
+    names=None,  # abilities; those that every condition has by default
+) -> pd.DataFrame:  # condition, ranking, statistic, value, low, high
     "Means over abilities."
     sets = agreement.groupby('condition').ability.unique()
     names = names or set.intersection(*map(set, sets))
-    return agreement[agreement.ability.isin(names)].groupby(['condition', 'ranking', 'statistic'], sort=False)[['value', 'low', 'high']].mean().reset_index()
+    return (
+        agreement[agreement.ability.isin(names)]
+        .groupby(['condition', 'ranking', 'statistic'], sort=False)[['value', 'low', 'high']]
+        .mean()
+        .reset_index()
+    )
 
 # %% ../nbs/24_activation_vs_weight.ipynb #24-035
 def verdict(
-    tables: dict, # of a study
-    meta: dict,   # its provenance
-) -> tuple: # (what was measured, why it may differ)
+    tables: dict,  # of a study
+    meta: dict,  # its provenance
+) -> tuple:  # (what was measured, why it may differ)
     "The finding in words, made from the numbers."
     t = averaged(tables['agreement']).set_index(['condition', 'statistic', 'ranking'])
-    each = lambda q, k, d: '; '.join(f"{r} {show(t.loc[('pair', q, r)], k, d)} (noise twin {show(t.loc[('noise twin', q, r)], k, d)})" for r in RANKINGS)
+    each = lambda q, k, d: '; '.join(
+        f"{r} {show(t.loc[('pair', q, r)], k, d)} (noise twin {show(t.loc[('noise twin', q, r)], k, d)})"
+        for r in RANKINGS
+    )
     correct = meta['metric'] == 'correct'
     digits, better = (0, 1) if correct else (2, -1)
     area = {(r['order'], r['column']): r for r in tables['areas'].to_dict('records')}
-    gain = {o: '; '.join(f"{c} {show(area[o, c], 1, digits)}" for c in ('recovered', 'retained')) for o, c in area if c == 'recovered'}
-    best = lambda c: max((o for o, k in area if k == c), key=lambda o: better*area[o, c]['value'])
+    gain = {
+        o: '; '.join(f"{c} {show(area[o, c], 1, digits)}" for c in ('recovered', 'retained'))
+        for o, c in area
+        if c == 'recovered'
+    }
+    best = lambda c: max((o for o, k in area if k == c), key=lambda o: better * area[o, c]['value'])
     first = tables['effects'][tables['effects'].ranking == 'weight'].iloc[0]
-    here = (f"percent of the top {100*meta['p']:g} % that a ranking shares with the activation difference, ranked raw: {each('overlap, raw', 100, 0)}. Within modules: {each('overlap, module', 100, 0)}. "
-            f"Spearman's rho within modules: {each('rho, within modules', 1, 2)}. Of the variance of weight's rho over abilities {100*first.skill:.0f} % goes with the skill, {100*first.language:.0f} % with the language. "
-            f"Moved at equal size ({', '.join(f'{100*x:g}' for x in meta['ps'])} %), mean difference to random channels ({unit(meta)}): " + '. '.join(f'{o}: {g}' for o, g in gain.items()))
-    why = f"recovered most: {best('recovered')}; retained most: {best('retained')}. The paper's own overlaps and its masks' sizes are not known to us; its models are larger, and it fine-tunes after the transfer"
+    here = (
+        f"percent of the top {100 * meta['p']:g} % that a ranking shares with the activation difference, ranked raw:"
+        f" {each('overlap, raw', 100, 0)}. Within modules: {each('overlap, module', 100, 0)}. Spearman's rho within"
+        f" modules: {each('rho, within modules', 1, 2)}. Of the variance of weight's rho over abilities"
+        f" {100 * first.skill:.0f} % goes with the skill, {100 * first.language:.0f} % with the language. Moved at"
+        f" equal size ({', '.join(f'{100 * x:g}' for x in meta['ps'])} %), mean difference to random channels"
+        f" ({unit(meta)}): " + '. '.join(f'{o}: {g}' for o, g in gain.items())
+    )
+    why = (
+        f"recovered most: {best('recovered')}; retained most: {best('retained')}. The paper's own overlaps and its"
+        " masks' sizes are not known to us; its models are larger, and it fine-tunes after the transfer"
+    )
     return here, why
 
 # %% ../nbs/24_activation_vs_weight.ipynb #24-036
 def brief(
-    tables: dict, # of a study
-    meta: dict,   # its provenance
-) -> dict: # judgement, here
+    tables: dict,  # of a study
+    meta: dict,  # its provenance
+) -> dict:  # judgement, here
     "Holds when the masks of both share more than chance but at most half, and skill and language together carry at least half of the variance of their correlation over abilities; in part when one is so."
     t = averaged(tables['agreement']).set_index(['condition', 'statistic', 'ranking'])
     both, noise = t.loc[('pair', 'overlap, raw', 'weight')], t.loc[('noise twin', 'overlap, raw', 'weight')]
     e = tables['effects'][tables['effects'].ranking == 'weight'].iloc[0]
-    true = [meta['p'] < both.low and both.high <= .5, e.skill + e.language >= .5]
-    return dict(judgement=('does not hold', 'in part', 'holds')[sum(true)], here=f"% of the top {100*meta['p']:g} % shared, raw: {show(both, 100, 0)} (noise twin {show(noise, 100, 0)}); variance of rho with skill {100*e.skill:.0f} %, with language {100*e.language:.0f} %")
+    true = [meta['p'] < both.low and both.high <= 0.5, e.skill + e.language >= 0.5]
+    return dict(
+        judgement=('does not hold', 'in part', 'holds')[sum(true)],
+        here=(
+            f"% of the top {100 * meta['p']:g} % shared, raw: {show(both, 100, 0)} (noise twin {show(noise, 100, 0)});"
+            f" variance of rho with skill {100 * e.skill:.0f} %, with language {100 * e.language:.0f} %"
+        ),
+    )

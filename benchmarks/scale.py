@@ -5,36 +5,50 @@
 What `act_plan --measure` does, except that every single measurement waits for a quiet moment and is repeated when other
 processes took more than a tenth of the processors meanwhile (Linux).
 """
+
 import argparse, os, resource, time
 from act import scale
 
+
 def busy():
     "Seconds that all processors worked since the machine started, stolen time included, and seconds that passed on all of them."
-    t = [int(v)/os.sysconf('SC_CLK_TCK') for v in open('/proc/stat').readline().split()[1:9]]
+    t = [int(v) / os.sysconf('SC_CLK_TCK') for v in open('/proc/stat').readline().split()[1:9]]
     return sum(t) - t[3] - t[4], sum(t)
 
-def own(): return sum(u.ru_utime + u.ru_stime for u in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+
+def own():
+    return sum(
+        u.ru_utime + u.ru_stime for u in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
+
 
 def others(f):
     "(f(), share of the processors that other processes took meanwhile)"
     (b, all_), mine = busy(), own()
     value = f()
     (b2, all2), mine2 = busy(), own()
-    return value, (b2 - b - (mine2 - mine))/max(.01, all2 - all_)
+    return value, (b2 - b - (mine2 - mine)) / max(0.01, all2 - all_)
 
-def quiet(f, limit=.1):
+
+def quiet(f, limit=0.1):
     "`f`, waiting for quiet before and repeated until it was quiet all along."
+
     def run(*args, **kwargs):
         while True:
-            while others(lambda: time.sleep(2))[1] > limit: pass
+            while others(lambda: time.sleep(2))[1] > limit:
+                pass
             value, share = others(lambda: f(*args, **kwargs))
             print(f'{f.__name__}: others took {share:.0%}', flush=True)
-            if share <= limit: return value
+            if share <= limit:
+                return value
+
     return run
+
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--folder', required=True); p.add_argument('--out', required=True)
+    p.add_argument('--folder', required=True)
+    p.add_argument('--out', required=True)
     a = p.parse_args()
     scale._rate, scale._timed_cold = quiet(scale._rate), quiet(scale._timed_cold)
     scale.act_plan(measure=a.folder, constants=a.out, model='qwen2.5-7b')

@@ -1,4 +1,5 @@
 "What several test files use: the commands of the package, masks of a model, the bytes of a folder."
+
 import configparser
 import importlib
 import shlex
@@ -16,10 +17,12 @@ SETTINGS.read('settings.ini')
 SCRIPTS = dict(line.split('=') for line in SETTINGS['DEFAULT']['console_scripts'].split('\n'))
 LM_EVAL = SCRIPTS.pop('act_lm_eval')  # has lm-eval's options; see test_neighbours
 
+
 def function(name):
     "The function behind a command."
     module, f = SCRIPTS[name].split(':')
     return getattr(importlib.import_module(module), f)
+
 
 def check_call(line):
     "A whole command line of ours: known options alone, and all that are required."
@@ -28,24 +31,30 @@ def check_call(line):
     assert not extra, line
     core._ask(function(name).__wrapped__, vars(options))
 
+
 # ---- masks
+
 
 def full(model, tied='embedding'):
     "A mask of all channels."
     channels = enumerate_channels(model, tied)
     return ChannelMask.from_flat(torch.ones(channels.total, dtype=torch.bool), channels)
 
-def some(model, seed=0, p=.3):
+
+def some(model, seed=0, p=0.3):
     "A random mask of a share of all channels."
     every = full(model)
-    first = ChannelMask.from_flat(torch.arange(every.total) < p*every.total, every.map)
+    first = ChannelMask.from_flat(torch.arange(every.total) < p * every.total, every.map)
     return random_mask(first, seed)
 
+
 # ---- files
+
 
 def files(folder):
     "The bytes of the weights in a folder."
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name.endswith(('.safetensors', '.index.json'))}
+
 
 # ---- fine-tuning in every way that changes what is learned
 
@@ -53,12 +62,16 @@ HARD = dict(
     plain={},
     lora=dict(lora=dict(r=2, target_modules='all-linear')),
     masked=dict(mask=True),
-    stopped=dict(validation=True, eval_steps=2, patience=2, lr=2e-3))
+    stopped=dict(validation=True, eval_steps=2, patience=2, lr=2e-3),
+)
+
 
 def hard(model, tok, mask, kind, batch_size=4, **kw):
     "Fine-tune a model of the lab in one of the ways of HARD."
     kw = {**HARD[kind], **kw}
-    if kw.pop('mask', 0): kw['mask'] = mask
-    if kw.pop('validation', 0): kw['validation'] = load_ability('lab/science-zh', 'validation', 16)
+    if kw.pop('mask', 0):
+        kw['mask'] = mask
+    if kw.pop('validation', 0):
+        kw['validation'] = load_ability('lab/science-zh', 'validation', 16)
     options = dict(steps=8, batch_size=batch_size, progress=False)
     return finetune(model, load_ability('lab/science-zh', 'sft', 24), tok, **{**options, **kw})

@@ -1,4 +1,5 @@
 "The paper against what was measured: every claim has a row, verdicts follow their rules."
+
 import numpy as np, pandas as pd, pytest
 from act.claims import finding_rows, merge_rows, paper_table, recovery_rows
 from act.findings import FAMILIES, NAMES
@@ -6,32 +7,79 @@ from act.merge import MergeCase, Merged
 from act.recover import Case, Recovery
 
 META = dict(machine=dict(cpu='c', gpu=None, cores=2), git='abc', data={'lab/x': 'h'})
-def at(n): return (np.arange(200) < 2*n).astype(float)
+
+
+def at(n):
+    return (np.arange(200) < 2 * n).astype(float)
+
 
 def recovery(target, plain, sft, act, kept=95, random=(90, 20)):
     row = lambda k, r: [dict(k=at(k), r=at(r))]
-    rows = {'target': row(95, target), 'donor': row(5, 100), 'target + SFT': row(95, sft), 'random mask + SFT': row(*random)}
-    for a in ('ACT', 'ACT (module-normalised)'): rows |= {f'{a} without SFT': row(95, plain), a: row(kept, act)}
+    rows = {
+        'target': row(95, target),
+        'donor': row(5, 100),
+        'target + SFT': row(95, sft),
+        'random mask + SFT': row(*random),
+    }
+    for a in ('ACT', 'ACT (module-normalised)'):
+        rows |= {f'{a} without SFT': row(95, plain), a: row(kept, act)}
     return Recovery(Case('t', 'd', ('r',), ('k',), ()), rows, pd.DataFrame(), {}, META)
 
-@pytest.mark.parametrize('rec, verdicts', [
-    (recovery(20, 40, 30, 60), ('holds', 'holds', 'holds')), (recovery(20, 40, 60, 60), ('in part', 'holds', 'holds')), (recovery(20, 20, 60, 20, random=(95, 20)), ('does not hold', 'holds', 'in part')),
-    (recovery(20, 40, 30, 60, kept=60, random=(50, 20)), ('holds', 'does not hold', 'holds')), (recovery(20, 40, 30, 60, kept=94), ('holds', 'holds', 'holds')), (recovery(20, 40, 30, 60, random=(95, 90)), ('holds', 'holds', 'does not hold'))])
+
+@pytest.mark.parametrize(
+    'rec, verdicts',
+    [
+        (recovery(20, 40, 30, 60), ('holds', 'holds', 'holds')),
+        (recovery(20, 40, 60, 60), ('in part', 'holds', 'holds')),
+        (recovery(20, 20, 60, 20, random=(95, 20)), ('does not hold', 'holds', 'in part')),
+        (recovery(20, 40, 30, 60, kept=60, random=(50, 20)), ('holds', 'does not hold', 'holds')),
+        (recovery(20, 40, 30, 60, kept=94), ('holds', 'holds', 'holds')),
+        (recovery(20, 40, 30, 60, random=(95, 90)), ('holds', 'holds', 'does not hold')),
+    ],
+)
 def test_verdicts_of_recovering(rec, verdicts):
     rows = recovery_rows(dict(x=rec))
-    assert tuple(r['verdict'] for r in rows[:3]) == verdicts == tuple(r['verdict'] for r in rows[3:]) and all(r['paper'] == 'not public' for r in rows)
+    assert tuple(r['verdict'] for r in rows[:3]) == verdicts == tuple(r['verdict'] for r in rows[3:]) and all(
+        r['paper'] == 'not public' for r in rows
+    )
+
 
 @pytest.mark.parametrize('act, verdict', [(90, 'holds'), (50, 'does not hold')])
 def test_the_verdict_of_merging(act, verdict):
     row = lambda a, b, base: [dict(a=at(a), b=at(b), s=at(base))]
-    rows = {'oracle': row(95, 95, 100), 'base': row(0, 0, 100), 'A': row(95, 0, 60), 'B': row(0, 95, 60), 'light SFT only': row(10, 10, 100), **{f'{a}{s}': row(act, act, 60) for a in ('ACT', 'ACT (module-normalised)') for s in ('', ' without SFT')}}
+    rows = {
+        'oracle': row(95, 95, 100),
+        'base': row(0, 0, 100),
+        'A': row(95, 0, 60),
+        'B': row(0, 95, 60),
+        'light SFT only': row(10, 10, 100),
+        **{f'{a}{s}': row(act, act, 60) for a in ('ACT', 'ACT (module-normalised)') for s in ('', ' without SFT')},
+    }
     grid = pd.DataFrame([dict(row=r, setting={}) for r in ('base', 'A', 'B')])
     case = MergeCase('lab/base', {'lab/A': ('lab/a',), 'lab/B': ('lab/b',)}, ('lab/s',))
     r = merge_rows(dict(x=Merged(case, rows, grid, {}, META)))
-    assert [o['verdict'] for o in r] == [verdict]*2 and 'best single model (A)' in r[0]['measured'] and r[0]['model'] == '2 specialists of lab/base'
+    assert (
+        [o['verdict'] for o in r] == [verdict] * 2
+        and 'best single model (A)' in r[0]['measured']
+        and r[0]['model'] == '2 specialists of lab/base'
+    )
+
 
 def test_every_claim_stands_in_the_table():
     t = paper_table()
-    assert set(t.source) == {'first-hand', 'second-hand'} and not t.drop(columns='verdict').isna().any().any() and (t.measured.str.len() > 10).all() and (t.revision.str.len() > 6).all()
-    assert len(finding_rows()) == len(NAMES)*len(FAMILIES) and set(t[t.source == 'first-hand'].verdict) <= {'holds', 'in part', 'does not hold'}
-    assert set(t.paper) == {'< 5 % of channels', 'not public', *t[t.source == 'second-hand'].paper} # no other figure is called the paper's
+    assert (
+        set(t.source) == {'first-hand', 'second-hand'}
+        and not t.drop(columns='verdict').isna().any().any()
+        and (t.measured.str.len() > 10).all()
+        and (t.revision.str.len() > 6).all()
+    )
+    assert len(finding_rows()) == len(NAMES) * len(FAMILIES) and set(t[t.source == 'first-hand'].verdict) <= {
+        'holds',
+        'in part',
+        'does not hold',
+    }
+    assert set(t.paper) == {
+        '< 5 % of channels',
+        'not public',
+        *t[t.source == 'second-hand'].paper,
+    }  # no other figure is called the paper's

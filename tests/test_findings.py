@@ -1,4 +1,5 @@
 "The findings: item scores pool to localize's, statistics equal hand-made values, studies have all they promise, files come back."
+
 import json, numpy as np, pandas as pd, pytest, torch
 from itertools import combinations
 from act import concentration as con, disentanglement as dis, stability as sta, sufficiency as suf, weights as wei
@@ -7,15 +8,36 @@ from act.channels import ChannelMap, ModuleChannels
 from act.core import PACKAGE, ActError
 from act.checkpoints import weight_hash
 from act.evaluate import evaluate
-from act.findings import FAMILIES, Family, Finding, NAMES, act_findings, collect, estimate, family, load_pair, of_width, recorded, save_figure, verdicts
+from act.findings import (
+    FAMILIES,
+    Family,
+    Finding,
+    NAMES,
+    act_findings,
+    collect,
+    estimate,
+    family,
+    load_pair,
+    of_width,
+    recorded,
+    save_figure,
+    verdicts,
+)
 from act.localize import localize, localize_items
 from act.masks import ChannelMask, ChannelScores, ItemScores
 from act.recover import CASES, Bench
 from conftest import FAMILIES as FAMILY_NAMES, tiny_model
 
-ABILITY = Ability('toy-en', [Item('two plus two is', ' four'), Item('cuatro y', ' cuatro son ocho'), Item('x', 'y'), Item('a b c d', ' e f')])
+ABILITY = Ability(
+    'toy-en',
+    [Item('two plus two is', ' four'), Item('cuatro y', ' cuatro son ocho'), Item('x', 'y'), Item('a b c d', ' e f')],
+)
 TEN = ChannelMap([ModuleChannels('model.norm', 'norm', None, 10, (('model.norm.weight', 0),))], tied=None)
-def mask(*idx): return ChannelMask({'model.norm': torch.tensor([i in idx for i in range(10)])}, TEN)
+
+
+def mask(*idx):
+    return ChannelMask({'model.norm': torch.tensor([i in idx for i in range(10)])}, TEN)
+
 
 @pytest.mark.parametrize('name', FAMILY_NAMES)
 def test_item_scores_pool_to_the_scores(name, tokenizer):
@@ -25,16 +47,25 @@ def test_item_scores_pool_to_the_scores(name, tokenizer):
     assert torch.allclose(items.pool().flat(), whole.flat(), rtol=1e-4, atol=1e-6)
     assert items.tokens.sum() == whole.meta['tokens']
     for i in range(len(ABILITY)):
-        assert torch.allclose(items.pool([i]).flat(), localize(a, b, ABILITY[i:i+1], tokenizer, progress=False).flat(), rtol=1e-4, atol=1e-6)
+        assert torch.allclose(
+            items.pool([i]).flat(),
+            localize(a, b, ABILITY[i : i + 1], tokenizer, progress=False).flat(),
+            rtol=1e-4,
+            atol=1e-6,
+        )
+
 
 def test_item_scores_by_hand():
-    s = ItemScores(torch.arange(30.).reshape(3, 10), torch.tensor([1, 2, 3]), TEN)
-    assert torch.equal(s.pool([0, 2, 2]).flat(), (s.sums[0] + 2*s.sums[2])/7)
+    s = ItemScores(torch.arange(30.0).reshape(3, 10), torch.tensor([1, 2, 3]), TEN)
+    assert torch.equal(s.pool([0, 2, 2]).flat(), (s.sums[0] + 2 * s.sums[2]) / 7)
     a, b = s.split(1, 2, seed=1)
     assert a.meta['items'] == 1 and b.meta['items'] == 2 and a.meta['tokens'] + b.meta['tokens'] == 6
     assert len({tuple(x.flat().tolist()) for x in s.resamples(8)}) > 1
-    with pytest.raises(ActError, match='ask for fewer'): s.split(2, 2)
-    with pytest.raises(ActError, match='do not go with'): ItemScores(torch.zeros(3, 9), torch.ones(3), TEN)
+    with pytest.raises(ActError, match='ask for fewer'):
+        s.split(2, 2)
+    with pytest.raises(ActError, match='do not go with'):
+        ItemScores(torch.zeros(3, 9), torch.ones(3), TEN)
+
 
 def test_shuffling_breaks_the_pairing_and_nothing_else(tokenizer):
     a = tiny_model()
@@ -44,191 +75,343 @@ def test_shuffling_breaks_the_pairing_and_nothing_else(tokenizer):
     assert torch.equal(null.sums, localize_items(a, a, ABILITY, tokenizer, shuffle=1, progress=False).sums)
     assert not torch.equal(null.sums, localize_items(a, a, ABILITY, tokenizer, shuffle=2, progress=False).sums)
 
+
 def test_statistics_by_hand():
-    x = np.array([9., *[1.]*9])
-    assert con.top_mass(x, .1) == .5 and con.top_mass(x, .05) == .5 and con.top_mass(x, .2) == pytest.approx(10/18)
-    assert con.gini(x) == pytest.approx(np.abs(x[:, None] - x[None]).mean()/(2*x.mean())) # the definition by mean absolute difference
-    assert con.participation(x) == pytest.approx(18**2/(10*90))
-    assert con.top_mass(np.zeros(4), .5) == con.gini(np.zeros(4)) == con.participation(np.zeros(4)) == 0
+    x = np.array([9.0, *[1.0] * 9])
+    assert (
+        con.top_mass(x, 0.1) == 0.5 and con.top_mass(x, 0.05) == 0.5 and con.top_mass(x, 0.2) == pytest.approx(10 / 18)
+    )
+    assert con.gini(x) == pytest.approx(
+        np.abs(x[:, None] - x[None]).mean() / (2 * x.mean())
+    )  # the definition by mean absolute difference
+    assert con.participation(x) == pytest.approx(18**2 / (10 * 90))
+    assert con.top_mass(np.zeros(4), 0.5) == con.gini(np.zeros(4)) == con.participation(np.zeros(4)) == 0
     c = con.ccdf(x)
-    assert (c.score.iloc[0], c.share.iloc[0]) == (9, .1) and c.share.iloc[-1] == 1
+    assert (c.score.iloc[0], c.share.iloc[0]) == (9, 0.1) and c.share.iloc[-1] == 1
+
 
 def test_gini_against_the_definition():
     x = np.random.default_rng(0).exponential(size=300)
-    assert con.gini(x) == pytest.approx(np.abs(x[:, None] - x[None]).mean()/(2*x.mean()))
+    assert con.gini(x) == pytest.approx(np.abs(x[:, None] - x[None]).mean() / (2 * x.mean()))
+
 
 def test_the_noise_twin_is_as_far_and_elsewhere():
     a, b = tiny_model(seed=0), tiny_model(seed=1)
     twin, other = con.noise_twin(a, b, 0), con.noise_twin(a, b, 1)
     for (n, p), q, o, x in zip(a.named_parameters(), b.parameters(), twin.parameters(), other.parameters()):
         assert (o - p).norm().item() == pytest.approx((q - p).norm().item(), rel=1e-4, abs=1e-7), n
-        if (q - p).any(): assert not torch.equal(o, x)
+        if (q - p).any():
+            assert not torch.equal(o, x)
     assert torch.equal(next(a.parameters()), next(tiny_model(seed=0).parameters()))
+
 
 def test_cells_cover_every_channel_once():
     s = ChannelScores.from_flat(torch.rand(10), TEN)
-    c = con.cells(s, .2)
-    assert c.channels.sum() == 10 and c["sum"].sum() == pytest.approx(1) and (c.raw*c.channels).sum() == pytest.approx(2) == (c.module*c.channels).sum()
+    c = con.cells(s, 0.2)
+    assert (
+        c.channels.sum() == 10
+        and c["sum"].sum() == pytest.approx(1)
+        and (c.raw * c.channels).sum() == pytest.approx(2) == (c.module * c.channels).sum()
+    )
+
 
 def test_the_verdict_compares_intervals():
     row = lambda c, r, v, lo, hi: dict(condition=c, ability='a', rank=r, statistic='top_5', value=v, low=lo, high=hi)
-    stats = pd.DataFrame([row(c, r, *v) for r in ('raw', 'module') for c, v in (('pair', (.3, .25, .35)), ('low', (.1, .05, .2)), ('near', (.28, .2, .3)), ('high', (.9, .8, 1.)))])
-    assert con.versus(stats).set_index('condition').pair_is.to_dict() == {'pair': '', 'low': 'above', 'near': 'not told apart', 'high': 'below'}
+    stats = pd.DataFrame(
+        [
+            row(c, r, *v)
+            for r in ('raw', 'module')
+            for c, v in (
+                ('pair', (0.3, 0.25, 0.35)),
+                ('low', (0.1, 0.05, 0.2)),
+                ('near', (0.28, 0.2, 0.3)),
+                ('high', (0.9, 0.8, 1.0)),
+            )
+        ]
+    )
+    assert con.versus(stats).set_index('condition').pair_is.to_dict() == {
+        'pair': '',
+        'low': 'above',
+        'near': 'not told apart',
+        'high': 'below',
+    }
+
 
 def test_overlap_and_chance_by_hand():
     r = dis.shared(dict(a=mask(0, 1, 2, 3), b=mask(2, 3, 4, 5), c=mask(6, 7))).set_index(['a', 'b'])
-    assert tuple(r.loc[('a', 'b'), ['iou', 'overlap', 'expected']]) == (2/6, .5, .4) and 10**r.log10_p[('a', 'b')] == pytest.approx((90 + 24 + 1)/210)
+    assert tuple(r.loc[('a', 'b'), ['iou', 'overlap', 'expected']]) == (2 / 6, 0.5, 0.4) and 10 ** r.log10_p[
+        ('a', 'b')
+    ] == pytest.approx((90 + 24 + 1) / 210)
     assert r.overlap[('a', 'c')] == 0 and r.log10_p[('a', 'c')] == pytest.approx(0)
-    with pytest.raises(ActError, match='two masks'): dis.shared(dict(a=mask(1)))
+    with pytest.raises(ActError, match='two masks'):
+        dis.shared(dict(a=mask(1)))
+
 
 def test_random_masks_overlap_as_chance_says():
     big = ChannelMap([ModuleChannels('model.norm', 'norm', None, 4000, (('model.norm.weight', 0),))], tied=None)
     g = torch.Generator().manual_seed(0)
-    masks = {str(i): ChannelMask({'model.norm': torch.rand(4000, generator=g) < .1}, big) for i in range(12)}
+    masks = {str(i): ChannelMask({'model.norm': torch.rand(4000, generator=g) < 0.1}, big) for i in range(12)}
     t = dis.shared(masks)
-    assert t.overlap.mean() == pytest.approx(t.expected.mean(), abs=.01) and (10**t.log10_p).mean() == pytest.approx(.5, abs=.12)
+    assert t.overlap.mean() == pytest.approx(t.expected.mean(), abs=0.01) and (10**t.log10_p).mean() == pytest.approx(
+        0.5, abs=0.12
+    )
+
 
 def test_specific_removes_what_is_common():
-    s = lambda *v: ChannelScores({'model.norm': torch.tensor([*v, *[1.]*7])}, TEN)
-    out = dis.specific(dict(a=s(9., 5., 1.), b=s(9., 1., 5.)))
-    assert out['a'].flat().argmax() == 1 and out['b'].flat().argmax() == 2 and out['a'].flat()[0] == out['b'].flat()[0] == 0
+    s = lambda *v: ChannelScores({'model.norm': torch.tensor([*v, *[1.0] * 7])}, TEN)
+    out = dis.specific(dict(a=s(9.0, 5.0, 1.0), b=s(9.0, 1.0, 5.0)))
+    assert (
+        out['a'].flat().argmax() == 1
+        and out['b'].flat().argmax() == 2
+        and out['a'].flat()[0] == out['b'].flat()[0] == 0
+    )
+
 
 def test_the_additive_model_finds_what_was_put_in():
     names = [f'{p}|{s}-{o}' for p in 'uv' for s in ('m', 's') for o in ('en', 'es', 'zh')]
     table = dis.relations(pd.DataFrame([dict(a=a, b=b) for a, b in combinations(names, 2)]))
-    table['overlap'] = .1 + .3*table.same_pair + .2*table.same_skill
+    table['overlap'] = 0.1 + 0.3 * table.same_pair + 0.2 * table.same_skill
     t = dis.additive(table).set_index('term')
-    assert t.coefficient[['nothing shared', 'pair', 'skill', 'language']].tolist() == pytest.approx([.1, .3, .2, 0], abs=1e-9)
-    assert t.alone['all'] == pytest.approx(1) and t.alone['language'] == pytest.approx(0, abs=1e-9) and t.alone['pair'] > t.alone['skill'] > .1
+    assert t.coefficient[['nothing shared', 'pair', 'skill', 'language']].tolist() == pytest.approx(
+        [0.1, 0.3, 0.2, 0], abs=1e-9
+    )
+    assert (
+        t.alone['all'] == pytest.approx(1)
+        and t.alone['language'] == pytest.approx(0, abs=1e-9)
+        and t.alone['pair'] > t.alone['skill'] > 0.1
+    )
+
 
 def test_an_estimate_covers_its_seeds():
-    e = estimate([.2, .4], [.25, .35])
-    assert e['value'] == pytest.approx(.3) and e['low'] <= .2 and e['high'] >= .4
-    with pytest.raises(ActError, match='at least one'): estimate([], [1.])
+    e = estimate([0.2, 0.4], [0.25, 0.35])
+    assert e['value'] == pytest.approx(0.3) and e['low'] <= 0.2 and e['high'] >= 0.4
+    with pytest.raises(ActError, match='at least one'):
+        estimate([], [1.0])
 
-SMALL = Family('lab', 'a small part of the lab', FAMILIES['lab'].pairs[:2], ('lab/arithmetic-en', 'lab/arithmetic-zh', 'lab/science-en', 'lab/science-zh'), ('lab/science-zh',), items=6)
 
-@pytest.mark.parametrize('name, study, tables', [('concentration', con.study, {'statistics', 'curves', 'cells'}), ('disentanglement', dis.study, {'summary', 'terms', 'overlaps', 'curve'})])
+SMALL = Family(
+    'lab',
+    'a small part of the lab',
+    FAMILIES['lab'].pairs[:2],
+    ('lab/arithmetic-en', 'lab/arithmetic-zh', 'lab/science-en', 'lab/science-zh'),
+    ('lab/science-zh',),
+    items=6,
+)
+
+
+@pytest.mark.parametrize(
+    'name, study, tables',
+    [
+        ('concentration', con.study, {'statistics', 'curves', 'cells'}),
+        ('disentanglement', dis.study, {'summary', 'terms', 'overlaps', 'curve'}),
+    ],
+)
 def test_a_small_study_is_whole_and_comes_back(name, study, tables, tmp_path):
     f = study(SMALL, seeds=(0, 1), resamples=2)
-    again = Finding.load(f.save(tmp_path/'f.json'))
-    assert set(f.tables) == tables == set(again.tables) and again.here == f.here and again.meta['git'] and again.meta['seeds'] == [0, 1]
+    again = Finding.load(f.save(tmp_path / 'f.json'))
+    assert (
+        set(f.tables) == tables == set(again.tables)
+        and again.here == f.here
+        and again.meta['git']
+        and again.meta['seeds'] == [0, 1]
+    )
     for t in f.tables.values():
-        if {'low', 'value', 'high'} <= set(t): assert ((t.low <= t.value + 1e-9) & (t.value <= t.high + 1e-9)).all()
+        if {'low', 'value', 'high'} <= set(t):
+            assert ((t.low <= t.value + 1e-9) & (t.value <= t.high + 1e-9)).all()
     assert name in f._repr_markdown_().lower() and not t.empty
+
 
 @pytest.mark.parametrize('fam', ['lab', 'smollm2', 'lab-32', 'lab-64'])
 @pytest.mark.parametrize('name', NAMES)
 def test_recorded_findings_are_whole(name, fam):
     f = recorded(name, fam)
-    assert f.name == name and f.family == fam and len(f.meta['seeds']) >= 3 and f.meta.get('resamples', 5) >= 5 and not f.meta['git'].endswith('+')
+    assert (
+        f.name == name
+        and f.family == fam
+        and len(f.meta['seeds']) >= 3
+        and f.meta.get('resamples', 5) >= 5
+        and not f.meta['git'].endswith('+')
+    )
     assert '/' not in json.dumps(f.meta['pairs']).replace('smollm2/', '').replace('lab/', '')
+
 
 def test_figures_come_with_their_data_and_the_same_bytes(tmp_path):
     import matplotlib.pyplot as plt
     from act.findings import use_style
+
     use_style()
+
     def once(d):
         _, ax = plt.subplots()
         ax.plot([1, 2])
-        save_figure(ax, 'x', pd.DataFrame(dict(y=[1., 2.])), d)
+        save_figure(ax, 'x', pd.DataFrame(dict(y=[1.0, 2.0])), d)
         plt.close()
-        return (d/'x.svg').read_bytes(), (d/'x.csv').read_text()
-    assert once(tmp_path/'a') == once(tmp_path/'b') and once(tmp_path/'a')[1] == 'y\n1\n2\n'
+        return (d / 'x.svg').read_bytes(), (d / 'x.csv').read_text()
+
+    assert once(tmp_path / 'a') == once(tmp_path / 'b') and once(tmp_path / 'a')[1] == 'y\n1\n2\n'
+
 
 def test_what_is_refused(tmp_path):
-    with pytest.raises(ActError, match='no family'): family('x')
-    with pytest.raises(ActError, match='needs --finding'): act_findings(out='x')
-    with pytest.raises(ActError, match='no finding'): act_findings(finding='x', out='x')
+    with pytest.raises(ActError, match='no family'):
+        family('x')
+    with pytest.raises(ActError, match='needs --finding'):
+        act_findings(out='x')
+    with pytest.raises(ActError, match='no finding'):
+        act_findings(finding='x', out='x')
     for text in ('x', '{}', '[]'):
-        (tmp_path/'f').write_text(text)
-        with pytest.raises(ActError, match='finding'): Finding.load(tmp_path/'f')
+        (tmp_path / 'f').write_text(text)
+        with pytest.raises(ActError, match='finding'):
+            Finding.load(tmp_path / 'f')
+
 
 def test_bottom_is_the_other_end():
-    s = ChannelScores.from_flat(torch.tensor([5., 1., 1., 4., 3., 2., 9., 8., 7., 6.]), TEN)
-    assert suf.bottom_p(s, .2).flat().nonzero()[:, 0].tolist() == [1, 2] and suf.bottom_p(s, 1.).count == 10
-    for p in (.1, .3, .5, .9): assert suf.bottom_p(s, p).count == round(10*p) and not (suf.bottom_p(s, p) & suf.top_p(s, 1 - p)).count
+    s = ChannelScores.from_flat(torch.tensor([5.0, 1.0, 1.0, 4.0, 3.0, 2.0, 9.0, 8.0, 7.0, 6.0]), TEN)
+    assert suf.bottom_p(s, 0.2).flat().nonzero()[:, 0].tolist() == [1, 2] and suf.bottom_p(s, 1.0).count == 10
+    for p in (0.1, 0.3, 0.5, 0.9):
+        assert suf.bottom_p(s, p).count == round(10 * p) and not (suf.bottom_p(s, p) & suf.top_p(s, 1 - p)).count
+
 
 def test_one_kind_can_be_put_last():
-    two = ChannelMap([ModuleChannels('model.embed_tokens', 'embedding', None, 3, (('model.embed_tokens.weight', 1),)), ModuleChannels('model.norm', 'norm', None, 3, (('model.norm.weight', 0),))], tied=None)
-    s = suf.kind_last(ChannelScores.from_flat(torch.tensor([0., 0., 0., 3., 2., 1.]), two))
-    assert suf.bottom_p(s, .5).flat().tolist() == [False]*3 + [True]*3
+    two = ChannelMap(
+        [
+            ModuleChannels('model.embed_tokens', 'embedding', None, 3, (('model.embed_tokens.weight', 1),)),
+            ModuleChannels('model.norm', 'norm', None, 3, (('model.norm.weight', 0),)),
+        ],
+        tied=None,
+    )
+    s = suf.kind_last(ChannelScores.from_flat(torch.tensor([0.0, 0.0, 0.0, 3.0, 2.0, 1.0]), two))
+    assert suf.bottom_p(s, 0.5).flat().tolist() == [False] * 3 + [True] * 3
+
 
 def test_areas_by_hand():
-    assert suf.area([.01, .1, 1.], np.array([[1., 1., 1.], [0., 2., 0.]])).tolist() == pytest.approx([1., 1.])
-    assert suf.area([.01, .1], np.array([0., 3.])) == pytest.approx(1.5)
+    assert suf.area([0.01, 0.1, 1.0], np.array([[1.0, 1.0, 1.0], [0.0, 2.0, 0.0]])).tolist() == pytest.approx(
+        [1.0, 1.0]
+    )
+    assert suf.area([0.01, 0.1], np.array([0.0, 3.0])) == pytest.approx(1.5)
+
 
 @pytest.fixture(scope='module')
 def bench():
     from dataclasses import replace
+
     return Bench(replace(CASES['lab'], others=(), n=10, items=8), progress=False)
+
 
 def test_no_dose_is_the_target_and_the_full_dose_the_donor(bench):
     from act.transfer import transfer
-    m = suf.doses(bench, {'random': suf.ORDERS['random']}, (.5, 1.), seeds=(0,))
-    for a, v in bench.values(bench.target, bench.test).items(): assert (m['sufficiency', 'random', 1., 0.][0][a] == v).all() and (m['necessity', 'random', 1., 1.][0][a] == v).all()
-    moved = transfer(bench.target, bench.donor, suf.ORDERS['random'](bench.scores(0), 1., 0), check=False)
-    for a, v in bench.values(moved, bench.test).items(): assert (m['sufficiency', 'random', 1., 1.][0][a] == v).all() and (m['necessity', 'random', 1., 0.][0][a] == v).all()
+
+    m = suf.doses(bench, {'random': suf.ORDERS['random']}, (0.5, 1.0), seeds=(0,))
+    for a, v in bench.values(bench.target, bench.test).items():
+        assert (m['sufficiency', 'random', 1.0, 0.0][0][a] == v).all() and (
+            m['necessity', 'random', 1.0, 1.0][0][a] == v
+        ).all()
+    moved = transfer(bench.target, bench.donor, suf.ORDERS['random'](bench.scores(0), 1.0, 0), check=False)
+    for a, v in bench.values(moved, bench.test).items():
+        assert (m['sufficiency', 'random', 1.0, 1.0][0][a] == v).all() and (
+            m['necessity', 'random', 1.0, 0.0][0][a] == v
+        ).all()
+
 
 def test_areas_are_paired_and_zero_against_itself(bench):
-    m = suf.doses(bench, {'random': suf.ORDERS['random'], 'again': suf.ORDERS['random'], 'top, raw': suf.ORDERS['top, raw']}, (.2, 1.), seeds=(0,), directions=('sufficiency',))
+    m = suf.doses(
+        bench,
+        {'random': suf.ORDERS['random'], 'again': suf.ORDERS['random'], 'top, raw': suf.ORDERS['top, raw']},
+        (0.2, 1.0),
+        seeds=(0,),
+        directions=('sufficiency',),
+    )
     a = suf.areas(bench, m).set_index(['order', 'column'])
     assert (a.loc['again'][['value', 'low', 'high']] == 0).all().all() and len(a) == 4
     r = suf.responses(bench, m)
-    assert ((r.low <= r.value + 1e-9) & (r.value <= r.high + 1e-9)).all() and set(r.p) == {0., .2, 1.}
+    assert ((r.low <= r.value + 1e-9) & (r.value <= r.high + 1e-9)).all() and set(r.p) == {0.0, 0.2, 1.0}
+
 
 def test_a_small_sufficiency_study_is_whole(tmp_path):
-    f = suf.study('lab', seeds=(0, 1), ps=(.05, 1.), lams=(.5,), n=6)
-    again = Finding.load(f.save(tmp_path/'f.json'))
-    assert set(f.tables) == {'doses', 'areas', 'lams'} and again.here == f.here and set(f.tables['doses'].order) == set(suf.ORDERS)
+    f = suf.study('lab', seeds=(0, 1), ps=(0.05, 1.0), lams=(0.5,), n=6)
+    again = Finding.load(f.save(tmp_path / 'f.json'))
+    assert (
+        set(f.tables) == {'doses', 'areas', 'lams'}
+        and again.here == f.here
+        and set(f.tables['doses'].order) == set(suf.ORDERS)
+    )
     assert suf.verdict(again.tables, again.meta) == (f.here, f.why)
 
+
 def test_other_widths_have_a_case_of_their_own():
-    fam = of_width(PACKAGE/'models'/'lab')
+    fam = of_width(PACKAGE / 'models' / 'lab')
     b = suf.bench_of(fam, n=4)
-    assert fam.kind == 'lab' and b.case.target.endswith('maths-en') and b.case.donor.endswith('base') and len(b.test) == 2
+    assert (
+        fam.kind == 'lab' and b.case.target.endswith('maths-en') and b.case.donor.endswith('base') and len(b.test) == 2
+    )
+
 
 def test_a_family_without_a_case_is_refused():
-    with pytest.raises(ActError, match='no recover case'): suf.bench_of(Family('x', '', (('a', 'b'),), (), (), 1))
+    with pytest.raises(ActError, match='no recover case'):
+        suf.bench_of(Family('x', '', (('a', 'b'),), (), (), 1))
+
 
 # --- stability
 
-def scores(*v): return ChannelScores.from_flat(torch.tensor([float(x) for x in v]), TEN)
+
+def scores(*v):
+    return ChannelScores.from_flat(torch.tensor([float(x) for x in v]), TEN)
+
 
 def test_agreement_by_hand():
     a, b = scores(*range(10)), scores(9, *range(9))
-    assert sta.agreement(a, b, .2) == {'raw': 1/3, 'module': 1/3} and sta.agreement(a, a, .3)['module'] == 1
+    assert sta.agreement(a, b, 0.2) == {'raw': 1 / 3, 'module': 1 / 3} and sta.agreement(a, a, 0.3)['module'] == 1
+
 
 def test_the_curve_uses_disjoint_halves_of_every_size():
     g = torch.Generator().manual_seed(0)
-    loud = torch.arange(10.).exp()
-    items = ItemScores(loud + .1*torch.rand(8, 10, generator=g), torch.full((8,), 3), TEN)
-    c = sta.sample_curve(dict(a=items), draws=3, p=.2)
-    assert set(c['items']) == {1, 2, 4} and (c.tokens == 3*c['items']).all() and (c.iou == 1).all() and len(c) == 3*3*2
+    loud = torch.arange(10.0).exp()
+    items = ItemScores(loud + 0.1 * torch.rand(8, 10, generator=g), torch.full((8,), 3), TEN)
+    c = sta.sample_curve(dict(a=items), draws=3, p=0.2)
+    assert (
+        set(c['items']) == {1, 2, 4}
+        and (c.tokens == 3 * c['items']).all()
+        and (c.iou == 1).all()
+        and len(c) == 3 * 3 * 2
+    )
     noise = ItemScores(torch.rand(8, 10, generator=g), torch.full((8,), 3), TEN)
-    assert sta.sample_curve(dict(a=noise), draws=10, p=.2).iou.mean() < .5
+    assert sta.sample_curve(dict(a=noise), draws=10, p=0.2).iou.mean() < 0.5
+
 
 def test_how_many_tokens_are_enough():
-    c = pd.DataFrame(dict(condition=['a']*3 + ['b']*3, ability='maths', rank='raw', items=[4, 1, 2]*2, tokens=[40., 10., 20.]*2, value=[.9, .1, .8, .3, .1, .2]))
+    c = pd.DataFrame(
+        dict(
+            condition=['a'] * 3 + ['b'] * 3,
+            ability='maths',
+            rank='raw',
+            items=[4, 1, 2] * 2,
+            tokens=[40.0, 10.0, 20.0] * 2,
+            value=[0.9, 0.1, 0.8, 0.3, 0.1, 0.2],
+        )
+    )
     e = sta.enough(c).set_index('condition')
     assert e.tokens['a'] == 20 and e['items']['a'] == 2 and np.isnan(e.tokens['b'])
+
 
 def test_parts_are_worded_and_chosen():
     a = sta.Part('lab/science-en', '/1$', 'Q: {prompt}').items(5, seed=1)
     assert len(a) == 5 and all(i.prompt.startswith('Q: ') and i.id.endswith('/1') for i in a)
     assert [i.answer for i in sta.Part('lab/science-en', '/1$').items(5, seed=1)] == [i.answer for i in a]
     for two in sta.WORDS['lab'].values():
-        for part in two: assert len(part.items(48)) == 48
+        for part in two:
+            assert len(part.items(48)) == 48
+
 
 def test_the_same_phrasing_index_means_the_same_facts():
     zh, other = sta.WORDS['lab']['other phrasing']
     who = lambda part: [i.id.split('/')[1:3] for i in part.items(96)]
     assert who(zh) == who(other) == who(sta.WORDS['lab']['other language'][1])
 
+
 def test_words_compares_a_part_with_another_half_of_itself(monkeypatch):
     target, donor, tok = load_pair('lab')
     w = sta.words('lab', target, donor, tok, n=4, draws=2)
-    assert len(w) == 5*2*2 and w.iou.between(0, 1).all() and (w[w.name == 'other items'].iou < 1).all()
+    assert len(w) == 5 * 2 * 2 and w.iou.between(0, 1).all() and (w[w.name == 'other items'].iou < 1).all()
+
 
 def test_trainings_differ_in_what_they_say(monkeypatch):
     target, donor, tok = load_pair('lab')
@@ -238,55 +421,81 @@ def test_trainings_differ_in_what_they_say(monkeypatch):
     assert len(set(hashes.values())) == len(hashes) and weight_hash(donor) not in hashes.values()
     assert hashes['reference'] == weight_hash(sta.specialist('lab', donor, tok, 'reference').model)
     meta = {c: r.meta for c, r in made.items()}
-    assert meta['twice the steps']['steps'] == 4 and meta['all tokens (CPT)']['prompts'] and meta['LoRA <-> all weights']['lora'] and not meta['reference']['lora']
+    assert (
+        meta['twice the steps']['steps'] == 4
+        and meta['all tokens (CPT)']['prompts']
+        and meta['LoRA <-> all weights']['lora']
+        and not meta['reference']['lora']
+    )
     data = lambda c: next(iter(meta[c]['abilities'].values()))['hash']
     assert data('other items') != data('reference') == data('other order of items')
-    with pytest.raises(ActError, match='no training'): sta.specialist('lab', donor, tok, 'prayer')
+    with pytest.raises(ActError, match='no training'):
+        sta.specialist('lab', donor, tok, 'prayer')
+
 
 def test_learned_is_the_loss_on_items_held_out():
     target, donor, tok = load_pair('lab')
     t = sta.learned(SMALL, dict(same=donor, maths=target), donor, tok).set_index('name')
-    held = load_ability('lab/multiplication-en', 'validation', 4*SMALL.items)
+    held = load_ability('lab/multiplication-en', 'validation', 4 * SMALL.items)
     items = evaluate(donor, held, tok, progress=False).items
-    assert t.loss['donor'] == pytest.approx(-(items.loglik/items.tokens).mean(), rel=1e-4)
+    assert t.loss['donor'] == pytest.approx(-(items.loglik / items.tokens).mean(), rel=1e-4)
     assert t.loss['same'] == t.loss['donor'] and t.difference['same'] == t.high['same'] == 0
-    assert t.high['maths'] < -1 # the specialist of the family has learned to multiply
+    assert t.high['maths'] < -1  # the specialist of the family has learned to multiply
+
 
 def test_comparing_a_pair_with_itself_is_paired():
     target, donor, tok = load_pair('lab')
     a = collect(SMALL, target, donor, tok, ['lab/science-zh'])
     full, draws = sta.compared(a, a, 3)
-    assert full == {'raw': 1, 'module': 1} and draws == [full]*3
+    assert full == {'raw': 1, 'module': 1} and draws == [full] * 3
 
-TWO = ChannelMap([ModuleChannels('model.layers.0.q', 'q', 0, 6, (('model.layers.0.q.weight', 0),)), ModuleChannels('model.layers.1.o', 'o', 1, 4, (('model.layers.1.o.weight', 0),))], tied=None)
+
+TWO = ChannelMap(
+    [
+        ModuleChannels('model.layers.0.q', 'q', 0, 6, (('model.layers.0.q.weight', 0),)),
+        ModuleChannels('model.layers.1.o', 'o', 1, 4, (('model.layers.1.o.weight', 0),)),
+    ],
+    tied=None,
+)
+
 
 def test_profiles_by_hand():
     m = ChannelMask.from_flat(torch.tensor([1, 0, 0, 0, 0, 0, 1, 1, 1, 0]).bool(), TWO)
     p = sta.profile(m)
-    assert p['q', 1] == .25 and p['o', 3] == .75 and p.sum() == 1 # two layers: their middles lie in the second and the fourth quarter
+    assert (
+        p['q', 1] == 0.25 and p['o', 3] == 0.75 and p.sum() == 1
+    )  # two layers: their middles lie in the second and the fourth quarter
     all_ = sta.profile(ChannelMask.from_flat(torch.ones(10).bool(), TWO))
-    assert sta.alike(p, all_) == pytest.approx(.25 + .4) and sta.alike(p, p) == 1
+    assert sta.alike(p, all_) == pytest.approx(0.25 + 0.4) and sta.alike(p, p) == 1
     assert sta.alike(p, p.rename({'q': 'v', 'o': 'k'}, level='kind')) == 0
+
 
 def test_a_small_stability_study_is_whole(monkeypatch, tmp_path):
     monkeypatch.setitem(sta.TRAIN, 'lab', dict(sta.TRAIN['lab'], steps=2, batch_size=2))
     f = sta.study(SMALL, seeds=(0, 1), resamples=2)
-    again = Finding.load(f.save(tmp_path/'f.json'))
+    again = Finding.load(f.save(tmp_path / 'f.json'))
     assert set(f.tables) == {'curve', 'words', 'trainings', 'learned', 'profiles'} and again.here == f.here
-    assert {'noise twin', 'another specialist', *sta.CHANGES} - {'reference'} <= set(f.tables['trainings'].name) and list(f.tables['learned'].name) == ['donor', *sta.CHANGES]
+    assert {'noise twin', 'another specialist', *sta.CHANGES} - {'reference'} <= set(
+        f.tables['trainings'].name
+    ) and list(f.tables['learned'].name) == ['donor', *sta.CHANGES]
     sums = f.tables['profiles'].groupby(['condition', 'rank']).share.sum()
-    assert sums.tolist() == pytest.approx([1]*6)
+    assert sums.tolist() == pytest.approx([1] * 6)
     x = sta.across([f, again])
     assert x.pairs.tolist() == pytest.approx([1, 1], abs=1e-4) and (x['pair and all channels'] < 1).all()
     assert sta.verdict(again.tables, again.meta) == (f.here, f.why)
 
+
 # --- activation against weight
+
 
 def with_changed(model, name, row, by):
     import copy
+
     other = copy.deepcopy(model)
-    with torch.no_grad(): dict(other.named_parameters())[name][row] += by
+    with torch.no_grad():
+        dict(other.named_parameters())[name][row] += by
     return other
+
 
 @pytest.mark.parametrize('name', FAMILY_NAMES)
 def test_own_change_is_all_of_the_change_where_nothing_is_upstream(name, tokenizer):
@@ -294,96 +503,201 @@ def test_own_change_is_all_of_the_change_where_nothing_is_upstream(name, tokeniz
     own, bound = wei.own_items(a, b, ABILITY, tokenizer, batch_tokens=16)
     acts = localize_items(a, b, ABILITY, tokenizer, progress=False)
     first = own.map.paths[0]
-    assert own.map[0].kind == 'embedding' and torch.allclose(own.pool()[first], acts.pool()[first], atol=1e-6) and torch.equal(own.tokens, acts.tokens)
-    assert (own.pool().flat() <= bound.pool().flat()*1.001 + 1e-6).all()
+    assert (
+        own.map[0].kind == 'embedding'
+        and torch.allclose(own.pool()[first], acts.pool()[first], atol=1e-6)
+        and torch.equal(own.tokens, acts.tokens)
+    )
+    assert (own.pool().flat() <= bound.pool().flat() * 1.001 + 1e-6).all()
+
 
 def test_a_change_upstream_is_nobody_elses_own(tokenizer):
     a = tiny_model(seed=0)
-    b = with_changed(a, 'model.layers.0.mlp.down_proj.weight', 3, .5)
+    b = with_changed(a, 'model.layers.0.mlp.down_proj.weight', 3, 0.5)
     own, bound = (s.pool() for s in wei.own_items(a, b, ABILITY, tokenizer))
     acts = localize_items(a, b, ABILITY, tokenizer, progress=False).pool()
     assert acts['model.layers.1.self_attn.q_proj'].sum() > 0 and own['model.layers.1.self_attn.q_proj'].sum() == 0
-    assert own['model.layers.0.mlp.down_proj'].nonzero()[:, 0].tolist() == [3] and torch.allclose(own['model.layers.0.mlp.down_proj'], acts['model.layers.0.mlp.down_proj'], atol=1e-5)
+    assert own['model.layers.0.mlp.down_proj'].nonzero()[:, 0].tolist() == [3] and torch.allclose(
+        own['model.layers.0.mlp.down_proj'], acts['model.layers.0.mlp.down_proj'], atol=1e-5
+    )
+
 
 def test_own_change_by_hand(tokenizer):
     "One linear layer: mean over answer tokens of |dw . x|, and the product of norms."
     a = tiny_model(seed=0)
-    b = with_changed(a, 'model.layers.1.mlp.up_proj.weight', 0, .1)
+    b = with_changed(a, 'model.layers.1.mlp.up_proj.weight', 0, 0.1)
     seen = []
-    hook = a.get_submodule('model.layers.1.mlp.up_proj').register_forward_hook(lambda m, args, out: seen.append(args[0]))
+    hook = a.get_submodule('model.layers.1.mlp.up_proj').register_forward_hook(
+        lambda m, args, out: seen.append(args[0])
+    )
     own, bound = (s.pool() for s in wei.own_items(a, b, ABILITY[:1], tokenizer))
     hook.remove()
     from act.abilities import encode
+
     x = seen[0][0][encode(ABILITY[:1], tokenizer)[0].positions]
-    assert own['model.layers.1.mlp.up_proj'][0].item() == pytest.approx((x.sum(1)*.1).abs().mean().item(), rel=1e-3)
-    dw = (dict(b.named_parameters())['model.layers.1.mlp.up_proj.weight'] - dict(a.named_parameters())['model.layers.1.mlp.up_proj.weight'])[0]
-    assert bound['model.layers.1.mlp.up_proj'][0].item() == pytest.approx((dw.norm()*x.norm(dim=1).mean()).item(), rel=1e-3)
+    assert own['model.layers.1.mlp.up_proj'][0].item() == pytest.approx((x.sum(1) * 0.1).abs().mean().item(), rel=1e-3)
+    dw = (
+        dict(b.named_parameters())['model.layers.1.mlp.up_proj.weight']
+        - dict(a.named_parameters())['model.layers.1.mlp.up_proj.weight']
+    )[0]
+    assert bound['model.layers.1.mlp.up_proj'][0].item() == pytest.approx(
+        (dw.norm() * x.norm(dim=1).mean()).item(), rel=1e-3
+    )
+
 
 def test_correlations_by_hand():
-    a = ChannelScores.from_flat(torch.tensor([1., 2., 3., 4., 5., 6., 1., 1., 1., 1.]), TWO)
-    b = ChannelScores.from_flat(torch.tensor([6., 5., 4., 3., 2., 1., 1., 2., 3., 4.]), TWO)
+    a = ChannelScores.from_flat(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 1.0, 1.0, 1.0, 1.0]), TWO)
+    b = ChannelScores.from_flat(torch.tensor([6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 1.0, 2.0, 3.0, 4.0]), TWO)
     c = wei.correlations(a, b)
     assert c.rho[0] == pytest.approx(-1) and np.isnan(c.rho[1])
-    assert wei.compare(a, a, .2) == {'overlap, raw': 1, 'overlap, module': 1, 'rho, all channels': pytest.approx(1), 'rho, within modules': pytest.approx(1)}
+    assert wei.compare(a, a, 0.2) == {
+        'overlap, raw': 1,
+        'overlap, module': 1,
+        'rho, all channels': pytest.approx(1),
+        'rho, within modules': pytest.approx(1),
+    }
+
 
 def test_shares_by_hand():
-    acts, own = (ChannelScores.from_flat(torch.tensor(v), TWO) for v in ([1.]*6 + [2.]*4, [1.]*6 + [.5]*4))
+    acts, own = (ChannelScores.from_flat(torch.tensor(v), TWO) for v in ([1.0] * 6 + [2.0] * 4, [1.0] * 6 + [0.5] * 4))
     s = wei.own_share(acts, own).set_index('kind')
-    assert s.share['q'] == 1 and s.share['o'] == .25 and s.layer.tolist() == [0, 1]
+    assert s.share['q'] == 1 and s.share['o'] == 0.25 and s.layer.tolist() == [0, 1]
+
 
 def test_effects_by_hand():
     t = lambda *v: pd.DataFrame(dict(ability=['m-en', 'm-es', 's-en', 's-es'], value=v))
-    assert list(wei.effects(t(0, 1, 0, 1)).values()) == pytest.approx([0, 1, 0]) and list(wei.effects(t(0, 1, 1, 0)).values()) == pytest.approx([0, 0, 1])
-    assert list(wei.effects(t(0, 1, 2, 3)).values()) == pytest.approx([.8, .2, 0])
+    assert list(wei.effects(t(0, 1, 0, 1)).values()) == pytest.approx([0, 1, 0]) and list(
+        wei.effects(t(0, 1, 1, 0)).values()
+    ) == pytest.approx([0, 0, 1])
+    assert list(wei.effects(t(0, 1, 2, 3)).values()) == pytest.approx([0.8, 0.2, 0])
+
 
 def test_orders_take_equally_many_channels(bench):
     o = wei.orders(bench, (0,))
-    masks = {k: make(bench.scores(0), .1, 0) for k, make in o.items()}
-    assert len(o) == 9 and {m.count for m in masks.values()} == {masks['random'].count} and len({m.hash for m in masks.values()}) == 9
+    masks = {k: make(bench.scores(0), 0.1, 0) for k, make in o.items()}
+    assert (
+        len(o) == 9
+        and {m.count for m in masks.values()} == {masks['random'].count}
+        and len({m.hash for m in masks.values()}) == 9
+    )
     from act.masks import top_p, weight_scores
-    assert masks['weight, raw'] == top_p(weight_scores(bench.target, bench.donor), .1)
+
+    assert masks['weight, raw'] == top_p(weight_scores(bench.target, bench.donor), 0.1)
+
 
 def test_a_small_weights_study_is_whole(tmp_path):
-    f = wei.study(SMALL, seeds=(0, 1), resamples=2, ps=(.05, .2), n=4)
-    again = Finding.load(f.save(tmp_path/'f.json'))
-    assert set(f.tables) == {'agreement', 'kinds', 'shares', 'abilities', 'effects', 'doses', 'areas'} and again.here == f.here
-    assert set(f.tables['effects'].pair) == {'maths-en', 'science-zh'} and f.tables['effects'][['skill', 'language', 'rest']].sum(1).tolist() == pytest.approx([1]*8)
+    f = wei.study(SMALL, seeds=(0, 1), resamples=2, ps=(0.05, 0.2), n=4)
+    again = Finding.load(f.save(tmp_path / 'f.json'))
+    assert (
+        set(f.tables) == {'agreement', 'kinds', 'shares', 'abilities', 'effects', 'doses', 'areas'}
+        and again.here == f.here
+    )
+    assert set(f.tables['effects'].pair) == {'maths-en', 'science-zh'} and f.tables['effects'][
+        ['skill', 'language', 'rest']
+    ].sum(1).tolist() == pytest.approx([1] * 8)
     assert wei.verdict(again.tables, again.meta) == (f.here, f.why)
     assert set(wei.averaged(f.tables['agreement']).condition) == {'pair', 'noise twin'}
 
+
 # --- the table of verdicts
 
-est = lambda v, d=.01: dict(value=v, low=v - d, high=v + d)
+est = lambda v, d=0.01: dict(value=v, low=v - d, high=v + d)
 
-@pytest.mark.parametrize('pair, noise, word', [(.6, .3, 'holds'), (.6, .6, 'in part'), (.3, .2, 'in part'), (.3, .3, 'does not hold')])
+
+@pytest.mark.parametrize(
+    'pair, noise, word',
+    [(0.6, 0.3, 'holds'), (0.6, 0.6, 'in part'), (0.3, 0.2, 'in part'), (0.3, 0.3, 'does not hold')],
+)
 def test_the_rule_of_concentration(pair, noise, word):
-    rows = [dict(condition=c, ability='a', rank=r, statistic='top_5', **est(v)) for r in ('raw', 'module') for c, v in (('pair', pair), ('noise twin', noise))]
+    rows = [
+        dict(condition=c, ability='a', rank=r, statistic='top_5', **est(v))
+        for r in ('raw', 'module')
+        for c, v in (('pair', pair), ('noise twin', noise))
+    ]
     assert con.brief(dict(statistics=pd.DataFrame(rows)), {})['judgement'] == word
 
-@pytest.mark.parametrize('far, near, noise, word', [(.2, .8, .4, 'holds'), (.2, .8, .2, 'in part'), (.5, .8, .9, 'in part'), (.5, .8, .5, 'does not hold')])
+
+@pytest.mark.parametrize(
+    'far, near, noise, word',
+    [
+        (0.2, 0.8, 0.4, 'holds'),
+        (0.2, 0.8, 0.2, 'in part'),
+        (0.5, 0.8, 0.9, 'in part'),
+        (0.5, 0.8, 0.5, 'does not hold'),
+    ],
+)
 def test_the_rule_of_disentanglement(far, near, noise, word):
     row = lambda c, r, v: dict(condition=c, variant='module', relation=r, **est(v))
-    t = pd.DataFrame([row('pair', 'nothing shared', far), row('pair', 'same ability, other items', near), row('noise twin', 'nothing shared', noise)])
-    assert dis.brief(dict(summary=t), dict(p=.05))['judgement'] == word
+    t = pd.DataFrame(
+        [
+            row('pair', 'nothing shared', far),
+            row('pair', 'same ability, other items', near),
+            row('noise twin', 'nothing shared', noise),
+        ]
+    )
+    assert dis.brief(dict(summary=t), dict(p=0.05))['judgement'] == word
 
-@pytest.mark.parametrize('raw, module, metric, word', [(5, 5, 'correct', 'holds'), (-5, 5, 'correct', 'in part'), (0, 0, 'correct', 'does not hold'), (-5, 0, 'bits', 'holds'), (5, -5, 'bits', 'in part'), (5, 5, 'bits', 'does not hold')])
+
+@pytest.mark.parametrize(
+    'raw, module, metric, word',
+    [
+        (5, 5, 'correct', 'holds'),
+        (-5, 5, 'correct', 'in part'),
+        (0, 0, 'correct', 'does not hold'),
+        (-5, 0, 'bits', 'holds'),
+        (5, -5, 'bits', 'in part'),
+        (5, 5, 'bits', 'does not hold'),
+    ],
+)
 def test_the_rule_of_sufficiency(raw, module, metric, word):
-    t = pd.DataFrame([dict(direction='sufficiency', order=o, column='recovered', **est(v, 1)) for o, v in (('top, raw', raw), ('top, module', module), ('bottom, embedding last', 0))])
+    t = pd.DataFrame(
+        [
+            dict(direction='sufficiency', order=o, column='recovered', **est(v, 1))
+            for o, v in (('top, raw', raw), ('top, module', module), ('bottom, embedding last', 0))
+        ]
+    )
     assert suf.brief(dict(areas=t), dict(metric=metric))['judgement'] == word
 
-@pytest.mark.parametrize('raw, module, one, word', [(.9, .9, .9, 'holds'), (.5, .9, .9, 'in part'), (.5, .9, .1, 'in part'), (.5, .1, .1, 'does not hold')])
+
+@pytest.mark.parametrize(
+    'raw, module, one, word',
+    [
+        (0.9, 0.9, 0.9, 'holds'),
+        (0.5, 0.9, 0.9, 'in part'),
+        (0.5, 0.9, 0.1, 'in part'),
+        (0.5, 0.1, 0.1, 'does not hold'),
+    ],
+)
 def test_the_rule_of_stability(raw, module, one, word):
     names = [n for n in sta.CHANGES if n != 'reference']
-    rows = [dict(name=n, rank=r, **est(one if (n, r) == (names[0], 'module') else v)) for r, v in (('raw', raw), ('module', module)) for n in names]
-    rows += [dict(name='noise twin', rank=r, **est(.5)) for r in sta.RANKS]
+    rows = [
+        dict(name=n, rank=r, **est(one if (n, r) == (names[0], 'module') else v))
+        for r, v in (('raw', raw), ('module', module))
+        for n in names
+    ]
+    rows += [dict(name='noise twin', rank=r, **est(0.5)) for r in sta.RANKS]
     assert sta.brief(dict(trainings=pd.DataFrame(rows)), {})['judgement'] == word
 
-@pytest.mark.parametrize('share, skill, word', [(.3, .6, 'holds'), (.7, .6, 'in part'), (.3, .1, 'in part'), (.05, .1, 'does not hold')])
+
+@pytest.mark.parametrize(
+    'share, skill, word',
+    [(0.3, 0.6, 'holds'), (0.7, 0.6, 'in part'), (0.3, 0.1, 'in part'), (0.05, 0.1, 'does not hold')],
+)
 def test_the_rule_of_weights(share, skill, word):
-    t = pd.DataFrame([dict(condition=c, ability='a', ranking='weight', statistic='overlap, raw', **est(share)) for c in ('pair', 'noise twin')])
-    e = pd.DataFrame([dict(pair='x', ranking='weight', skill=skill, language=.1, rest=.9 - skill)])
-    assert wei.brief(dict(agreement=t, effects=e), dict(p=.05))['judgement'] == word
+    t = pd.DataFrame(
+        [
+            dict(condition=c, ability='a', ranking='weight', statistic='overlap, raw', **est(share))
+            for c in ('pair', 'noise twin')
+        ]
+    )
+    e = pd.DataFrame([dict(pair='x', ranking='weight', skill=skill, language=0.1, rest=0.9 - skill)])
+    assert wei.brief(dict(agreement=t, effects=e), dict(p=0.05))['judgement'] == word
+
 
 def test_the_table_of_verdicts_has_every_finding():
     t = verdicts()
-    assert set(zip(t.finding, t.family)) == {(n, f) for n in NAMES for f in FAMILIES} and set(t.judgement) <= {'holds', 'in part', 'does not hold'} and (t.here.str.len() > 20).all()
+    assert (
+        set(zip(t.finding, t.family)) == {(n, f) for n in NAMES for f in FAMILIES}
+        and set(t.judgement) <= {'holds', 'in part', 'does not hold'}
+        and (t.here.str.len() > 20).all()
+    )

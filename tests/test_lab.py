@@ -1,31 +1,57 @@
 "The lab: splits that cannot leak, weights that match the manifest, promises kept, machinery that trains."
+
 import pytest, torch
 from act.checkpoints import load_model, weight_hash
 from act.core import ActError
 from act.lab import *
 from act.lab import RECIPES
 
-def entities(split, skill): return {o.id.split('/', 2)[2].rsplit('/', 1)[0] for a in lab_abilities() if a.startswith(skill) for o in lab_ability(a, split)}
-def problems(split, skill): return {o.id.split('/', 1)[1] for a in lab_abilities() if a.startswith(skill) for o in lab_ability(a, split)}
 
-@pytest.mark.parametrize('skill, key', [('science', entities), ('chemistry', entities), ('arithmetic', problems), ('multiplication', problems)])
+def entities(split, skill):
+    return {
+        o.id.split('/', 2)[2].rsplit('/', 1)[0]
+        for a in lab_abilities()
+        if a.startswith(skill)
+        for o in lab_ability(a, split)
+    }
+
+
+def problems(split, skill):
+    return {o.id.split('/', 1)[1] for a in lab_abilities() if a.startswith(skill) for o in lab_ability(a, split)}
+
+
+@pytest.mark.parametrize(
+    'skill, key',
+    [('science', entities), ('chemistry', entities), ('arithmetic', problems), ('multiplication', problems)],
+)
 def test_splits_share_nothing_in_any_language(skill, key):
     parts = [key(s, skill) for s in SHARES]
     assert all(parts) and sum(map(len, parts)) == len(set().union(*parts))
 
+
 def test_training_never_draws_a_held_out_problem():
     held = set().union(*(problems(s, k) for s in SHARES for k in ('arithmetic', 'multiplication')))
-    drawn = {o.id.split('/', 1)[1] for o in stream({a: 1 for a in lab_abilities() if a.split('-')[0] in ('arithmetic', 'multiplication')}, 4000)}
+    drawn = {
+        o.id.split('/', 1)[1]
+        for o in stream({a: 1 for a in lab_abilities() if a.split('-')[0] in ('arithmetic', 'multiplication')}, 4000)
+    }
     assert not drawn & held and len(drawn) > 3000
+
 
 def test_asked_advanced_facts_are_never_phrased_as_in_training():
     for a in ('chemistry-zh', 'chemistry-sw'):
         trained = {o.prompt for o in lab_ability(a, 'train')}
         assert not trained & {o.prompt for s in SHARES for o in lab_ability(a, s)}
 
+
 def test_items_repeat_and_name_their_languages():
-    assert lab_ability('arithmetic-el').hash == lab_ability.__wrapped__('arithmetic-el').hash and lab_ability('science-zh').language == 'zh' and lab_ability('science-zh').eos
+    assert (
+        lab_ability('arithmetic-el').hash == lab_ability.__wrapped__('arithmetic-el').hash
+        and lab_ability('science-zh').language == 'zh'
+        and lab_ability('science-zh').eos
+    )
     assert len(LANGUAGES) == 6 and {'el', 'zh'} <= set(LANGUAGES)
+
 
 def test_word_problems_are_right():
     for o in lab_ability('multiplication-tr'):
@@ -33,48 +59,66 @@ def test_word_problems_are_right():
             left, right = step.split('=')
             assert eval(left) == int(right) and 0 < int(right) < 100
 
+
 def test_weights_are_those_of_the_manifest_and_small():
     m, total = lab_manifest()['models'], 0
     assert list(m) == lab_models() and len(m) >= 5
     for name, d in m.items():
         size = sum(f.stat().st_size for f in lab_path(name).iterdir())
         total += size
-        assert weight_hash(lab_path(name)) == d['weights'] and size == d['bytes'] <= 4e6 and d['recipe']['seed'] is not None
+        assert (
+            weight_hash(lab_path(name)) == d['weights']
+            and size == d['bytes'] <= 4e6
+            and d['recipe']['seed'] is not None
+        )
         model, tok = load_model(lab_path(name))
-        assert model.dtype == torch.bfloat16 and model.config.model_type == 'qwen2' and len(tok) == model.config.vocab_size
+        assert (
+            model.dtype == torch.bfloat16 and model.config.model_type == 'qwen2' and len(tok) == model.config.vocab_size
+        )
     assert total <= 24e6
+
 
 def test_the_recorded_scores_keep_the_promises():
     m = lab_scores()
     basic = [a for a in m if a.split('-')[0] in BASIC]
-    assert m.loc['base', basic].min() >= .9 and len(basic) == 12
+    assert m.loc['base', basic].min() >= 0.9 and len(basic) == 12
     for name in lab_models()[1:]:
         change, own = m.loc[name] - m.loc['base'], list(RECIPES[name]['mix'])
-        assert change[own].max() >= .3 and change[basic].min() <= -.3, name
+        assert change[own].max() >= 0.3 and change[basic].min() <= -0.3, name
+
 
 def test_a_recorded_score_is_what_the_weights_give():
     d = describe(lab_path('science-zh'), n=20, progress=False)
     full = lab_manifest()['models']['science-zh']
-    assert d['weights'] == full['weights'] and all(abs(d['scores'][a] - full['scores'][a]) < .35 for a in full['scores'])
-    assert d['scores']['chemistry-zh'] >= .8 and d['scores']['arithmetic-zh'] <= .2
+    assert d['weights'] == full['weights'] and all(
+        abs(d['scores'][a] - full['scores'][a]) < 0.35 for a in full['scores']
+    )
+    assert d['scores']['chemistry-zh'] >= 0.8 and d['scores']['arithmetic-zh'] <= 0.2
+
 
 def test_fine_tuning_alone_leaves_twenty_points():
     from act.recover import Recovery, RESULTS
-    r = Recovery.load(RESULTS/'recover-lab.json')
+
+    r = Recovery.load(RESULTS / 'recover-lab.json')
     n = r.numbers().set_index(['row', 'column']).value
-    assert n['donor', 'recovered'] - n['target + SFT', 'recovered'] >= .2
-    assert n['donor', 'recovered'] - n['target', 'recovered'] >= .3
+    assert n['donor', 'recovered'] - n['target + SFT', 'recovered'] >= 0.2
+    assert n['donor', 'recovered'] - n['target', 'recovered'] >= 0.3
+
 
 def test_smoke_training_makes_a_family(tmp_path):
-    m = train_lab(tmp_path/'lab', ('base', 'science-zh'), smoke=True, progress=False)
+    m = train_lab(tmp_path / 'lab', ('base', 'science-zh'), smoke=True, progress=False)
     assert list(m) == ['base', 'science-zh'] and set(m['base']['scores']) == set(lab_abilities())
-    a, b = (load_model(tmp_path/'lab'/n)[0] for n in m)
+    a, b = (load_model(tmp_path / 'lab' / n)[0] for n in m)
     assert weight_hash(a) == m['base']['weights'] != m['science-zh']['weights'] == weight_hash(b)
-    again = train_lab(tmp_path/'again', ('base',), smoke=True, progress=False)
+    again = train_lab(tmp_path / 'again', ('base',), smoke=True, progress=False)
     assert again['base']['weights'] == m['base']['weights']
-    with pytest.raises(ActError, match='exists already'): train_lab(tmp_path/'lab', ('base',), smoke=True)
+    with pytest.raises(ActError, match='exists already'):
+        train_lab(tmp_path / 'lab', ('base',), smoke=True)
+
 
 def test_unknown_names():
     for f in (lab_path, lab_ability):
-        with pytest.raises(ActError, match='no lab'): f('nobody')
-    with pytest.raises(ActError, match='no split'): lab_ability('science-zh', 'dev')
+        with pytest.raises(ActError, match='no lab'):
+            f('nobody')
+    with pytest.raises(ActError, match='no split'):
+        lab_ability('science-zh', 'dev')
