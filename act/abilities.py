@@ -446,7 +446,9 @@ def render(
     tokenizer,  # what to write out, for which model
     chat: bool = False,  # through the tokenizer's chat template
     name: str = None,  # what an error calls the item, by default by its id
-) -> tuple:  # (text before the answer, the answer as it stands there, text behind it); raises ActError when the template does not keep the answer
+    # (text before the answer, the answer as it stands there, text behind it); raises ActError when the template does
+    # not keep the answer
+) -> tuple:
     "The three strings whose concatenation the model sees."
     if not chat:
         return item.prompt, item.answer, ''

@@ -85,7 +85,8 @@ class ChannelMap(Shown, Sequence):
     def __init__(
         self,
         modules,  # `ModuleChannels`, in model order
-        tied='embedding',  # what one storage for embedding and lm_head counts as: 'embedding', 'lm_head', or None when they are two
+        # what one storage for embedding and lm_head counts as: 'embedding', 'lm_head', or None when they are two
+        tied='embedding',
     ):
         self.modules, self.tied = tuple(modules), tied
         self.paths = [m.path for m in self.modules]

@@ -615,7 +615,8 @@ def load_tokenizer(
 
 # %% ../nbs/01_checkpoints.ipynb #01-611
 def channels_of(
-    source,  # a model, a configuration, or what `resolve` takes; of a model on the hub only the configuration is fetched
+    # a model, a configuration, or what `resolve` takes; of a model on the hub only the configuration is fetched
+    source,
     tied='embedding',  # as in `enumerate_channels`
 ) -> ChannelMap:  # raises ActError when files and configuration do not belong together
     "All channels of `source`, in model order, without loading weights."
@@ -924,7 +925,9 @@ def check_pair(
     tokenizers: bool = True,  # compare tokenizers too (folders and ids only)
     texts=(),  # that will be read, see `check_tokenizers`
     special: bool = True,  # let the tokenizers add BOS and the like to them
-) -> tuple:  # (model type, shapes of the target's parameters by name); raises ActError at the first thing that does not fit, warns of what should be known
+    # (model type, shapes of the target's parameters by name); raises ActError at the first thing that does not fit,
+    # warns of what should be known
+) -> tuple:
     "The part of `preflight` that reads configurations, headers and tokenizers alone: no weights, no model classes."
     memory = [isinstance(m, torch.nn.Module) for m in (target, donor)]
     if target is donor or not any(memory) and resolve(target).resolve() == resolve(donor).resolve():
@@ -1201,7 +1204,9 @@ BLOCK, THREADS = (
 def write_like(
     source: Checkpoint,  # its file names, index, headers and tensor order are kept
     tmp,  # folder to write to, from `atomic_folder`; files that it holds already are kept
-    change: dict = {},  # name of a tensor -> function of (its rows start ... stop-1, start, stop) to their new values, of the same shape and type; it may change the rows in place
+    # name of a tensor -> function of (its rows start ... stop-1, start, stop) to their new values, of the same shape
+    # and type; it may change the rows in place
+    change: dict = {},
     finite: bool = True,  # refuse to write NaN and infinity
 ):
     "Write a checkpoint with the layout of `source`, in memory of a few blocks of rows."

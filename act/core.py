@@ -399,7 +399,9 @@ def read_json(
     format: str,  # what it must say under "format"
     noun: str,  # what it should be, for the message
     maker: str,  # the command that makes one
-    make=None,  # function of what was read, by default left as it is; a key that it misses, or a value that it cannot use, is an ActError too
+    # function of what was read, by default left as it is; a key that it misses, or a value that it cannot use, is an
+    # ActError too
+    make=None,
 ):  # raises ActError when it is absent, not JSON, of another format, or incomplete
     "Read a result file of this package."
     try:

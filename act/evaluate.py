@@ -72,7 +72,9 @@ def task_items(
     split: str = 'test',  # train, localize, sft, validation, test or all
     n: int = None,  # items
     **_,  # lm-eval passes the task's metadata too
-) -> dict:  # {'test': datasets.Dataset} with the columns prompt, answer, id, choices, eos (the end-of-text token belongs to the answer) and language
+    # {'test': datasets.Dataset} with the columns prompt, answer, id, choices, eos (the end-of-text token belongs to the
+    # answer) and language
+) -> dict:
     "The items of an ability as lm-eval wants them; task files name this function."
     return _dataset(load_ability(spec, split, n))
 
@@ -139,7 +141,9 @@ DECIMAL_COMMA = (  # with a comma
 def read_number(
     text: str,  # with a number in it
     language: str = None,  # of the text, such as 'de'
-    whole: bool = False,  # the number that is looked for has no decimals: '1.000' is a thousand unless the language is one with decimal points
+    # the number that is looked for has no decimals: '1.000' is a thousand unless the language is one with decimal
+    # points
+    whole: bool = False,
 ) -> str:  # plain digits, with a point before decimals if any; None where there is no number
     "The last number of a text."
     plain = {
@@ -543,7 +547,9 @@ class EvalResult(Shown):
 
     def __init__(
         self,
-        items: pd.DataFrame,  # ability, id, correct (0 or 1), loglik (nats), bytes and tokens of the answer; where models wrote: text, what was read in it, and whether the limit was hit
+        # ability, id, correct (0 or 1), loglik (nats), bytes and tokens of the answer; where models wrote: text, what
+        # was read in it, and whether the limit was hit
+        items: pd.DataFrame,
         meta: dict,  # how they were made
     ):
         self.items, self.meta = items, meta
@@ -650,7 +656,9 @@ def evaluate(
     batch_size: int = 64,  # items at once
     generate: (
         bool | int
-    ) = False,  # let the model write (at most so many tokens; True: 512; never more than half of what it can read) and compare the last number or the text, instead of scoring the answer; questions with choices stay as they are
+        # let the model write (at most so many tokens; True: 512; never more than half of what it can read) and compare the
+        # last number or the text, instead of scoring the answer; questions with choices stay as they are
+    ) = False,
     eos: bool = None,  # the end-of-text token belongs to the answer; by default as the ability says
     max_length: int = None,  # tokens of prompt and answer; longer prompts are cut on the left
     chat: bool = False,  # prompts through the tokenizer's chat template

@@ -349,7 +349,8 @@ def lab_path(
 # %% ../nbs/03_lab.ipynb #03-057
 def train_lab(
     out,  # folder to write the models to, and manifest.json
-    models: tuple = None,  # some of `lab_models`; all by default. Specialists start from the base in `out`, or else from the shipped one
+    # some of `lab_models`; all by default. Specialists start from the base in `out`, or else from the shipped one
+    models: tuple = None,
     smoke: bool = False,  # 1 % of the steps, a tiny model, few items: to test the machinery
     progress: bool = True,  # show bars
     hidden: int = 128,  # width of the residual stream of a new base; the shipped family has 128

@@ -230,7 +230,9 @@ class _Sums:
         return dict(zip(self.cm.paths, flat.split([m.width for m in self.cm])))
 
 # %% ../nbs/10_localize.ipynb #10-019
-FEW_TOKENS = 50  # with fewer answer tokens two samples of an ability share less than about half of their channels in the lab (see Stability)
+# with fewer answer tokens two samples of an ability share less than about half of their channels in the lab (see
+# Stability)
+FEW_TOKENS = 50
 
 
 @torch.no_grad()
@@ -250,7 +252,8 @@ def localize(
     device_map=None,  # of models loaded here, for those larger than one device
     check: bool = True,  # `check_pair` first, on the texts that will be read
     progress: bool = True,  # show a bar
-    hold: str = 'auto',  # 'both' models in memory; 'one' at a time, the target's answer activations wait on disk; 'auto': both when they fit
+    # 'both' models in memory; 'one' at a time, the target's answer activations wait on disk; 'auto': both when they fit
+    hold: str = 'auto',
     disk: int = None,  # bytes that may wait on disk at once; half of what is free by default
     state=None,  # folder in which sums are kept, to go on after a kill; also where activations wait
     save_seconds: float = 30.0,  # how often

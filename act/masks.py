@@ -676,7 +676,9 @@ def to_dataset(
 @patch(cls_method=True)
 def from_table(
     cls: ChannelData,
-    table,  # a frame, a `datasets.Dataset` or a parquet file; its columns module, channel, and score or chosen are read, its rows may have any order
+    # a frame, a `datasets.Dataset` or a parquet file; its columns module, channel, and score or chosen are read, its
+    # rows may have any order
+    table,
     map: ChannelMap,  # the modules of the model
     meta: dict = None,  # what else is known
 ):  # raises ActError for a channel that is missing, comes twice or is not the model's, and for impossible values

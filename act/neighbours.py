@@ -327,7 +327,9 @@ def _kept(model, slices):
 def mask_gradients(
     model,  # a model, or a PEFT model around it
     mask: ChannelMask,  # the channels that learn
-    keep: bool = True,  # put back after every optimiser step what weight decay or momentum moved outside the mask; it takes a copy of those entries
+    # put back after every optimiser step what weight decay or momentum moved outside the mask; it takes a copy of those
+    # entries
+    keep: bool = True,
 ) -> InsideMask:  # raises ActError for a mask of another model, and for a model that is spread over devices
     "From now on only the channels of a mask learn, whatever the optimiser; an adapter's rows outside the mask become zero."
     from torch.optim.optimizer import register_optimizer_step_post_hook

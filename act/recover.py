@@ -380,7 +380,9 @@ def choose(
     rows: dict = ROWS,  # row -> (method or none, with SFT or not)
     methods: dict = METHODS,  # name -> Method
     seed: int = 0,  # of localisation, random masks and fine-tuning
-) -> tuple:  # DataFrame of all points, the given models first: row, setting, a column for each aim, mean; dict row -> best setting
+    # DataFrame of all points, the given models first: row, setting, a column for each aim, mean; dict row -> best
+    # setting
+) -> tuple:
     "Try every setting on validation items; the best has the best mean over the case's aims (retained and recovered)."
     case, known = bench.case, {}
     mean = lambda vals, names: np.mean([vals[short_name(a)].mean() for a in names])

@@ -73,7 +73,9 @@ SHAPES = {
 
 # %% ../nbs/36_scale.ipynb #36-008
 def config_of(
-    source,  # a name of `SHAPES`, entries of a config.json, a configuration, a checkpoint folder, or a hub id (only its configuration is fetched)
+    # a name of `SHAPES`, entries of a config.json, a configuration, a checkpoint folder, or a hub id (only its
+    # configuration is fetched)
+    source,
 ):  # a transformers configuration, one of its own
     "The configuration of a model that need not be here."
     from transformers import AutoConfig, PretrainedConfig
@@ -207,7 +209,8 @@ class TransferPlan(_Sheet):
     nbytes: int  # of the target's weights
     copied: int  # in tensors that stay as they are
     moved: int  # that change
-    delta: int  # of a delta file, without its header: the chosen slices, tied ones once, the mask, and two digests for each
+    # of a delta file, without its header: the chosen slices, tied ones once, the mask, and two digests for each
+    delta: int
     out: int  # of the weight files that appear
     reads: dict  # donor -> dict(rows=bytes, runs=stretches of neighbouring rows, blocks=bytes read whole)
     peak: int  # in memory at once, above the interpreter and its libraries: blocks and masks
@@ -725,7 +728,8 @@ def act_plan(
     mask: str = None,  # mask file; several separated by commas
     lam: str = '1',  # lambda; one for all or one for each mask
     model: str = None,  # or a shape alone: qwen2.5-7b, a folder, a hub id
-    constants: str = None,  # file of constants, with --measure the one to write; those that ship with the library by default
+    # file of constants, with --measure the one to write; those that ship with the library by default
+    constants: str = None,
     no_check: store_true = False,  # do not compare target and donor first
     measure: str = None,  # a folder with 10 GB of room: measure this machine there and write --constants
 ):

@@ -38,7 +38,8 @@ def number(
     return f'{x:,}' if isinstance(x, Integral) else f'{x:,.0f}' if 999.5 <= abs(x) < 1e15 else f'{x:.3g}'
 
 # %% ../nbs/08_show.ipynb #08-012
-_COLOURS = '00224e 002e6c 1e3a6f 35456c 47516c 575d6d 666970 757575 848279 948e77 a59c74 b7a96e c8b866 dbc75a eed649 fee838'.split()  # cividis
+# cividis
+_COLOURS = '00224e 002e6c 1e3a6f 35456c 47516c 575d6d 666970 757575 848279 948e77 a59c74 b7a96e c8b866 dbc75a eed649 fee838'.split()
 _BLOCKS, _WIDE = '▁▂▃▄▅▆▇█', 340  # pixels: what a telephone shows
 
 

@@ -261,7 +261,9 @@ def agreements(
     seeds,
     resamples,  # of the items
     p: float = 0.05,  # fraction of all channels
-):  # (statistics: ability, ranking, statistic, value, low, high; modules: path, kind, layer, ranking, rho; shares: kind, layer, own, difference, share)
+    # (statistics: ability, ranking, statistic, value, low, high; modules: path, kind, layer, ranking, rho; shares: kind,
+    # layer, own, difference, share)
+):
     "Every ranking against the activation difference, ability by ability."
     full, draws, modules, shares, weights = {}, {}, [], [], weight_rankings(target, donor)
     for a in abilities:

@@ -614,8 +614,11 @@ TENSORS = dict(BYTES, length=change_length, header=change_header, tensors=change
 # The kinds
 
 Kind = namedtuple(
-    'Kind', 'name make changes parse'
-)  # file name; make(folder) puts all that belongs together there and returns a list of sound files as bytes; changes by name; parse(path) checks what it reads
+    'Kind',
+    'name make changes parse',
+    # file name; make(folder) puts all that belongs together there and returns a list of sound files as bytes; changes
+    # by name; parse(path) checks what it reads
+)
 
 
 def channel_map(tied='embedding', layers=2):
