@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup reproduce test check export readme times site docs lab smollm2 clean
+.PHONY: setup reproduce test test-slow check export readme times site docs lab smollm2 clean
 
 setup: .venv/.ready
 .venv/.ready: constraints.txt settings.ini setup.py
@@ -19,11 +19,14 @@ reproduce: setup  ## the main job on the embedded lab family: table, figures and
 	rm -rf runs/reproduce
 	$(BIN)/act_reproduce --out runs/reproduce
 
-test: setup check  ## all checks: sync of act/ and README.md, every notebook, pytest
+test: setup check  ## the checks: sync of act/ and README.md, every notebook, the quick tests
 	PYTHONWARNINGS=ignore TQDM_DISABLE=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m "not slow"
 
-check: setup  ## act/ and README.md agree with nbs/, notebooks are clean
+test-slow: setup  ## tests that start processes, kill them, open a browser, train or install
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m slow
+
+check: setup  ## act/ and README.md agree with nbs/, notebooks are clean, code is formatted
 	$(BIN)/python .ci/check_sync.py
 
 export: setup  ## write act/ from nbs/

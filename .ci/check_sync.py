@@ -1,10 +1,11 @@
-"Fail when act/ or README.md is out of step with nbs/, or a notebook is not clean (nbdev_clean would change it)."
+"Fail when act/ or README.md is out of step with nbs/, a notebook is not clean, or code is not formatted."
 
 import filecmp, shutil, subprocess, sys, tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
+FORMATTED = 'nbs', 'tests', 'benchmarks', '.ci'
 
 
 def check():
@@ -35,6 +36,9 @@ if __name__ == '__main__':
     done = subprocess.run([sys.executable, str(ROOT / '.ci/readme.py'), '--check'], capture_output=True, text=True)
     if done.returncode:
         stale.append(done.stderr.strip())
+    form = subprocess.run([str(BIN / 'ruff'), 'format', '--check', *FORMATTED], cwd=ROOT, capture_output=True, text=True)
+    if form.returncode:
+        stale.append(f"{form.stdout.strip()}\nrun ruff format {' '.join(FORMATTED)}")
     if stale:
         sys.exit('\n'.join(stale))
-    print('act/, README.md and nbs/ are in step; the notebooks are clean')
+    print('act/, README.md and nbs/ are in step; the notebooks are clean, the code is formatted')

@@ -690,6 +690,8 @@ def main():
             faults += check_built(copied(Path(d) / 'built'), browser, site.own)
         else:
             print(NO_QUARTO)
+    if not browser and os.environ.get('CI') == 'true':
+        faults.append(NO_CHROMIUM)
     print(*faults, sep='\n')
     print(f'{len(faults)} faults, {time.time() - start:.0f} s')
     return bool(faults)

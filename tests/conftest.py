@@ -69,6 +69,16 @@ def toy_tokenizer(eos=True):
     return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token='<pad>', bos_token='<bos>', eos_token='<eos>')
 
 
+SLOW = {'launch', 'browser', 'small_disk'}  # fixtures that start processes
+
+
+def pytest_collection_modifyitems(items):
+    "A test that takes a slow fixture is slow."
+    for item in items:
+        if SLOW & set(item.fixturenames):
+            item.add_marker('slow')
+
+
 @pytest.fixture(scope='session', params=list(FAMILIES))
 def family(request):
     return request.param

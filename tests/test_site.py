@@ -29,30 +29,6 @@ def test_notebook(name):
     assert not checks.check_notebook(checks.read(checks.ROOT / f'nbs/{name}.ipynb'))
 
 
-@pytest.mark.parametrize('name', NAMES)
-def test_page(site, name):
-    assert not site.check_page(name)
-
-
-@pytest.mark.parametrize('name', NAMES)
-def test_page_in_a_browser(site, browser, name):
-    assert not browser.look(site.render(name))
-
-
-def test_navigation(site):
-    assert not site.check_navigation()
-
-
-def test_readme(site):
-    assert not site.check_readme()
-
-
-def test_built_site(tmp_path, site, browser):
-    if not shutil.which('quarto'):
-        pytest.skip(checks.NO_QUARTO)
-    assert not checks.check_built(checks.copied(tmp_path), browser, site.own)
-
-
 # ---- every check can fail
 
 
