@@ -21,7 +21,9 @@ def made(checkpoint):
 
 CODE = """
 import os, signal, sys
-from act import checkpoints, transfer
+import importlib
+from act import checkpoints
+transfer = importlib.import_module('act.transfer')
 from act.masks import ChannelMask
 a, b, m, out, kill = sys.argv[1:]
 count, real = 0, checkpoints._changed

@@ -1,10 +1,10 @@
 "Fine-tune: answers only, masked channels only, the same for the same seed, stopped in time."
 
-import json, math, os, subprocess, sys, pytest, torch
+import importlib, json, math, os, subprocess, sys, pytest, torch
 from pathlib import Path
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
-from act import checkpoints, core, finetune as ft
+from act import checkpoints, core
 from act.abilities import Ability, Item, encode, load_ability
 from act.channels import enumerate_channels
 from act.checkpoints import load_model, weight_hash
@@ -25,6 +25,8 @@ from act.masks import ChannelMask, random_mask
 from act.transfer import mask_slices
 from conftest import SIZES, tiny_model
 from helpers import HARD, hard
+
+ft = importlib.import_module('act.finetune')
 
 ABILITY = Ability('toy-en', [Item(f'{a} plus {b} is', f' {a + b}') for a in range(6) for b in range(4)], eos=True)
 run = lambda model, tok, **kw: finetune(
@@ -198,7 +200,8 @@ def test_a_spread_model_learns_the_same(tmp_path, launch):
         f'''
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 from safetensors.torch import save_file
-from act import finetune as ft
+import importlib
+ft = importlib.import_module('act.finetune')
 from act.core import processes
 from act.masks import ChannelMask
 from helpers import HARD, hard

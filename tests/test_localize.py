@@ -1,6 +1,6 @@
 "Localise: equal to brute force on every architecture, whatever the batches; bad models are named."
 
-import json, os, subprocess, sys, pytest, torch
+import importlib, json, os, subprocess, sys, pytest, torch
 from act import core
 from act.abilities import Ability, Item, encode, load_ability
 from act.channels import enumerate_channels
@@ -108,7 +108,7 @@ def test_models_that_differ_only_where_no_token_is_read_are_refused(tokenizer):
 
 
 def test_a_change_that_the_fingerprint_misses_is_no_reason_to_refuse(tokenizer, monkeypatch):
-    from act import localize as module
+    module = importlib.import_module('act.localize')
 
     monkeypatch.setattr(module, 'fingerprint', lambda m: 'the same')
     assert localize(tiny_model(), tiny_model(seed=1), ABILITY, tokenizer, progress=False).flat().any()
@@ -200,7 +200,7 @@ def test_a_device_map(checkpoint):
 
 @pytest.mark.parametrize('disk', [1, 10**9])
 def test_one_model_at_a_time_gives_the_same_bits(family, checkpoint, tmp_path, disk, monkeypatch):
-    from act import localize as module
+    module = importlib.import_module('act.localize')
 
     loads, real = [], module.load_model
     monkeypatch.setattr(module, 'load_model', lambda m, *a: loads.append(m) or real(m, *a))
@@ -221,7 +221,7 @@ def test_one_model_at_a_time_gives_the_same_bits(family, checkpoint, tmp_path, d
 
 
 def test_two_models_that_do_not_fit_are_taken_in_turn(checkpoint, monkeypatch):
-    from act import localize as module
+    module = importlib.import_module('act.localize')
 
     real, said = module.bar, []
     monkeypatch.setattr(module, 'bar', lambda **o: said.append(o['desc']) or real(**o))
@@ -249,7 +249,8 @@ def test_what_was_killed_goes_on_and_ends_with_the_same_bytes(checkpoint, tmp_pa
     )
     code = f"""
 import os, signal, sys
-from act import localize as m
+import importlib
+m = importlib.import_module('act.localize')
 from act.abilities import load_ability
 kill, real, seen = int(sys.argv[1]), m._Sums.done, []
 def done(self):

@@ -1,13 +1,12 @@
 "Scale: parameter counts that are known; sparse folders that take no place; plans that count what a transfer reads and changes, to the byte."
 
-import os, sys, pytest, torch
+import importlib, os, sys, pytest, torch
 from pathlib import Path
 from safetensors.torch import load_file, save_file
 from act import scale
 from act.channels import meta_model, enumerate_channels
 from act.checkpoints import channels_of, Checkpoint, load_model, load_tokenizer
 from act.core import ActError, write_json
-from act import localize as localizing
 from act.deltas import make_delta
 from act.masks import random_mask
 from act.recipes import read_recipe, recipe_names
@@ -28,6 +27,8 @@ from act.scale import (
 )
 from act.transfer import mask_slices, transfer_checkpoint
 from conftest import FAMILIES, tiny_config, tiny_model
+
+localizing = importlib.import_module('act.localize')
 
 KNOWN = {
     'qwen2.5-0.5b': 494_032_768,
