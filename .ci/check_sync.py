@@ -36,7 +36,9 @@ if __name__ == '__main__':
     done = subprocess.run([sys.executable, str(ROOT / '.ci/readme.py'), '--check'], capture_output=True, text=True)
     if done.returncode:
         stale.append(done.stderr.strip())
-    form = subprocess.run([str(BIN / 'ruff'), 'format', '--check', *FORMATTED], cwd=ROOT, capture_output=True, text=True)
+    form = subprocess.run(
+        [str(BIN / 'ruff'), 'format', '--check', *FORMATTED], cwd=ROOT, capture_output=True, text=True
+    )
     if form.returncode:
         stale.append(f"{form.stdout.strip()}\nrun ruff format {' '.join(FORMATTED)}")
     if stale:
