@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup reproduce test test-slow check export readme times site docs lab smollm2 clean
+.PHONY: setup reproduce test test-slow check format export readme times site docs lab smollm2 clean
 
 setup: .venv/.ready
 .venv/.ready: constraints.txt settings.ini setup.py
@@ -28,6 +28,9 @@ test-slow: setup  ## tests that start processes, kill them, open a browser, trai
 
 check: setup  ## act/ and README.md agree with nbs/, notebooks are clean, code is formatted
 	$(BIN)/python .ci/check_sync.py
+
+format: setup  ## bring the code of nbs, tests, benchmarks and .ci to 120 columns
+	$(BIN)/python .ci/format.py
 
 export: setup  ## write act/ from nbs/
 	$(BIN)/nbdev_export

@@ -5,7 +5,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-FORMATTED = 'nbs', 'tests', 'benchmarks', '.ci'
 
 
 def check():
@@ -36,11 +35,9 @@ if __name__ == '__main__':
     done = subprocess.run([sys.executable, str(ROOT / '.ci/readme.py'), '--check'], capture_output=True, text=True)
     if done.returncode:
         stale.append(done.stderr.strip())
-    form = subprocess.run(
-        [str(BIN / 'ruff'), 'format', '--check', *FORMATTED], cwd=ROOT, capture_output=True, text=True
-    )
+    form = subprocess.run([sys.executable, str(ROOT / '.ci/format.py'), '--check'], capture_output=True, text=True)
     if form.returncode:
-        stale.append(f"{form.stdout.strip()}\nrun ruff format {' '.join(FORMATTED)}")
+        stale.append(f'not formatted, run make format:\n{form.stdout.strip()}{form.stderr.strip()}')
     if stale:
         sys.exit('\n'.join(stale))
     print('act/, README.md and nbs/ are in step; the notebooks are clean, the code is formatted')

@@ -48,7 +48,7 @@ DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torc
 def read_header(
     file: Path,  # a safetensors file
 ) -> dict:  # name -> TensorInfo; raises ActError when the file is malformed, truncated or quantised
-    "Names, types, shapes and places of the tensors in one file."
+    "Names, types, shapes and positions of the tensors in one file."
     try:
         return header_of(file, DTYPES)[0]
     except _Quantised as e:
@@ -63,11 +63,11 @@ def read_header(
 # %% ../nbs/01_checkpoints.ipynb #01-201
 FILE_TYPES = dict(
     DTYPES, U8=torch.uint8, I16=torch.int16, I32=torch.int32, I64=torch.int64
-)  # of weights, and of our own files
+)  # of weights, and of this package's own files
 
 
 def header_of(file, types):
-    "({name: TensorInfo}, metadata) of a safetensors file with tensors of these types alone; ValueError says what is wrong with it."
+    "({name: TensorInfo}, metadata) of a safetensors file; ValueError for damage, or a type that is not in `types`."
     size = file.stat().st_size
     with open(file, 'rb') as f:
         raw = f.read(8)
@@ -114,7 +114,7 @@ def _is_pointer(file):
 
 # %% ../nbs/01_checkpoints.ipynb #01-202
 def _entries(head, types):
-    "(name, type, shape, start, end) of the tensors of a header, in the order of the file, each possible by itself."
+    "(name, type, shape, start, end) of each tensor in a header, in file order, each one checked by itself."
     out = []
     for name, t in head.items():
         try:
@@ -145,7 +145,7 @@ class Checkpoint:
     def __init__(
         self,
         folder,  # with config.json and safetensors files
-    ):  # raises ActError for whatever is not a checkpoint of plain weights, whole and of one piece
+    ):  # raises ActError for anything but one complete checkpoint of plain weights
         self.folder = Path(folder)
         self.config = _config(self.folder)
         self.files, where = weight_files(self.folder)
@@ -179,7 +179,7 @@ class Checkpoint:
 
     @cached_property
     def tied(self) -> bool:
-        "Embedding and head are one matrix: the configuration says so, and no head of other values is stored."
+        "Whether embedding and head are one matrix: the configuration says so, and no different head is stored."
         if EMBEDDING not in self.tensors or not _ties(self.folder, self.config):
             return False
         return HEAD not in self.tensors or _equal(self.tensors[EMBEDDING], self.tensors[HEAD])
@@ -196,8 +196,8 @@ INDEX = 'model.safetensors.index.json'
 
 def weight_files(
     folder: Path,  # of a checkpoint
-) -> tuple:  # (names of its weight files, name of a tensor -> name of its file; None without an index)
-    "The files that make the model, chosen as transformers chooses them: one model.safetensors before an index."
+) -> tuple:  # (names of its weight files, tensor name -> file name); None for the second without an index
+    "The files that make up a model, chosen as in transformers: model.safetensors takes precedence over an index."
     if (folder / 'model.safetensors').exists() or not (folder / INDEX).exists():
         return ['model.safetensors'], None
     where = checkpoint_json(folder / INDEX).get('weight_map')
@@ -229,7 +229,7 @@ def checkpoint_json(path):
 
 
 def _config(folder):
-    "What config.json says; ActError for adapters, and for models of more than text."
+    "The contents of config.json; ActError for adapters and for multimodal models."
     if (folder / 'adapter_config.json').exists():
         base = checkpoint_json(folder / 'adapter_config.json').get('base_model_name_or_path')
         what = f"the folder {folder.name} holds a PEFT adapter (adapter_config.json{f', of {base}' if base else ''})"
@@ -279,7 +279,7 @@ def _no_file(folder, name):
 
 
 def _ties(folder, config):
-    "Does the configuration say that embedding and head are one? What it leaves out, transformers knows."
+    "Whether the configuration ties embedding and head; transformers knows the default where it does not say."
     says = config.get('tie_word_embeddings')
     if says is None and 'model_type' in config:
         says = transformers_config(folder).tie_word_embeddings
@@ -287,7 +287,7 @@ def _ties(folder, config):
 
 
 def _equal(a, b):
-    "The same numbers in two tensors of checkpoints, compared block by block."
+    "Whether two checkpoint tensors hold the same numbers, compared block by block."
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     rows = a.shape[0]
@@ -296,7 +296,7 @@ def _equal(a, b):
 
 # %% ../nbs/01_checkpoints.ipynb #01-017
 def read_into(file, buf, *runs):
-    "Fill a uint8 tensor with bytes of a file: `runs` of (where to start in the file, first and last place in the tensor)."
+    "Fill a uint8 tensor with bytes of a file: `runs` of (offset in the file, start and stop in the tensor)."
     view, f = memoryview(buf.numpy()), os.open(file, os.O_RDONLY)
     try:
         for start, a, b in runs:
@@ -343,7 +343,7 @@ def rows(
     name: str,  # of a tensor
     idx,  # row numbers
 ) -> torch.Tensor:  # (len(idx), ...)
-    "Some rows of a tensor; only their bytes are read, neighbouring rows in one go."
+    "Rows of a tensor by number; only their bytes are read, neighbouring rows together."
     idx, t = np.asarray(idx, dtype=np.int64), self.tensors[name]
     out = torch.empty(len(idx), *t.shape[1:], dtype=DTYPES[t.dtype])
     if not len(idx):
@@ -405,7 +405,7 @@ def resolve(
 
 # %% ../nbs/01_checkpoints.ipynb #01-402
 def check_use(dtype=None, device=None):
-    "ActError for a type or a device that cannot be used."
+    "Raise ActError for a type or device that cannot be used."
     if not isinstance(dtype, torch.dtype) and dtype not in (None, 'auto', 'float32', 'bfloat16', 'float16'):
         raise ActError(f"dtype is {dtype!r}: choose float32, bfloat16, float16 or auto")
     try:
@@ -424,7 +424,7 @@ _WANTED = dict(
 
 
 def _on_hub(model):
-    "For a dry run: the folder where it has been fetched already, or how many bytes there are to fetch."
+    "For a dry run: the folder of a model that has been fetched already, or the number of bytes to fetch."
     from huggingface_hub import model_info, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
     from huggingface_hub.utils import filter_repo_objects
@@ -437,7 +437,7 @@ def _on_hub(model):
 
 # %% ../nbs/01_checkpoints.ipynb #01-110
 def opened(model):
-    "The Checkpoint of a model by name or folder; its headers are read again only when its files have changed."
+    "The Checkpoint of a model by name or folder; headers are read again only when files have changed."
     folder = resolve(model)
     return _open(
         folder,
@@ -460,7 +460,7 @@ def one_line(
     what: str,  # what is being done, such as 'gemma cannot be loaded'
     todo: str,  # what to do about it
 ):
-    "Whatever a library raises inside the block becomes one ActError of one line."
+    "Turn whatever a library raises inside the block into an ActError of one line."
     try:
         yield
     except ActError:
@@ -491,7 +491,7 @@ def check_names(
     unexpected,  # names of parameters that a model has and its files lack, and the other way round
     where,  # the files, for the message
 ):  # raises ActError when there are any, buffers aside
-    "A model has every parameter from its files, and the files hold nothing else."
+    "Check that files hold every parameter of a model, and nothing else."
     missing, unexpected = sorted(missing), sorted(n for n in unexpected if not re.fullmatch(BUFFERS, n))
     if not missing and not unexpected:
         return
@@ -511,7 +511,7 @@ def check_names(
     )
 
 # %% ../nbs/01_checkpoints.ipynb #01-602
-_WRAPPERS = {  # what training tools put into the names of tensors
+_WRAPPERS = {  # what training tools add to the names of tensors
     '_orig_mod.': 'torch.compile',
     'module.': 'DataParallel',
     '_fsdp_wrapped_module.': 'FSDP',
@@ -525,7 +525,7 @@ _WRAPPERS = {  # what training tools put into the names of tensors
 
 
 def _renamed(missing, unexpected):
-    "(a missing name, what it is called in the files, what to do); None when no name is a missing one in disguise."
+    "(missing name, its name in the files, what to do); None when no unexpected name is a missing one renamed."
     wanted = set(missing)
     for name in unexpected:
         parts = [p for p in _WRAPPERS if re.search(rf'(?:^|\.){re.escape(p)}', name)]
@@ -539,7 +539,11 @@ def _renamed(missing, unexpected):
                 name,
                 (
                     f"{' and '.join(parts)} stand{'s' * (len(parts) == 1)} in its names ({_WRAPPERS[parts[0]]}):"
-                    f" {'merge the adapter (merge_and_unload), then save the model' if lora else 'save the model without that wrapper, or rename its tensors'}"
+                    f""" {
+                        'merge the adapter (merge_and_unload), then save the model'
+                        if lora
+                        else 'save the model without that wrapper, or rename its tensors'
+                    }"""
                 ),
             )
         if found := next((m for m in missing if name.endswith(f'.{m}')), None):
@@ -579,7 +583,7 @@ def load_model(
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-        )  # which would be filled with random numbers: refused below
+        )  # tensors of another shape would be filled with random numbers: they are refused below
     check_names(info['missing_keys'], info['unexpected_keys'], model)
     for name, stored, wanted in sorted(info['mismatched_keys']):
         raise ActError(
@@ -596,8 +600,8 @@ def load_model(
 # %% ../nbs/01_checkpoints.ipynb #01-026
 def load_tokenizer(
     model,  # as in `resolve`
-):  # gives the ids that tokenizer.json gives
-    "The fast tokenizer of a model: tokenizer.json as it stands, or, where there is none, what transformers makes of the older files."
+):  # a tokenizer that gives the ids of tokenizer.json
+    "A model's fast tokenizer: tokenizer.json as it stands, or else what transformers makes of older files."
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     folder = resolve(model)
@@ -610,12 +614,12 @@ def load_tokenizer(
     ):
         tok = (PreTrainedTokenizerFast if file.exists() else AutoTokenizer).from_pretrained(folder)
         if tok.vocab_size < 2:
-            raise ValueError('its vocabulary is empty')  # what transformers makes up where there are no files
+            raise ValueError('its vocabulary is empty')  # what transformers makes up when there are no files
     return tok
 
 # %% ../nbs/01_checkpoints.ipynb #01-611
 def channels_of(
-    # a model, a configuration, or what `resolve` takes; of a model on the hub only the configuration is fetched
+    # a model, a configuration, or what `resolve` takes; for a model on the hub only the configuration is fetched
     source,
     tied='embedding',  # as in `enumerate_channels`
 ) -> ChannelMap:  # raises ActError when files and configuration do not belong together
@@ -636,7 +640,7 @@ def channels_of(
     model = meta_model(config)
     channels = enumerate_channels(
         model, tied
-    )  # an architecture that is not covered is called so, whatever its files hold
+    )  # an architecture that is not covered is reported first, whatever its files hold
     check_headers(model, ck.tensors, source)
     return channels
 
@@ -645,8 +649,8 @@ def check_headers(
     model,  # on any device, meta too
     tensors,  # name -> anything with a shape, such as `Checkpoint.tensors`
     where,  # the files, for the message
-):  # raises ActError that names the first tensor
-    "Files hold every parameter of a model, in its shape, and nothing else."
+):  # raises ActError naming the first tensor that does not fit
+    "Check that files hold every parameter of a model, in its shape, and nothing else."
     want = {n: tuple(p.shape) for n, p in model.named_parameters()}
     every = {n for n, _ in model.named_parameters(remove_duplicate=False)}
     check_names(set(want) - set(tensors), set(tensors) - every, where)
@@ -672,7 +676,10 @@ def _is_tied(model):
 
 # %% ../nbs/01_checkpoints.ipynb #01-030
 def tensors_of(m):
-    "name -> (shape, function that reads it, or numbers of it at (start, stop), ... one after the other), of a folder or a model; a tied copy and buffers are left out."
+    """Tensor name -> (shape, reader) for a folder or a model, without tied copies and buffers.
+
+    The reader gives the whole tensor, or its numbers at (start, stop), ... one after the other.
+    """
     if isinstance(m, torch.nn.Module):
         part = lambda p: lambda *spans: torch.cat([p.reshape(-1)[a:b] for a, b in spans]) if spans else p
         return {
@@ -698,14 +705,17 @@ def _spans(t, spans):
 def weight_hash(
     source,  # a model, a checkpoint folder or a hub id
 ) -> str:  # hexadecimal SHA-256
-    "One name for a model's weights, from names, shapes and values (as float32) in order of name: neither shards nor a higher precision in memory change it; tied copies count once."
+    """A hash that names a model's weights, from names, shapes and values (as float32) in order of name.
+
+    Neither shards nor a higher precision in memory change it; tied copies count once.
+    """
     return _hash((k, read()) for k, (_, read) in sorted(tensors_of(source).items()))
 
 # %% ../nbs/01_checkpoints.ipynb #01-521
 def trained_on(
     model,  # as in `resolve`
-) -> set:  # names of items, as `Ability.item_hashes` gives them; empty where no note says
-    "The items that a model was fine-tuned on, by the notes that fine-tuning and transfer leave beside its weights."
+) -> set:  # names of items, as `Ability.item_hashes` gives them; empty without such a note
+    "The items a model was fine-tuned on, from the notes that fine-tuning and transfer leave beside its weights."
     found = set()
     for note in (resolve(model) / n for n in ('act_finetune.json', 'act_transfer.json')):
         if not note.is_file():
@@ -721,7 +731,7 @@ _SPOTS, _STRETCH = 16, 64
 
 
 def _sampled(n, read):
-    "Values of a tensor of `n` numbers at a few places; `read(*spans)` gets them."
+    "Values of a tensor of `n` numbers at a few places; `read(*spans)` reads them."
     starts = sorted({int(i * max(0, n - _STRETCH) // (_SPOTS - 1)) for i in range(_SPOTS)})
     return read(*((s, min(n, s + _STRETCH)) for s in starts)).detach().cpu().float()
 
@@ -729,7 +739,10 @@ def _sampled(n, read):
 def fingerprint(
     source,  # a model, a checkpoint folder or a hub id
 ) -> str:  # hexadecimal SHA-256 of names, shapes and a sample of the values (as float32)
-    "A cheap name for a model's weights: the same for a folder and for the model loaded from it; neither shards nor precision matter."
+    """A cheap name for a model's weights: the same for a folder and for the model loaded from it.
+
+    Neither shards nor precision matter.
+    """
     h = hashlib.sha256()
     for name, (shape, read) in sorted(tensors_of(source).items()):
         h.update(f'{name} {list(shape)}\n'.encode())
@@ -740,7 +753,7 @@ def fingerprint(
 _SHAPE = "the two have other channels"
 _ANGLE = "positions turn queries and keys by other angles, so the same weights attend to other places"
 _SCALE = "the same weights compute something else"
-_COMPARED = {  # keys of a configuration, and what it means when two models differ there
+_COMPARED = {  # configuration keys, and what it means when two models differ in them
     **dict.fromkeys(
         'model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim'
         ' attention_bias mlp_bias use_qk_norm'.split(),
@@ -758,13 +771,15 @@ _COMPARED = {  # keys of a configuration, and what it means when two models diff
     ),
 }
 _ANY_VALUE = re.compile(
-    r'_.*|architectures|transformers_version|torch_dtype|dtype|.*_token_id|vocab_size|max_position_embeddings|tie_word_embeddings|use_cache|initializer_range|attention_dropout|auto_map|'
-    r'return_dict|output_.*|max_window_layers|use_sliding_window|pretraining_tp|transformers\.js_config|unsloth_.*|task_specific_params|id2label|label2id|problem_type|is_.*|chunk_size_.*'
+    r'_.*|architectures|transformers_version|torch_dtype|dtype|.*_token_id|vocab_size|max_position_embeddings|'
+    r'tie_word_embeddings|use_cache|initializer_range|attention_dropout|auto_map|'
+    r'return_dict|output_.*|max_window_layers|use_sliding_window|pretraining_tp|transformers\.js_config|unsloth_.*|'
+    r'task_specific_params|id2label|label2id|problem_type|is_.*|chunk_size_.*'
 )
 
 
 def _configs(target, donor):
-    "The two configurations: config.json as it stands where the two agree, otherwise as transformers completes it."
+    "The two configurations: config.json as it stands when they agree, otherwise as transformers completes it."
     raw = [m.config if isinstance(m, torch.nn.Module) else opened(m).config for m in (target, donor)]
     if all(isinstance(c, dict) for c in raw) and not _differences(
         *raw, also=('max_window_layers', 'use_sliding_window')
@@ -786,7 +801,7 @@ def label_of(m):
 
 # %% ../nbs/01_checkpoints.ipynb #01-039
 def all_finite(t):
-    "No NaN, no infinity: the smallest and the largest value say so, without a mask of the size of the tensor."
+    "No NaN and no infinity, judged from the smallest and largest values, without a mask as large as the tensor."
     return not t.numel() or bool(torch.isfinite(torch.stack(t.detach().aminmax())).all())
 
 # %% ../nbs/01_checkpoints.ipynb #01-040
@@ -822,10 +837,10 @@ PROBES = (
 def check_tokenizers(
     target,
     donor,  # tokenizers, or models as in `resolve`
-    texts=(),  # that will be used; without any, a few difficult ones decide
+    texts=(),  # texts that will be used; without any, a few difficult ones decide
     special: bool = True,  # let the tokenizers add BOS and the like
-):  # raises ActError when a text gets other ids; warns of what no text shows
-    "Compare two tokenizers by the ids that they give; folders with the same files are not opened."
+):  # raises ActError when a text gets different ids; warns of differences that no text shows
+    "Compare two tokenizers by the ids they give; folders with identical files are not opened."
     if all(isinstance(t, (str, Path)) for t in (target, donor)) and _same_files(resolve(target), resolve(donor)):
         return
     a, b = (load_tokenizer(t) if isinstance(t, (str, Path)) else t for t in (target, donor))
@@ -864,7 +879,10 @@ def check_tokenizers(
 
 # %% ../nbs/01_checkpoints.ipynb #01-509
 def _other_ids(a, b, texts, special):
-    "The first text to which two tokenizers give other ids, and where; None when there is none. An end token that is added at the end does not count."
+    """The first text to which two tokenizers give different ids, and where; None when there is none.
+
+    An end token added at the end does not count.
+    """
     for text in texts:
         x, y = (t(text, add_special_tokens=special)['input_ids'] for t in (a, b))
         x, y = (i[:-1] if i and i[-1] == t.eos_token_id else i for i, t in ((x, a), (y, b)))
@@ -875,7 +893,7 @@ def _other_ids(a, b, texts, special):
 
 
 def _other_rules(a, b):
-    "The first part of two tokenizers that differs, vocabularies aside; None when there is none."
+    "The first part in which two tokenizers differ, vocabularies aside; None when there is none."
     rules = [json.loads(t.backend_tokenizer.to_str()) for t in (a, b)]
     parts = [
         {
@@ -891,7 +909,7 @@ def _other_rules(a, b):
 # %% ../nbs/01_checkpoints.ipynb #01-043
 @dataclass(frozen=True)
 class PairReport(Shown):
-    "What `preflight` found out about a pair of models that fit."
+    "What `preflight` found about a pair of models that fit."
 
     target: str
     donor: str
@@ -916,19 +934,19 @@ VOCABULARY = (
     EMBEDDING,
     HEAD,
     'lm_head.bias',
-)  # parameters with one row a token; models of one family may pad them to other numbers of rows
+)  # parameters with one row per token; models of one family may pad them to different numbers of rows
 
 
 def check_pair(
     target,
     donor,  # models, folders or hub ids
     tokenizers: bool = True,  # compare tokenizers too (folders and ids only)
-    texts=(),  # that will be read, see `check_tokenizers`
+    texts=(),  # texts that will be read, see `check_tokenizers`
     special: bool = True,  # let the tokenizers add BOS and the like to them
     # (model type, shapes of the target's parameters by name); raises ActError at the first thing that does not fit,
-    # warns of what should be known
+    # warns of lesser differences
 ) -> tuple:
-    "The part of `preflight` that reads configurations, headers and tokenizers alone: no weights, no model classes."
+    "The part of `preflight` that reads only configurations, headers and tokenizers: no weights, no model classes."
     memory = [isinstance(m, torch.nn.Module) for m in (target, donor)]
     if target is donor or not any(memory) and resolve(target).resolve() == resolve(donor).resolve():
         raise ActError(f"target and donor are the same model, {label_of(target)}: there is nothing to move")
@@ -971,15 +989,15 @@ def _apart(tied, own):
 # %% ../nbs/01_checkpoints.ipynb #01-511
 def fit_rows(
     theirs: torch.Tensor,  # a parameter of the donor
-    ours: torch.Tensor,  # the same of the target
+    ours: torch.Tensor,  # the target's
 ) -> torch.Tensor:  # of the target's shape, device and type
-    "The donor's parameter with as many rows as the target's: what it lacks is the target's, what it has beyond is left out."
+    "The donor's parameter with as many rows as the target's: missing rows are the target's, extra rows are cut."
     theirs = theirs[: len(ours)].to(ours.device, ours.dtype)
     return theirs if len(theirs) == len(ours) else torch.cat([theirs, ours[len(theirs) :]])
 
 
 class Fitted:
-    "A donor's checkpoint read with as many rows of vocabulary as the target's."
+    "A donor's checkpoint, read with as many vocabulary rows as the target has."
 
     def __init__(self, donor: Checkpoint, target: Checkpoint):
         self.donor, self.target, self.tensors = donor, target, target.tensors
@@ -1008,7 +1026,7 @@ def fitted(
     donor,
     target,  # Checkpoints
 ):
-    "The donor as it is, or `Fitted` when its vocabulary has another number of rows."
+    "The donor as it is, or `Fitted` when its vocabulary has a different number of rows."
     same = all(
         donor.tensors[k].shape == target.tensors[k].shape
         for k in VOCABULARY
@@ -1045,7 +1063,7 @@ def save_model(
     out,  # folder to create; must not exist
     records: dict = None,  # file name -> what to write beside it as JSON
 ) -> Path:
-    "Write a model and its tokenizer as a folder, whole or not at all."
+    "Write a model and its tokenizer to a folder, whole or not at all."
     need = sum(p.numel() * p.element_size() for p in model.parameters())
     with atomic_folder(out, need) as tmp, quiet():
         model.save_pretrained(tmp)
@@ -1056,7 +1074,7 @@ def save_model(
     return Path(out)
 
 # %% ../nbs/01_checkpoints.ipynb #01-050
-EXTRAS = (  # of a checkpoint's files, those that go with its weights
+EXTRAS = (  # the files of a checkpoint that go with its weights
     r'.*\.(json|txt|model|jinja)|(LICENSE|LICENCE|NOTICE|USE_POLICY)[^/]*'
 )
 _NOT_EXTRAS = r'.*\.index\.json|adapter_.*|act_.*|README.*'
@@ -1066,7 +1084,7 @@ def copy_extras(
     src,
     dst,  # folders
 ):
-    "Copy everything but weights and other formats' weights: configuration, tokenizer, chat templates, generation settings, licence."
+    "Copy everything but weights: configuration, tokenizer, chat templates, generation settings, licence."
     for f in (o for where in (Path(src), *Path(src).glob('*chat_template*/')) for o in where.iterdir()):
         if not f.is_file() or not re.fullmatch(EXTRAS, f.name) or re.fullmatch(_NOT_EXTRAS, f.name):
             continue
@@ -1076,7 +1094,7 @@ def copy_extras(
 
 # %% ../nbs/01_checkpoints.ipynb #01-302
 def gguf_header(file):
-    "What a GGUF file says of itself, and the type that its weights take outside it; ActError when it is damaged."
+    "What a GGUF file says about itself, and the type of its weights once unpacked; ActError when it is damaged."
     try:
         import gguf
     except ImportError as e:
@@ -1127,7 +1145,7 @@ def from_gguf(
 ) -> (
     Path
 ):  # raises ActError for a file that is damaged, incomplete, or of an architecture that transformers does not read
-    "A GGUF file as a safetensors checkpoint folder with its tokenizer, and act_gguf.json: what it was unpacked from."
+    "Unpack a GGUF file into a safetensors folder with its tokenizer and act_gguf.json, a record of its origin."
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     file = Path(os.path.abspath(file))
@@ -1169,7 +1187,7 @@ def cached(
     need: int = 0,  # bytes that will be written
     work: str = '',  # what there is to do, for a dry run
 ) -> Path:
-    "The folder `out`, made on first use. A run that is making one of its neighbours is waited for."
+    "The folder `out`, made on first use; waits for a run that is making another folder beside it."
     plan, home = (
         dict(writes={out: need}, work=f'{work} there, on first use; the rest is checked when it is done'),
         Path(out).parent,
@@ -1187,7 +1205,7 @@ def cached(
 
 # %% ../nbs/01_checkpoints.ipynb #01-306
 def _unpacked(file):
-    "The folder in the cache that holds what a GGUF file holds now."
+    "The cache folder with what a GGUF file holds now."
     if not file.is_file():
         raise ActError(f"there is no file {file}: check the path")
     s = file.stat()
@@ -1198,18 +1216,18 @@ def _unpacked(file):
 BLOCK, THREADS = (
     1 << 20,
     max(1, min(4, (os.cpu_count() or 1) - 1)),
-)  # bytes of a tensor that a thread reads and changes at once; threads
+)  # bytes of a tensor that a thread reads and changes at once; number of threads
 
 
 def write_like(
     source: Checkpoint,  # its file names, index, headers and tensor order are kept
-    tmp,  # folder to write to, from `atomic_folder`; files that it holds already are kept
-    # name of a tensor -> function of (its rows start ... stop-1, start, stop) to their new values, of the same shape
-    # and type; it may change the rows in place
+    tmp,  # folder to write to, from `atomic_folder`; files that it already holds are kept
+    # tensor name -> function of (its rows start ... stop-1, start, stop) that returns new rows of the same shape and
+    # type; it may change the rows in place
     change: dict = {},
     finite: bool = True,  # refuse to write NaN and infinity
 ):
-    "Write a checkpoint with the layout of `source`, in memory of a few blocks of rows."
+    "Write a checkpoint with the layout of `source`, with only a few blocks of rows in memory."
     for file in source.files:
         if (Path(tmp) / file).exists():
             continue
@@ -1224,7 +1242,7 @@ def write_like(
 
 # %% ../nbs/01_checkpoints.ipynb #01-052
 def _write(source, file, out, change, finite):
-    "All bytes of a file, in order; threads read and change the blocks that come next."
+    "Write all bytes of a file, in order, while threads read and change the blocks that come next."
     here = sorted((t for t in source.tensors.values() if t.file.name == file), key=lambda t: t.start)
     with open(source.folder / file, 'rb') as f:
         _put(out, f.read(here[0].start if here else -1))
@@ -1240,7 +1258,7 @@ def _write(source, file, out, change, finite):
     for _ in range(2 * THREADS + 1):
         free.put(
             torch.empty(max((b[3] for b in blocks), default=0), dtype=torch.uint8)
-        )  # used again and again: new memory costs more than reading
+        )  # reused: new memory costs more than reading
 
     def ready(t, a, b, _):
         buf = free.get()
@@ -1254,7 +1272,7 @@ def _write(source, file, out, change, finite):
 
 @contextlib.contextmanager
 def one_thread():
-    "Each operation on one thread: on blocks of a megabyte more of them cost more than they give."
+    "Run each operation on one thread: on blocks of a megabyte, more threads cost more than they gain."
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -1264,7 +1282,7 @@ def one_thread():
 
 
 def _ahead(pool, f, items):
-    "f(*item) for all, in order; a few are worked on ahead."
+    "Yield f(*item) for all items, in order, with a few computed ahead."
     waiting = deque()
     for item in items:
         waiting.append(pool.submit(f, *item))
@@ -1275,7 +1293,7 @@ def _ahead(pool, f, items):
 
 
 def _put(out, data):
-    "Write all bytes, and let the disk begin with them."
+    "Write all bytes, and send them to the disk at once."
     view, start = memoryview(data), out.tell()
     while len(view):
         view = view[out.write(view) :]
@@ -1284,7 +1302,7 @@ def _put(out, data):
 
 # %% ../nbs/01_checkpoints.ipynb #01-101
 def _changed(source, t, a, b, buf, change, finite):
-    "Bytes of the rows a ... b-1 of a tensor, changed."
+    "The changed bytes of rows a ... b-1 of a tensor."
     rows, where = source.read(t.name, a, b, buf), f"tensor {t.name} of {source.folder.name}"
     new = change(rows, a, b).contiguous() if change else rows
     if new.shape != rows.shape or new.dtype != rows.dtype:
@@ -1333,7 +1351,7 @@ def untie(
     model,  # as in `resolve`, with a head that is its embedding
     out,  # folder to create
 ) -> Path:
-    "Write a tied model with a head of its own, equal to its embedding, so that it fits a model that has one; to the bit the same otherwise."
+    "Write a tied model with a head of its own, equal to its embedding; all else stays the same to the bit."
     ck = opened(model)
     if not ck.tied:
         raise ActError(f"{model} has a head of its own already: use it as it is")

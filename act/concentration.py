@@ -16,25 +16,25 @@ from .masks import ChannelScores, top_p
 
 # %% ../nbs/20_concentration.ipynb #20-009
 def top_mass(
-    x,  # scores of channels, none below zero
+    x,  # channel scores, none below zero
     q: float,  # fraction of channels, in (0, 1]
 ) -> float:  # share of the sum
-    "Share of the sum that the largest `q` of all channels hold."
+    "Share of the sum that the largest fraction `q` of all channels holds."
     x = np.sort(np.asarray(x, float))[::-1]
     return float(x[: max(1, round(q * len(x)))].sum() / x.sum()) if x.sum() else 0.0
 
 # %% ../nbs/20_concentration.ipynb #20-012
 def gini(
-    x,  # scores of channels, none below zero
+    x,  # channel scores, none below zero
 ) -> float:  # 0: all equal; (n-1)/n: one has everything
-    "Gini coefficient."
+    "Gini coefficient of the scores."
     x = np.sort(np.asarray(x, float))
     n = len(x)
     return float(2 * (np.arange(1, n + 1) * x).sum() / (n * x.sum()) - (n + 1) / n) if x.sum() else 0.0
 
 # %% ../nbs/20_concentration.ipynb #20-015
 def participation(
-    x,  # scores of channels, none below zero
+    x,  # channel scores, none below zero
 ) -> float:  # 1: all equal; 1/n: one has everything
     "Participation ratio as a fraction of all channels."
     x = np.asarray(x, float)
@@ -42,8 +42,8 @@ def participation(
 
 # %% ../nbs/20_concentration.ipynb #20-018
 def ccdf(
-    x,  # scores of channels
-    points: int = 200,  # at most, spread evenly over the logarithm of the rank
+    x,  # channel scores
+    points: int = 200,  # most points, spaced evenly in the logarithm of the rank
 ) -> pd.DataFrame:  # score, share of channels at or above it
     "Complementary cumulative distribution, thinned for drawing."
     x = np.sort(np.asarray(x, float))[::-1]
@@ -65,11 +65,11 @@ def concentration(
 # %% ../nbs/20_concentration.ipynb #20-024
 @torch.no_grad()
 def noise_twin(
-    base,
-    like,  # models of one shape
+    base,  # the model to copy
+    like,  # a model of the same shape
     seed: int = 0,  # of the noise
 ):  # a new model
-    "A copy of `base` with Gaussian noise in every parameter, as long as the change from `base` to `like`."
+    "A copy of `base` with Gaussian noise in every parameter, as large as the change from `base` to `like`."
     twin, g = copy.deepcopy(base), torch.Generator().manual_seed(seed)
     there = dict(like.named_parameters())
     for name, p in twin.named_parameters():
@@ -112,10 +112,10 @@ def plot_ccdf(
 
 # %% ../nbs/20_concentration.ipynb #20-032
 def measure(
-    fam,
-    target,
-    donor,
-    tok,  # a Family; a pair in memory, its tokenizer
+    fam,  # a Family
+    target,  # model in memory
+    donor,  # model in memory
+    tok,  # tokenizer of both
     seeds=(0, 1, 2),  # of items, noise and shuffles
     resamples: int = 20,  # of the items, for each seed
     progress: bool = False,  # show a bar
@@ -156,7 +156,7 @@ def cells(
     scores: ChannelScores,  # of a pair on an ability
     p: float = 0.05,  # fraction of all channels in the mask
 ) -> pd.DataFrame:  # kind, layer, channels, sum, raw, module (share of the cell's channels in each mask), gini
-    "Where the scores and the top channels lie: a row for each kind of module in each layer."
+    "Where the scores and the top channels lie: one row per kind of module and layer."
     flat = {k: s.data for k, s in dict(sum=scores, raw=top_p(scores, p), module=top_p(scores, p, 'module')).items()}
     total, out = float(scores.flat().sum()), []
     groups = {}
@@ -182,7 +182,7 @@ def plot_cells(
     where: pd.DataFrame,  # from `cells`
     axes=None,  # three axes to draw on
 ):
-    "Heat maps of layers x kinds: share of the sum, share of channels in the raw mask, in the module-normalised mask; returns the axes."
+    "Heat maps, layers x kinds: share of the sum, of channels in the raw and module-normalised masks; returns the axes."
     import seaborn as sns
 
     if axes is None:
@@ -209,7 +209,7 @@ def study(
     resamples: int = 20,  # of the items, for each seed
     progress: bool = False,  # show a bar
 ) -> Finding:
-    "Is the difference concentrated, and more so than where nothing was learned?"
+    "Is the difference concentrated, and more so than when nothing was learned?"
     fam = family(fam)
     target, donor, tok = load_pair(fam)
     stats, curves = measure(fam, target, donor, tok, seeds, resamples, progress)
@@ -224,10 +224,10 @@ def study(
 # %% ../nbs/20_concentration.ipynb #20-039
 def versus(
     stats: pd.DataFrame,  # from `measure`
-    statistic: str = 'top_5',  # a column of it
+    statistic: str = 'top_5',  # one of its statistics
     rank: str = 'raw',  # raw or module
 ) -> pd.DataFrame:  # condition, value, low, high (means over abilities), and how the pair compares
-    "Every condition beside the pair, averaged over abilities: 'above', 'below', or 'not told apart' when intervals overlap."
+    "Every condition beside the pair, means over abilities: 'above', 'below', or 'not told apart' (intervals overlap)."
     d = (
         stats[(stats.statistic == statistic) & (stats['rank'] == rank)]
         .groupby('condition', sort=False)[['value', 'low', 'high']]
@@ -244,7 +244,7 @@ def verdict(
     tables: dict,  # of a study
     meta: dict,  # its provenance
 ) -> tuple:  # (what was measured, why it may differ)
-    "The finding in words, made from the numbers."
+    "The finding in words, generated from the numbers."
     text, stats = [], tables['statistics']
     for r, name in (('raw', 'ranked raw'), ('module', 'within modules')):
         d = versus(stats, 'top_5', r).set_index('condition')
@@ -284,7 +284,7 @@ def plot_statistics(
     stats: pd.DataFrame,  # from `measure`
     ax=None,  # axes to draw on
 ):
-    "Share of the sum in the top 5 %, every condition and ability, raw and normalised, with 95 % intervals; returns the axes."
+    "Share of the sum in the top 5 % by condition and ability, raw and module-normalised; returns the axes."
     if ax is None:
         _, ax = plt.subplots(figsize=(WIDTH, 2.4))
     d = stats[stats.statistic == 'top_5']

@@ -9,7 +9,8 @@ __all__ = ['PACKAGE', 'JSON_LIMIT', 'ActError', 'begin', 'atomic_file', 'check_a
            'imported', 'beside', 'listed', 'peak_memory']
 
 # %% ../nbs/09_core.ipynb #09-003
-import argparse, contextlib, difflib, errno, functools, gc, hashlib, importlib, inspect, json, os, platform, resource, shlex, shutil, subprocess, sys, tempfile, time, warnings
+import argparse, contextlib, difflib, errno, functools, gc, hashlib, importlib, inspect, json, os, platform, resource
+import shlex, shutil, subprocess, sys, tempfile, time, warnings
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,7 +36,7 @@ _held = {}  # locks of this process: path -> how many blocks use it
 
 @contextlib.contextmanager
 def exclusive(path, wait=0):
-    "No other process writes `path` meanwhile; ActError when one does and is not done within `wait` seconds."
+    "Keep other processes from writing `path`; ActError when one is writing it and not done in `wait` seconds."
     if _dry is not None:
         _place(path)
         yield
@@ -94,7 +95,7 @@ def _disk_failed(e):
 
 @contextlib.contextmanager
 def writing(path):
-    "What the disk refuses inside the block becomes one ActError about `path`."
+    "Turn disk errors inside the block into one ActError about `path`."
     try:
         yield
     except ActError:
@@ -118,7 +119,7 @@ def _check_parent(path):
 
 
 def _check_free(path):
-    "No other process holds the lock of `path`."
+    "ActError when another process holds the lock of `path`."
     if Path(os.path.abspath(path)) in _held:
         return
     try:
@@ -136,7 +137,7 @@ def _check_free(path):
 
 # %% ../nbs/09_core.ipynb #09-403
 def check_room(path, need, ours=0):
-    "ActError unless `need` bytes fit on the disk of `path`, where `ours` bytes will be written over."
+    "ActError unless `need` bytes fit on the disk of `path`, where `ours` bytes will be overwritten."
     free = shutil.disk_usage(_check_parent(Path(path))).free + ours
     if need > free:
         raise ActError(
@@ -157,7 +158,7 @@ _dry = None  # in a dry run: what would be written, path -> about how many bytes
 
 
 class _DryRun(BaseException):
-    "Where a dry run ends."
+    "Raised where a dry run ends."
 
 
 def _place(path, need=0, end=False):
@@ -184,7 +185,7 @@ def begin(
     writes=None,  # path -> about how many bytes will be written there
     work: str = '',  # how much there is to do
 ):
-    "Inputs are read and checked, the work begins: the places to write are checked as well, and a dry run says what it would do and ends."
+    "Called once inputs are checked: checks the output paths too; a dry run says what it would do and ends here."
     for path, need in (writes or {}).items():
         _place(path, need)
     if _dry is None:
@@ -232,7 +233,7 @@ def _umask():
 
 
 def flush(path):
-    "What was written under `path` is on the disk, not in memory only."
+    "Make sure that what was written to `path` is on disk, not only in memory."
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -241,7 +242,7 @@ def flush(path):
 
 
 def _sweep(path):
-    "Remove what killed runs left of `path`."
+    "Remove the temporary files that killed runs left beside `path`."
     for f in path.parent.glob(f'.{path.name}.*.tmp'):
         f.unlink(missing_ok=True)
 
@@ -265,16 +266,20 @@ def check_absent(
     return Path(path)
 
 # %% ../nbs/09_core.ipynb #09-105
-_kept = []  # places where this process left work half done, to go on from
+_kept = []  # paths for which this process left unfinished work to resume from
 
 
 @contextlib.contextmanager
 def work_folder(
     path,  # final name of the output, a file or a folder
-    key: str = None,  # a hash of everything that decides the output; without it nothing is ever resumed
+    key: str = None,  # a hash of everything that determines the output; without it nothing is ever resumed
     need: int = 0,  # bytes that will be written; checked against the free space first
 ):
-    "A folder `.NAME.partial` beside `path` for one run at a time; a run with the same key takes over what a killed one left there. Inside another such block for `path` it is that block's folder."
+    """A folder `.NAME.partial` beside `path`, for one run at a time.
+
+    A run with the same key takes over what a killed one left there. Inside another such block for `path`, it is that
+    block's folder.
+    """
     path = Path(path)
     work, inner = _partial(path), Path(os.path.abspath(path)) in _held
     if _dry is not None:
@@ -315,7 +320,7 @@ def atomic_folder(
     if _dry is not None:
         _place(path, need, end=True)
     with work_folder(path, key, need) as work:
-        check_absent(path)  # it may have appeared while its lock was waited for
+        check_absent(path)  # it may have appeared while waiting for the lock
         tmp = work / 'out'
         if not key:
             shutil.rmtree(tmp, ignore_errors=True)  # of a killed run
@@ -343,14 +348,14 @@ def write_json(
     return Path(path)
 
 # %% ../nbs/09_core.ipynb #09-302
-JSON_LIMIT = 16 << 20  # bytes of one text
+JSON_LIMIT = 16 << 20  # most bytes of one text
 
 
 def parse_json(
     source,  # a Path, or text as str or UTF-8 bytes
     nan: bool = False,  # let NaN and infinity pass, as `write_json` writes them
 ):  # raises ValueError that says what is wrong; OSError when a file cannot be read
-    "What a JSON text that is not trusted holds."
+    "Parse JSON that is not trusted."
     if isinstance(source, Path):
         with open(source, 'rb') as f:
             source = f.read(JSON_LIMIT + 1)
@@ -366,7 +371,7 @@ def parse_json(
     if _depth(d) > 100:
         raise ValueError('it nests too deeply')
     if '\\u' in text:
-        json.dumps(d, ensure_ascii=False).encode()  # half of a surrogate pair is no character
+        json.dumps(d, ensure_ascii=False).encode()  # half of a surrogate pair is not a character
     return d
 
 # %% ../nbs/09_core.ipynb #09-303
@@ -399,7 +404,7 @@ def read_json(
     format: str,  # what it must say under "format"
     noun: str,  # what it should be, for the message
     maker: str,  # the command that makes one
-    # function of what was read, by default left as it is; a key that it misses, or a value that it cannot use, is an
+    # function applied to what was read, none by default; a key that it misses, or a value that it cannot use, is an
     # ActError too
     make=None,
 ):  # raises ActError when it is absent, not JSON, of another format, or incomplete
@@ -432,7 +437,10 @@ def sha256(
 # %% ../nbs/09_core.ipynb #09-029
 @functools.cache
 def git_revision() -> str:
-    "Revision of the checkout that this library runs from, with `+` when files differed from it at the first call; the version when it is not a checkout."
+    """Git revision of the checkout that this library runs from; its version when it is not a checkout.
+
+    A `+` says that files differed from the revision at the first call.
+    """
     run = lambda *a: subprocess.run(['git', '-C', str(PACKAGE), *a], capture_output=True, text=True, timeout=10)
     try:
         top, rev = run('rev-parse', '--show-toplevel'), run('rev-parse', '--short=12', 'HEAD')
@@ -464,7 +472,7 @@ def _cpu():
 
 # %% ../nbs/09_core.ipynb #09-031
 def origin() -> dict:
-    "Git revision, versions and machine: what a file may say whose bytes must not change from run to run."
+    "Git revision, versions and machine: the provenance that does not change from run to run."
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -481,13 +489,13 @@ def origin() -> dict:
 def provenance(
     **more,  # what else belongs to this result: config, seed, hashes
 ) -> dict:
-    "What a result file must say about its origin: time, git revision, versions, machine, and `more`."
+    "What a result file must record about its origin: time, git revision, versions, machine, and `more`."
     return dict(time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), **origin(), **more)
 
 # %% ../nbs/09_core.ipynb #09-034
 @contextlib.contextmanager
 def quiet():
-    "Progress bars, log messages below errors and notices of future changes, of transformers and datasets, are off inside the block."
+    "Turn off progress bars, log messages below errors and FutureWarnings of transformers and datasets."
     import datasets
     from transformers.utils import logging as hf
 
@@ -508,7 +516,7 @@ def quiet():
 
 # %% ../nbs/09_core.ipynb #09-038
 class _Lines:
-    "What tqdm draws, as lines of a log."
+    "What tqdm draws, as log lines."
 
     def write(self, s):
         if s := s.strip():
@@ -518,7 +526,7 @@ class _Lines:
         pass
 
 
-def _log():  # options of tqdm where nobody watches
+def _log():  # options of tqdm for logs
     return dict(
         file=_Lines(),
         delay=30,
@@ -529,20 +537,23 @@ def _log():  # options of tqdm where nobody watches
 
 # %% ../nbs/09_core.ipynb #09-409
 def bar(
-    items=None,  # what to go through; none for a bar that is moved by hand
+    items=None,  # what to iterate over; none for a bar that is moved by hand
     progress: bool = True,  # show it
     **kwargs,  # of tqdm: total, desc, unit
 ):
-    "A progress bar for notebooks and terminals (tqdm); a line every half minute for logs."
+    "A progress bar for notebooks and terminals (tqdm), or a line every half minute in logs."
     plain = not sys.stderr.isatty() and 'ipykernel' not in sys.modules
     off = (
         dict(disable=True) if not progress or os.environ.get('TQDM_DISABLE') else {}
-    )  # which tqdm itself overlooks in notebooks
+    )  # tqdm itself overlooks this in notebooks
     return tqdm(items, **kwargs | (_log() if plain else {}) | off)
 
 # %% ../nbs/09_core.ipynb #09-202
 def processes() -> tuple:  # (number of this process, how many there are)
-    "This process among those that `torchrun` or `accelerate launch` started; the first call connects them, and makes `cuda` the process's own device."
+    """This process among those that `torchrun` or `accelerate launch` started.
+
+    The first call connects them, and makes `cuda` the process's own device.
+    """
     if 'RANK' not in os.environ or int(os.environ.get('WORLD_SIZE', 1)) == 1:
         return 0, 1
     import torch
@@ -556,8 +567,8 @@ def processes() -> tuple:  # (number of this process, how many there are)
 # %% ../nbs/09_core.ipynb #09-203
 def gathered(
     obj=None,  # anything that can be pickled
-) -> list:  # one object a process, in their order, the same list everywhere
-    "What every process holds; it returns when all have come here."
+) -> list:  # one object per process, in their order; the same list everywhere
+    "Collect an object from every process; it returns once all processes have called it."
     _, n = processes()
     if n == 1:
         return [obj]
@@ -571,7 +582,7 @@ def gathered(
 def from_first(
     f,  # a function without arguments
 ):
-    "What `f()` returns on the first process, on all of them; when it raises an ActError there, the others stop without another message."
+    "Run `f()` in the first process and return its result in all; on an ActError the others stop without a message."
     value = error = None
     if not processes()[0]:
         try:
@@ -587,19 +598,22 @@ def from_first(
 
 # %% ../nbs/09_core.ipynb #09-502
 class ActWarning(UserWarning):
-    "Something to know about an input that is used all the same."
+    "Something to know about an input that is used anyway."
 
 
 def warn(
     text: str,  # what it is, where, and what could be done about it
 ):
-    "Warn once; of several processes the first one does."
+    "Warn once; of several processes only the first one does."
     if not processes()[0]:
         warnings.warn(text, ActWarning, stacklevel=3)
 
 # %% ../nbs/09_core.ipynb #09-041
 def _parser(f):
-    "fastcore's parser, where a parameter without a default is a required option, with examples, exit codes and the page in the docs below."
+    """fastcore's parser, where a parameter without a default is a required option.
+
+    The help ends with examples, exit codes and the page in the docs.
+    """
     p, name, params = anno_parser(f, f.__name__), f.__name__, inspect.signature(f).parameters
     for a in p._actions:
         a.help = (
@@ -609,7 +623,7 @@ def _parser(f):
         )
         if a not in p._positionals._group_actions:
             continue
-        a.required = False  # what is missing is said in one line for all
+        a.required = False  # all that is missing is named in one line
         if a.dest == 'action':
             a.nargs = '?'
         else:
@@ -649,7 +663,7 @@ def _required(f):
 
 # %% ../nbs/09_core.ipynb #09-411
 def _page(f):
-    "Where the docs have a function."
+    "The address of a function in the docs."
     from act._modidx import d
 
     page = d['syms'].get(f.__module__, {}).get(f'{f.__module__}.{f.__name__}', ('',))[0]
@@ -657,7 +671,7 @@ def _page(f):
 
 
 def _ask(f, given):
-    "ActError that names what is required and not given."
+    "Raise ActError naming what is required and was not given."
     missing = [n if n == 'action' else f'--{n}' for n in _required(f) if given.get(n) in (None, '')]
     if missing:
         raise ActError(
@@ -688,7 +702,7 @@ def _run(f):
         if 'dry_run' not in inspect.signature(f).parameters:
             del options['dry_run']
         _ask(f, options)
-        gc.freeze()  # what was imported stays: the collector need not look at it again and again
+        gc.freeze()  # imported modules stay: the collector need not look at them again and again
         with _warnings_as_lines():
             f(**options)
     except ActError as e:
@@ -698,7 +712,7 @@ def _run(f):
     except KeyboardInterrupt as e:
         bars = list(getattr(tqdm, '_instances', ()))
         for b in bars:
-            b.close()  # one that ends later would write behind the message
+            b.close()  # one that ends later would print after the message
         how = str(e) or (
             'give the same command again to go on'
             if _kept
@@ -716,7 +730,7 @@ def _say(text, code):
 
 @contextlib.contextmanager
 def _warnings_as_lines():
-    "An `ActWarning` is a line on standard error, the same one once."
+    "Print each `ActWarning` once, as a line on standard error."
     said = set()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning)  # of libraries, about their own next version
@@ -735,7 +749,10 @@ def _warnings_as_lines():
 
 # %% ../nbs/09_core.ipynb #09-413
 def command(f):
-    "Make `f` a command, with options and help from its signature, docments and docstring; an `ActError` becomes one line and exit code 2."
+    """Make `f` a command, with options and help from its signature, docments and docstring.
+
+    An `ActError` becomes one line on standard error and exit code 2.
+    """
 
     @functools.wraps(f)
     def _command(*args, **kwargs):
@@ -747,7 +764,7 @@ def command(f):
                 return _run(f)
             finally:
                 sys.stdout.flush()
-        except BrokenPipeError:  # nobody reads any more, as in act_x | head
+        except BrokenPipeError:  # the reader has gone, as in act_x | head
             for s in (sys.stdout, sys.stderr):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), s.fileno())
             return 141
@@ -757,7 +774,7 @@ def command(f):
 
 # %% ../nbs/09_core.ipynb #09-419
 def next_step(
-    name: str,  # of a command, with an action that belongs to it
+    name: str,  # of a command, with its action if it has one
     **options,  # its options, as far as they are known
 ):
     "Print the command that comes next, quoted for the shell."
@@ -776,23 +793,23 @@ def option_line(options):
 def imported(
     where: str,  # 'module:name'
 ):
-    "What a registry names by a string, imported when it is first asked for."
+    "Import what a registry names by a string."
     module, _, name = where.partition(':')
     return getattr(importlib.import_module(module), name)
 
 # %% ../nbs/09_core.ipynb #09-420
 def beside(
     path,  # of a file
-    name: str,  # of another one in its folder
+    name: str,  # of another file in its folder
 ) -> str:
-    "A name for what comes next, in the folder of what was written."
+    "A path in the same folder as `path`, for what comes next."
     return str(Path(path).with_name(name))
 
 # %% ../nbs/09_core.ipynb #09-505
 def listed(
     text: str,  # names or paths, separated by commas
 ) -> list:
-    "The names; a comma inside the path of something that exists separates nothing."
+    "Split names at commas, but not at a comma inside an existing path."
     parts, out = (text or '').split(','), []
     while parts:
         n = next((n for n in range(len(parts), 1, -1) if Path(','.join(parts[:n])).exists()), 1)
@@ -802,11 +819,11 @@ def listed(
 
 # %% ../nbs/09_core.ipynb #09-508
 def peak_memory() -> int:  # bytes
-    "The most memory that this process has held so far."
+    "The most memory this process has held so far."
     try:
         return 1024 * int(
             next(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM'))
-        )  # without that of the program that started it
+        )  # not counting the program that started it
     except (OSError, StopIteration):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
             1 if sys.platform == 'darwin' else 1024

@@ -18,11 +18,11 @@ from .masks import ChannelScores, compare, square, top_p
 # %% ../nbs/21_disentanglement.ipynb #21-009
 def shared(
     masks: dict,  # name -> ChannelMask, of one model
-) -> pd.DataFrame:  # a, b, iou, overlap, expected, log10_p: a row for each two masks
-    "Overlap of every two masks, what chance would give, and the probability of at least as much by chance (log10, hypergeometric)."
+) -> pd.DataFrame:  # a, b, iou, overlap, expected, log10_p: one row per pair of masks
+    "Pairwise overlap of several masks, its expectation, and the hypergeometric probability of at least as much."
     both = compare(masks)
     t, n = both.frame(), both.total
-    chance = np.maximum(t.size_a, t.size_b) / n  # of the smaller one, expected in the other
+    chance = np.maximum(t.size_a, t.size_b) / n  # expected share of the smaller mask in the other
     return t[['a', 'b', 'iou', 'overlap']].assign(
         expected=chance, log10_p=stats.hypergeom.logsf(t.shared - 1, n, t.size_a, t.size_b) / np.log(10)
     )
@@ -42,7 +42,7 @@ def specific(
     }
 
 # %% ../nbs/21_disentanglement.ipynb #21-014
-VARIANTS = {  # name -> from the scores of all abilities of a pair to masks of a fraction p
+VARIANTS = {  # name -> function from the scores of all abilities of a pair to masks of fraction p
     'raw': lambda scores, p: {k: top_p(s, p) for k, s in scores.items()},
     'module': lambda scores, p: {k: top_p(s, p, 'module') for k, s in scores.items()},
     'specific': lambda scores, p: {k: top_p(s, p) for k, s in specific(scores).items()},
@@ -51,16 +51,16 @@ VARIANTS = {  # name -> from the scores of all abilities of a pair to masks of a
 # %% ../nbs/21_disentanglement.ipynb #21-017
 def plot_overlap(
     table: pd.DataFrame,  # from `shared`
-    value: str = 'overlap',  # its column
+    value: str = 'overlap',  # column to show
 ):
-    "Clustered heat map of the overlap of every two masks, in percent; returns the figure."
+    "Clustered heat map of the pairwise overlap of masks, in percent; returns the figure."
     import seaborn as sns
 
     grid = 100 * square(table, value)
     layout, plt.rcParams['figure.constrained_layout.use'] = (
         plt.rcParams['figure.constrained_layout.use'],
         False,
-    )  # clustermap lays out by itself
+    )  # clustermap does its own layout
     try:
         g = sns.clustermap(
             grid,
@@ -94,9 +94,9 @@ def relations(
 # %% ../nbs/21_disentanglement.ipynb #21-021
 def additive(
     table: pd.DataFrame,  # from `relations`
-    value: str = 'overlap',
+    value: str = 'overlap',  # column to explain
 ) -> pd.DataFrame:  # term, coefficient, alone (share of variance that only this term explains); R2 as the last row
-    "Least squares of the overlap on what two abilities share; factors that never or always hold are left out."
+    "Least-squares fit of the overlap on what two abilities share, without factors that never or always hold."
     used = [k for k in FACTORS if table[f'same_{k}'].nunique() > 1]
     y = table[value].to_numpy(float)
 
@@ -137,7 +137,7 @@ def ceiling(
     p: float = 0.05,
     seed: int = 0,  # of the halves
 ) -> dict:  # (variant, 'same ability, other items') -> mean overlap of disjoint halves
-    "What two samples of one ability share."
+    "Mean overlap of the masks of two samples of one ability."
     halves = {k: s.split(len(s) // 2, len(s) // 2, seed=seed) for k, s in items.items()}
     first, second = ({k: h[i] for k, h in halves.items()} for i in (0, 1))
     out = {}
@@ -151,7 +151,7 @@ def curve(
     scores: dict,  # ability -> ChannelScores, of one pair
     ps=(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5),  # fractions of all channels
 ) -> pd.DataFrame:  # variant, p, iou (mean over pairs of abilities), chance
-    "Mean IoU of all abilities over the fraction; random masks of fraction p have p / (2 - p)."
+    "Mean IoU of two abilities at each fraction; random masks of fraction p have p / (2 - p)."
     rows = [
         dict(variant=v, p=p, iou=shared(make(scores, p)).iou.mean(), chance=p / (2 - p))
         for v, make in VARIANTS.items()
@@ -164,7 +164,7 @@ def plot_curve(
     curves: pd.DataFrame,  # from `curve`
     ax=None,  # axes to draw on
 ):
-    "Mean IoU against p for every variant, and chance; returns the axes."
+    "Mean IoU against p for every variant and for chance; returns the axes."
     if ax is None:
         _, ax = plt.subplots(figsize=(WIDTH, 2.2))
     for (v, g), mark in zip(curves.groupby('variant', sort=False), 'os^'):
@@ -251,7 +251,7 @@ def verdict(
     tables: dict,  # of a study
     meta: dict,  # its provenance
 ) -> tuple:  # (what was measured, why it may differ)
-    "The finding in words, made from the numbers."
+    "The finding in words, generated from the numbers."
     p, s = meta['p'], {(r['condition'], r['variant'], r['relation']): r for r in tables['summary'].to_dict('records')}
     alone = {
         r['term']: r
@@ -303,7 +303,7 @@ def plot_summary(
     summary: pd.DataFrame,  # of the study
     axes=None,  # one axes for each variant
 ):
-    "Overlap by what two abilities share, the pair beside its noise twin, with 95 % intervals; returns the axes."
+    "Overlap by what two abilities have in common, for pair and noise twin, with 95 % intervals; returns the axes."
     if axes is None:
         _, axes = plt.subplots(1, len(VARIANTS), figsize=(2 * WIDTH, 2.4), sharey=True)
     for ax, (v, part) in zip(axes, summary.groupby('variant', sort=False)):

@@ -55,7 +55,7 @@ TASKS = PACKAGE / 'tasks'
 # %% ../nbs/14_evaluate.ipynb #14-011
 @contextlib.contextmanager
 def silent():
-    "lm-eval and datasets say nothing inside the block."
+    "Silence lm-eval and datasets inside the block."
     log = logging.getLogger('lm_eval')
     level = log.level
     log.setLevel(logging.ERROR)
@@ -70,12 +70,13 @@ def silent():
 def task_items(
     spec: str,  # what `load_ability` takes
     split: str = 'test',  # train, localize, sft, validation, test or all
-    n: int = None,  # items
-    **_,  # lm-eval passes the task's metadata too
-    # {'test': datasets.Dataset} with the columns prompt, answer, id, choices, eos (the end-of-text token belongs to the
-    # answer) and language
-) -> dict:
-    "The items of an ability as lm-eval wants them; task files name this function."
+    n: int = None,  # number of items; all by default
+    **_,  # lm-eval also passes the task's metadata
+) -> dict:  # {'test': datasets.Dataset} with the columns prompt, answer, id, choices, eos and language
+    """The items of an ability in the form that lm-eval expects; task files refer to this function.
+
+    The column eos says whether the end-of-text token belongs to the answer.
+    """
     return _dataset(load_ability(spec, split, n))
 
 # %% ../nbs/14_evaluate.ipynb #14-013
@@ -95,17 +96,17 @@ def _dataset(ability, eos=None):
 # %% ../nbs/14_evaluate.ipynb #14-014
 def bits_per_byte(
     loglik,  # log-likelihood of an answer in nats: a number, or an array over answers
-    nbytes,  # its length in bytes, as UTF-8
+    nbytes,  # length of the answer in UTF-8 bytes
 ):
-    "Bits that the answer costs, for each of its bytes: comparable across tokenizers; lower is better."
+    "Bits per byte of an answer: comparable across tokenizers; lower is better."
     return -loglik / math.log(2) / nbytes
 
 # %% ../nbs/14_evaluate.ipynb #14-015
 def score_answer(
     doc: dict,  # an item of `task_items`
-    results: list,  # [(log-likelihood in nats, is every token the most likely one)]
+    results: list,  # [(log-likelihood in nats, whether every token is the most likely one)]
 ) -> dict:  # acc (0 or 1) and bits_per_byte
-    "What the task template for given answers reports for an item."
+    "Score the given answer to an item; the task template for given answers refers to this function."
     loglik, greedy = results[0]
     return dict(acc=int(greedy), bits_per_byte=bits_per_byte(loglik, len(doc['answer'].encode())))
 
@@ -113,15 +114,15 @@ def score_answer(
 def right_choice(
     doc: dict,  # an item of `task_items`
 ) -> int:
-    "Which of the choices is the answer."
+    "Index of the answer among the choices."
     return doc['choices'].index(doc['answer'])
 
 
 def score_choices(
     doc: dict,  # an item of `task_items`
-    results: list,  # for every choice (log-likelihood in nats, is every token the most likely one)
-) -> dict:  # acc (is the answer the likeliest choice) and bits_per_byte of the answer
-    "What the task template for multiple choice reports for an item."
+    results: list,  # for every choice (log-likelihood in nats, whether every token is the most likely one)
+) -> dict:  # acc (whether the answer is the likeliest choice) and bits_per_byte of the answer
+    "Score a multiple-choice item; the task template for multiple choice refers to this function."
     logliks, right = [ll for ll, _ in results], right_choice(doc)
     return dict(
         acc=int(int(np.argmax(logliks)) == right),
@@ -129,23 +130,22 @@ def score_choices(
     )
 
 # %% ../nbs/14_evaluate.ipynb #14-310
-DECIMAL_POINT = (  # languages with a point before the decimals
+DECIMAL_POINT = (  # languages that write a point before decimals
     'am bn en gu he hi ja kn ko ml mr ms my ne pa si sw ta te th ur zh'
 )
-DECIMAL_COMMA = (  # with a comma
+DECIMAL_COMMA = (  # languages that write a comma
     'az be bg bs ca cs da de el es et eu fi fr gl hr hu hy id is it ka kk lt lv mk nb nl nn no pl pt ro ru sk sl sq sr'
     ' sv tr uk uz vi'
 )
 
 
 def read_number(
-    text: str,  # with a number in it
-    language: str = None,  # of the text, such as 'de'
-    # the number that is looked for has no decimals: '1.000' is a thousand unless the language is one with decimal
-    # points
+    text: str,  # text with a number in it
+    language: str = None,  # language of the text, such as 'de'
+    # the expected number has no decimals: '1.000' is a thousand unless the language writes a decimal point
     whole: bool = False,
-) -> str:  # plain digits, with a point before decimals if any; None where there is no number
-    "The last number of a text."
+) -> str:  # plain digits, with a point before any decimals; None where there is no number
+    "The last number in a text."
     plain = {
         **dict.fromkeys(map(ord, '\u2212\u2013\ufe63\uff0d'), '-'),
         **dict.fromkeys(map(ord, '\u00a0\u202f\u2009\u2007\u2019\u066c'), "'"),
@@ -162,7 +162,7 @@ def read_number(
     grouped = [
         r'\d{1,3}(?:\.\d{3})+,\d+',
         r'\d{1,3}(?:,\d{3})+\.\d+',
-        r'\d{1,2}(?:,\d{2})+,\d{3}(?:\.\d+)?',  # a second separator says what the first one is
+        r'\d{1,2}(?:,\d{2})+,\d{3}(?:\.\d+)?',  # a second separator shows what the first one is
         r"\d{1,3}(?:'\d{3})+(?:[.,\u066b]\d+)?",
         r'\d{1,3}(?:\.\d{3}){2,}',
         r'\d{1,3}(?:,\d{3}){2,}',
@@ -175,7 +175,8 @@ def read_number(
         grouped.append(r'[1-9]\d{0,2},\d{3}')
     decimals = r'\d+[.\u066b]\d+' if point else r'\d+[.,\u066b]\d+'
     found = re.findall(
-        rf'((?<![0-9A-Za-z\u00c0-\u024f\u0370-\u04ff)\]])-(?=[$€£¥₹]?\d))?[$€£¥₹]?(?:((?:{"|".join(grouped)})(?!\d))|({decimals})|(\d+))',
+        r'((?<![0-9A-Za-z\u00c0-\u024f\u0370-\u04ff)\]])-(?=[$€£¥₹]?\d))?[$€£¥₹]?'
+        rf'(?:((?:{"|".join(grouped)})(?!\d))|({decimals})|(\d+))',
         text,
         re.A,
     )
@@ -192,32 +193,32 @@ def read_number(
 def final_answer(
     doc: dict,  # an item of `task_items`
 ) -> str:
-    "What must be found: the last number of the answer, or the whole answer when it has none."
+    "The expected answer: the last number in it, or all of it when it has none."
     return read_number(doc['answer'], doc.get('language')) or doc['answer'].strip()
 
 
 def read_answer(
     doc: dict,  # an item of `task_items`
     text: str,  # what the model wrote
-) -> str:  # None where a number was looked for and there is none
-    "What counts of a model's text."
+) -> str:  # None where a number is expected and there is none
+    "The part of a model's text that is compared: its last number, or all of it when the answer has no number."
     right = read_number(doc['answer'], doc.get('language'))
     return text.strip() if right is None else read_number(text, doc.get('language'), '.' not in right)
 
 
 def compare_answers(
     doc: dict,  # an item of `task_items`
-    results: list,  # with the model's text
+    results: list,  # [the model's text]
 ) -> dict:  # exact_match: 0 or 1
-    "Compare what the model wrote with the answer; the task template for generation names this function."
+    "Compare what the model wrote with the answer; the task template for generation refers to this function."
     return dict(exact_match=int(read_answer(doc, results[0]) == final_answer(doc)))
 
 # %% ../nbs/14_evaluate.ipynb #14-024
 def write_tasks(
-    folder=TASKS,  # where the two templates are
-    lab: tuple = (),  # abilities of the lab, such as science-zh
+    folder=TASKS,  # folder of the templates
+    lab: tuple = (),  # lab abilities, such as science-zh
 ) -> list:  # names of the tasks
-    "Write a task file for every ability of the lab and of the public sources."
+    "Write a task file for every ability of the lab and every public source."
 
     def write(kind, source, languages, suffix=''):
         for spec in (f'{source}/{o}' for o in languages):
@@ -245,13 +246,12 @@ def write_tasks(
 
 # %% ../nbs/14_evaluate.ipynb #14-027
 def task_kind(ability, generate):
-    return (
-        'choices' if all(o.choices for o in ability) else 'generate' if generate else 'loglikelihood'
-    )  # which template
+    "The template for an ability."
+    return 'choices' if all(o.choices for o in ability) else 'generate' if generate else 'loglikelihood'
 
 
 def _template(kind):
-    "A template as a dictionary, with the functions that it names."
+    "A template as a dictionary, with the functions it refers to."
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -272,7 +272,7 @@ def cached_task(key, kind, eos, write):
     class Task(ConfigurableTask):
         def build_all_requests(self, **kwargs):
             with contextlib.redirect_stderr(io.StringIO()):
-                super().build_all_requests(**kwargs)  # its bar over documents, which nothing else can switch off
+                super().build_all_requests(**kwargs)  # without its bar over documents, which has no switch
 
     config = _template(kind)
     if kind == 'generate':
@@ -288,7 +288,7 @@ def cached_task(key, kind, eos, write):
 
 
 class TaskKey:
-    "An ability under its name, equal to any other with the same items."
+    "A named ability, equal to any other with the same name and items."
 
     def __init__(self, name, ability):
         self.name, self.ability, self.id = name, ability, (name, ability.hash)
@@ -301,7 +301,7 @@ class TaskKey:
 
 # %% ../nbs/14_evaluate.ipynb #14-302
 def _logits(model, batch, at):
-    "(rows, len(at), entries) at the positions `at` of a batch."
+    "Logits (rows, len(at), vocabulary) at the positions `at` of a batch."
     inputs = {k: batch[k].to(model.device) for k in ('input_ids', 'attention_mask', 'position_ids')}
     if 'logits_to_keep' in inspect.signature(model.forward).parameters:
         return model(**inputs, use_cache=False, logits_to_keep=at.to(model.device)).logits
@@ -309,7 +309,7 @@ def _logits(model, batch, at):
 
 
 def _answer_logps(model, batch):
-    "(log-likelihood in nats, is every token the most likely one) of every row's answer; positions are those that predict it."
+    "(log-likelihood in nats, whether every token is the most likely one) for the answer in every row of a batch."
     at = batch['positions'].any(0).nonzero()[:, 0]
     logits, where, targets = _logits(model, batch, at), batch['positions'][:, at], batch['input_ids'][:, at + 1]
     rows, want = logits[where.to(logits.device)], targets[where].to(logits.device)
@@ -321,7 +321,7 @@ def _answer_logps(model, batch):
 
 # %% ../nbs/14_evaluate.ipynb #14-305
 def _write(model, tokenizer, batch, stop, most):
-    "(text, was the limit hit) of every row of a batch that is padded on the left."
+    "(text, whether the limit was hit) for every row of a batch padded on the left."
     from transformers import GenerationConfig, StoppingCriteria
 
     ends, width, tail = _ends(model, tokenizer), batch['input_ids'].shape[1], 4 * max(map(len, stop), default=0) + 4
@@ -352,7 +352,7 @@ def _write(model, tokenizer, batch, stop, most):
 
 
 def _ends(model, tokenizer):
-    "The ids after which nothing comes."
+    "The ids that end a text."
     own = getattr(model.generation_config, 'eos_token_id', None)
     own = own if isinstance(own, (list, tuple)) else [own]
     return sorted({i for i in (*own, tokenizer.eos_token_id) if i is not None})
@@ -366,29 +366,27 @@ def _until(ids, text, ends, stop, most):
 
 # %% ../nbs/14_evaluate.ipynb #14-306
 class ActLM(LM):
-    "A model for lm-eval, under the name `act`, that scores the ids and answer positions of `encode`."
+    "The model `act` for lm-eval, which scores the ids and answer positions of `encode`."
 
     def __init__(
         self,
         pretrained,  # a model in memory, or what `load_model` takes
-        tokenizer=None,  # of a model in memory
+        tokenizer=None,  # tokenizer of a model in memory
         dtype: str = 'auto',  # float32, bfloat16 or float16; as stored by default
         device: str = None,  # cpu, cuda, ...
         device_map: str = None,  # auto spreads the model over all devices
         chat: bool = False,  # prompts through the tokenizer's chat template
         max_length: int = None,  # tokens of prompt and answer; longer prompts are cut on the left
         batch_size: int = 64,  # items at once
-        max_batch_size: int = None,  # lm-eval gives it; not used
+        max_batch_size: int = None,  # passed by lm-eval; not used
         progress: bool = True,  # show bars
     ):
         super().__init__()
         if not str(batch_size).isdigit() or not int(batch_size):
             raise ActError(f"batch_size is {batch_size!r}: give the number of items at once")
-        processes()  # connected, each with its own device
-        if device == 'cuda:0':
-            device = (
-                'cuda' if torch.cuda.is_available() else None
-            )  # lm-eval asks for cuda:0 unless it is told otherwise
+        processes()  # connects them, each with its own device
+        if device == 'cuda:0':  # lm-eval asks for cuda:0 unless told otherwise
+            device = 'cuda' if torch.cuda.is_available() else None
         loaded = (
             load_model(pretrained, dtype, device, device_map)
             if isinstance(pretrained, (str, Path))
@@ -397,11 +395,11 @@ class ActLM(LM):
         self.model, self.tokenizer = loaded
         self.chat, self.max_length, self.batch_size, self.progress = chat, max_length, int(batch_size), progress
         self.rows, self.context = reads(self.model)
-        self.room = min((n for n in (max_length, self.context) if n), default=None)  # most tokens of a text
-        self.at_limit = {}  # (task, item) -> was the limit hit before the model had ended
+        self.room = min((n for n in (max_length, self.context) if n), default=None)  # most tokens in a text
+        self.at_limit = {}  # (task, item) -> whether the limit was hit before the model finished
 
     def loglikelihood(self, requests) -> list:
-        "(log-likelihood in nats of the continuation, is every token the most likely one) of every (context, continuation)."
+        "(log-likelihood in nats, whether every token is the most likely one) for each (context, continuation)."
         ends = lambda r: isinstance(r.doc, dict) and r.doc.get('eos') is True
         return self._score(
             [
@@ -413,7 +411,7 @@ class ActLM(LM):
         )
 
     def loglikelihood_rolling(self, requests) -> list:
-        "Log-likelihood in nats of every text, from its first token on, in windows of what the model reads."
+        "Log-likelihood in nats of every text from its first token, in windows of the length that the model reads."
         from lm_eval.utils import get_rolling_token_windows
 
         first = next((i for i in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id) if i is not None), None)
@@ -442,7 +440,7 @@ class ActLM(LM):
         return sums
 
     def generate_until(self, requests) -> list:
-        "What the model writes, greedily, after every context."
+        "The greedy continuation of every context."
         jobs, prompts = {}, []
         for i, r in enumerate(requests):
             stop, most = self._limits(r.args[1])
@@ -480,7 +478,7 @@ class ActLM(LM):
         return Item(prompt, answer, f'{r.task_name}:{r.doc_id}')
 
     def _limits(self, how):
-        "(stop strings, most tokens) of a task's generation settings."
+        "(stop strings, token limit) from a task's generation settings."
         if how.get('do_sample'):
             raise ActError("the model act writes greedily, and the task asks for samples: set do_sample to false")
         stop = how.get('until') or ()
@@ -493,7 +491,7 @@ class ActLM(LM):
 
     @torch.no_grad()
     def _shared(self, work, run, n, desc):
-        "What `run(batch, numbers of its items, ...)` returns for the items of all batches, in order; every process runs its share."
+        "Results of `run(batch, numbers of its items, ...)` for all items in order; every process runs its share."
         (rank, world), found = processes(), {}
         with (
             quiet(),
@@ -512,16 +510,16 @@ class ActLM(LM):
 
 # %% ../nbs/14_evaluate.ipynb #14-312
 if __name__ != '__main__':
-    register_model('act')(ActLM)  # by the module, once, not by this notebook
+    register_model('act')(ActLM)  # once, by the module, not by this notebook
 
 # %% ../nbs/14_evaluate.ipynb #14-029
 def bootstrap_ci(
-    x,  # values, one an item
-    n: int = 2000,  # resamples
+    x,  # values, one per item
+    n: int = 2000,  # number of resamples
     level: float = 0.95,  # confidence
     seed: int = 0,
 ) -> tuple:  # (low, high)
-    "Percentile bootstrap interval of the mean (scipy.stats.bootstrap); all values equal give a width of zero."
+    "Percentile bootstrap interval of the mean (scipy.stats.bootstrap); its width is zero when all values are equal."
     x = np.asarray(x, float)
     if not len(x):
         raise ActError("no values to resample: the result has no items")
@@ -543,14 +541,14 @@ _COLUMNS, _WRITTEN = 'ability id correct loglik bytes tokens'.split(), 'text rea
 
 
 class EvalResult(Shown):
-    "Results item by item: `.items` has a row an item; `.table()` sums up; `.save()` writes them with their provenance."
+    "Results by item: `.items` has a row per item, `.table()` summarises, `.save()` writes them with their provenance."
 
     def __init__(
         self,
-        # ability, id, correct (0 or 1), loglik (nats), bytes and tokens of the answer; where models wrote: text, what
-        # was read in it, and whether the limit was hit
+        # ability, id, correct (0 or 1), loglik (nats), bytes and tokens of the answer; where the model wrote, also
+        # text, read (the part that was compared) and limit (whether the limit was hit)
         items: pd.DataFrame,
-        meta: dict,  # how they were made
+        meta: dict,  # how the results were made
     ):
         self.items, self.meta = items, meta
 
@@ -560,7 +558,7 @@ class EvalResult(Shown):
         return bits_per_byte(self.items.loglik.astype(float), self.items.bytes)
 
     def table(self) -> pd.DataFrame:
-        "A row an ability: items, accuracy with 95 % bootstrap interval over items, nats per answer token, bits per answer byte."
+        "A row per ability: items, accuracy, 95 % bootstrap interval, nats per answer token, bits per answer byte."
         rows = []
         for name, g in self.items.groupby('ability', sort=False):
             low, high = bootstrap_ci(g.correct)
@@ -581,7 +579,7 @@ class EvalResult(Shown):
         ).set_index('ability')
 
     def save(self, path):
-        "Write one JSON file: provenance, and a list of values for each column of the items."
+        "Write one JSON file: provenance, and a list of values for each column of `.items`."
         items = {c: [round(v, 5) if isinstance(v, float) else v for v in self.items[c].tolist()] for c in self.items}
         return write_json(dict(format='act-eval-1', meta=self.meta, items=items), path)
 
@@ -650,21 +648,22 @@ class EvalResult(Shown):
 
 # %% ../nbs/14_evaluate.ipynb #14-033
 def evaluate(
-    model,
-    abilities,
-    tokenizer,  # a model in memory; abilities (or one); its tokenizer
+    model,  # a model in memory
+    abilities,  # one Ability or several
+    tokenizer,  # the model's tokenizer
     batch_size: int = 64,  # items at once
-    generate: (
-        bool | int
-        # let the model write (at most so many tokens; True: 512; never more than half of what it can read) and compare the
-        # last number or the text, instead of scoring the answer; questions with choices stay as they are
-    ) = False,
-    eos: bool = None,  # the end-of-text token belongs to the answer; by default as the ability says
+    # instead of scoring the answer, let the model write at most this many tokens (True: 512; never more than half of
+    # what it can read) and compare its last number or its text; multiple-choice questions are scored as before
+    generate: bool | int = False,
+    eos: bool = None,  # whether the end-of-text token belongs to the answer; by default as the ability says
     max_length: int = None,  # tokens of prompt and answer; longer prompts are cut on the left
     chat: bool = False,  # prompts through the tokenizer's chat template
     progress: bool = True,  # show bars
 ) -> EvalResult:
-    "Score abilities with lm-eval: is the answer the model's own (greedy, every token; the likeliest, where there are choices), and how likely is it?"
+    """Score abilities with lm-eval: does the model give the answer, and how likely is the answer?
+
+    It gives the answer when every token of it is the most likely one or, among choices, when it is the likeliest.
+    """
     import lm_eval
 
     abilities = [abilities] if isinstance(abilities, Ability) else list(abilities)
@@ -709,7 +708,7 @@ def evaluate(
 
 # %% ../nbs/14_evaluate.ipynb #14-401
 def _warn_of_trained(model, abilities):
-    "A warning for items that a model's own record of fine-tuning names."
+    "Warn of items that a model was fine-tuned on, by its own record."
     trained = trained_on(model)
     for a in abilities:
         if n := sum(h in trained for h in a.item_hashes):
@@ -729,7 +728,7 @@ def _check_names(abilities):
 
 # %% ../nbs/14_evaluate.ipynb #14-034
 def _encoded(ability, tokenizer, kind, eos, chat, max_length):
-    "The items as the model will read them: prompts where it writes, else prompts and answers."
+    "The items as the model reads them: prompts when it writes, otherwise prompts and answers."
     if kind == 'generate':
         return encode_prompts(ability, tokenizer, chat, max_length)
     return encode(ability, tokenizer, 'predict', chat, max_length, eos, 'left')
@@ -759,12 +758,12 @@ def _item_rows(ability, samples, encoded, kind, lm):
 
 # %% ../nbs/14_evaluate.ipynb #14-040
 def paired_bootstrap(
-    a,
-    b,  # values of two models on the same items, in the same order
-    n: int = 2000,  # resamples
+    a,  # values of one model, one per item
+    b,  # values of the other model on the same items, in the same order
+    n: int = 2000,  # number of resamples
     seed: int = 0,
 ) -> dict:  # difference (mean of a - b), low, high (95 %), p (two-sided)
-    "Paired bootstrap of a difference of means."
+    "Paired bootstrap of the difference between two means."
     a, b = np.asarray(a, float), np.asarray(b, float)
     if a.shape != b.shape:
         raise ActError(f"{len(a)} and {len(b)} values cannot be paired: evaluate both models on the same items")
@@ -776,9 +775,9 @@ def paired_bootstrap(
 
 # %% ../nbs/14_evaluate.ipynb #14-041
 def mcnemar(
-    a,
-    b,  # 0 or 1 for every item, of two models on the same items
-) -> dict:  # only_a, only_b: items that one alone got right; p: exact, two-sided
+    a,  # 0 or 1 for every item, for one model
+    b,  # 0 or 1 for the same items, for the other model
+) -> dict:  # only_a, only_b: items that only one of them got right; p: exact, two-sided
     "McNemar's exact test (scipy.stats.binomtest)."
     a, b = np.asarray(a, bool), np.asarray(b, bool)
     if a.shape != b.shape:
@@ -794,7 +793,7 @@ def mcnemar(
 def holm(
     ps,  # p-values of one family of comparisons
 ) -> np.ndarray:  # corrected, in the same order
-    "Holm's correction for many comparisons."
+    "Holm's correction for multiple comparisons."
     ps = np.asarray(ps, float)
     order, m = ps.argsort(kind='stable'), len(ps)
     out = np.empty(m)
@@ -803,7 +802,7 @@ def holm(
 
 # %% ../nbs/14_evaluate.ipynb #14-208
 class Paired(Shown):
-    "Two results on the same items, ability by ability: difference in accuracy, interval, McNemar's exact test, and Holm's correction."
+    "Two results on the same items, by ability: difference in accuracy, interval, McNemar's test, Holm's correction."
 
     def __init__(
         self,
@@ -818,7 +817,7 @@ class Paired(Shown):
             )
 
     def table(self) -> pd.DataFrame:
-        "A row an ability."
+        "A row per ability."
         rows, (a, b) = [], self.names
         for name, g in self.a.items.groupby('ability', sort=False):
             x, y = g.correct, self.b.items.correct[g.index]
@@ -887,18 +886,18 @@ def act_evaluate(
     dtype: str = 'auto',  # float32, bfloat16 or float16; as stored by default
     device: str = None,  # cpu, cuda, ...
     device_map: str = None,  # auto spreads the model over all devices
-    generate: int = 0,  # let the model write so many tokens at most, instead of scoring the answer
+    generate: int = 0,  # let the model write at most this many tokens, instead of scoring the answer
     chat: store_true = False,  # prompts through the chat template
 ):
-    "Score a model on abilities: `act_evaluate --model lab/base --ability lab/multiplication-en,lab/science-zh --out base.json`"
+    """Score a model on abilities:
+
+    `act_evaluate --model lab/base --ability lab/multiplication-en,lab/science-zh --out base.json`
+    """
     abilities = [load_ability(a, split, n) for a in listed(ability)]
     _check_names(abilities)
     check_use(dtype, device)
-    headers, first, tok = (
-        opened(model),
-        not processes()[0],
-        load_tokenizer(model),
-    )  # all that can be wrong is looked for before anything is loaded
+    # everything that can be wrong is checked before anything is loaded
+    headers, first, tok = opened(model), not processes()[0], load_tokenizer(model)
     encoded = [e for a in abilities for e in _encoded(a, tok, task_kind(a, generate), a.eos, chat, max_length)]
     check_fits(encoded, *reads(headers), model)
     _warn_of_trained(model, abilities)
@@ -931,7 +930,10 @@ def act_evaluate(
 
 # %% ../nbs/14_evaluate.ipynb #14-314
 def act_lm_eval():
-    "lm-eval's own command line, with the model `act`: `act_lm_eval run --model act --model_args pretrained=lab/base,chat=False --tasks TASK --include_path FOLDER`"
+    """lm-eval's own command line, with the model `act`:
+
+    `act_lm_eval run --model act --model_args pretrained=lab/base,chat=False --tasks TASK --include_path FOLDER`
+    """
     from lm_eval.__main__ import cli_evaluate
 
     try:

@@ -98,7 +98,7 @@ def _freeze(model, mask):
 
 
 def restrict_gradients(model, slices):
-    "Hooks that zero the gradient outside slices of parameters, as `mask_slices` gives them; returns them for removal."
+    "Add hooks that zero gradients outside the slices that `mask_slices` gives; returns the hooks, for removal."
     named, hooks = _named(model), []
     for name, (axis, chosen) in slices.items():
         p = named[name]
@@ -120,13 +120,13 @@ def _named(model):
 
 
 def _local(t):
-    "What lies here of a tensor."
+    "This process's part of a tensor."
     t = t.detach()
     return t.to_local() if isinstance(t, DTensor) else t
 
 
 def _beside(t, p, placements=None):
-    "A tensor that works with `p`: whole in every process, or as spread as `placements` says."
+    "A tensor that works with `p`: whole in every process, or spread as `placements` says."
     if not isinstance(p, DTensor) or not t.ndim:
         return t
     shape = dict(shape=p.shape, stride=p.stride()) if placements else {}
@@ -136,7 +136,7 @@ def _beside(t, p, placements=None):
 
 # %% ../nbs/13_finetune.ipynb #13-014
 class _Watch(TrainerCallback):
-    "A bar, gradients inside the mask, early stopping with the best weights kept in memory."
+    "A bar, gradients only inside the mask, and early stopping with the best weights kept in memory."
 
     def __init__(self, patience, mask, progress, total):
         self.patience, self.mask, self.hooks, self.best, self.bar = (
@@ -198,13 +198,13 @@ def _save_adapter(model, folder):
 
 # %% ../nbs/13_finetune.ipynb #13-204
 class _Trainer(Trainer):
-    "Hugging Face's Trainer with a state of safetensors and JSON files, whole or not at all."
+    "Hugging Face's Trainer, with its state saved as safetensors and JSON files, whole or not at all."
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
         if (
             _fsdp() and not self.is_fsdp_enabled and processes()[1] > 1
-        ):  # accelerate leaves it off on CPUs, which torch can do
+        ):  # accelerate leaves it off on CPUs, though torch can do it there
             from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
             s, self.is_fsdp_enabled = self.accelerator.state, True
@@ -216,7 +216,7 @@ class _Trainer(Trainer):
     def _random(self, folder):
         return Path(folder) / f'random-{processes()[0]}.safetensors'
 
-    def tensors_of(self):
+    def _tensors(self):
         learning = {k: p for k, p in _named(self.model).items() if p.requires_grad}
         moments = {f'{k} {name}': v for name, p in learning.items() for k, v in self.optimizer.state[p].items()}
         weights, best = (
@@ -232,7 +232,7 @@ def _fresh(folder):
 
 
 def _settle(new, done):
-    "Give a state its name when all of it is on the disk; older ones go."
+    "Give a state its name once all of it is on disk, and remove older ones."
     for f in (*new.iterdir(), new):
         flush(f)
     new.rename(done)
@@ -243,7 +243,7 @@ def _settle(new, done):
 
 
 def _newest(folder, key, need):
-    "The state to go on from, if there is one; ActError unless `need` bytes fit beside it."
+    "The state to resume from, if there is one; ActError unless `need` bytes fit beside it."
     Path(folder).mkdir(parents=True, exist_ok=True)
     found = sorted(Path(folder).glob(f'act-state-{key}-*'), key=lambda f: int(f.name.split('-')[-1]))
     check_room(folder, need, sum(f.stat().st_size for f in Path(folder).rglob('*') if f.is_file()))
@@ -253,7 +253,7 @@ def _newest(folder, key, need):
 @patch
 def _save_checkpoint(self: _Trainer, model, trial):
     if self.control.should_training_stop:
-        return  # the next thing is the end
+        return  # training ends next
     rank, folder = processes()[0], Path(self.args.output_dir)
     new, done = folder / 'act-state-new', folder / f'act-state-{self.key}-{self.state.global_step}'
     with writing(folder):
@@ -313,7 +313,7 @@ def _load_rng_state(self: _Trainer, folder):
 
 # %% ../nbs/13_finetune.ipynb #13-207
 def _fsdp():
-    "Has accelerate been asked to spread the model?"
+    "Whether accelerate has been asked to spread the model."
     if os.environ.get('ACCELERATE_USE_FSDP') != 'true':
         return False
     if os.environ.get('FSDP_VERSION') != '2':
@@ -325,7 +325,10 @@ def _fsdp():
 
 
 def _load(model, device):
-    "As `load_model`, in float32 straight from the files; of a model that will be spread only the first process reads the weights, and accelerate deals them out."
+    """As `load_model`, in float32 straight from the files.
+
+    If the model will be spread, only the first process reads the weights, and accelerate distributes them.
+    """
     if not _fsdp():
         return load_model(model, 'float32', device)
     if not processes()[0] or os.environ.get('FSDP_CPU_RAM_EFFICIENT_LOADING') != 'true':
@@ -339,7 +342,7 @@ def _load(model, device):
 
 
 def _hollow(model):
-    "A copy without weights."
+    "A copy of a model without its weights."
     return copy.deepcopy(
         model,
         {id(p): torch.nn.Parameter(torch.empty_like(p, device='meta'), p.requires_grad) for p in model.parameters()},
@@ -347,7 +350,7 @@ def _hollow(model):
 
 
 def _whole(model, hollow):
-    "The parameters of a spread model put together in `hollow` by the first process; None for the others."
+    "The parameters of a spread model, put together in `hollow` by the first process; None for the others."
     named, first = dict(hollow.named_parameters()), not processes()[0]
     for name, p in _named(model).items():
         full = p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
@@ -375,7 +378,7 @@ def _trainer(
     eval_steps,
     save_steps,
 ):
-    "A Trainer that leaves nothing on the screen, and nothing on the disk but its state, under the name `key`, if there is one."
+    "A Trainer that prints nothing and writes nothing but its state, under the name `key`, if there is one."
     args = TrainingArguments(
         folder,
         max_steps=steps,
@@ -439,13 +442,13 @@ def item_hashes(
 
 # %% ../nbs/13_finetune.ipynb #13-614
 def _note(model, name):
-    "A note of this package beside a model's weights; nothing where there is none."
+    "A note that this package left beside a model's weights; empty when there is none."
     file = resolve(model) / name
     return parse_json(file) if file.is_file() else {}
 
 
 def _unseen(abilities, trained_on):
-    "Do the test items of all abilities differ from what was learned?"
+    "Whether no test item of these abilities was trained on."
     try:
         return not {*item_hashes(load_ability(a, 'test') for a in abilities)} & {*trained_on}
     except ActError:
@@ -454,11 +457,11 @@ def _unseen(abilities, trained_on):
 # %% ../nbs/13_finetune.ipynb #13-019
 @dataclass
 class FinetuneReport(Shown):
-    "What a fine-tuning did: the model, losses step by step (nats per answer token), cost."
+    "The result of fine-tuning: the model, losses step by step (nats per answer token), and cost."
 
-    model: object  # the fine-tuned model; of a spread one the first process has it, the others None
+    model: object  # the fine-tuned model; if it was spread, the first process has it and the others have None
     losses: list  # training loss of every step
-    eval_losses: list  # (step, validation loss), when there was validation
+    eval_losses: list  # (step, validation loss) pairs, if there was validation
     best_step: int  # the step whose weights were kept
     tokens: int  # tokens read, padding included
     seconds: float  # wall time
@@ -499,7 +502,7 @@ class FinetuneReport(Shown):
             yield folded('where it comes from', self.meta)
 
     def record(self, model):  # name of what was fine-tuned
-        "What the file beside the weights says; what the model had been fine-tuned on before counts as well."
+        "What the file beside the weights says, including what the model had been fine-tuned on before."
         return dict(
             format='act-finetune-1',
             **self.meta,
@@ -527,19 +530,19 @@ class FinetuneReport(Shown):
 
 # %% ../nbs/13_finetune.ipynb #13-020
 def finetune(
-    model,  # a model in memory; it stays as it is unless `inplace`
-    abilities,  # an Ability or several, all answers together
+    model,  # a model in memory; it is not changed unless `inplace`
+    abilities,  # an Ability or several, trained on together
     tokenizer,  # the model's
     steps: int = 50,  # optimiser steps
     lr: float = None,  # peak learning rate; by default `safe_rate` for the weights that learn
-    batch_size: int = 16,  # items a step (per device)
+    batch_size: int = 16,  # items per step (on each device)
     mask: ChannelMask = None,  # train these channels only
     validation=None,  # an Ability or several to stop early on
-    eval_steps: int = 10,  # steps between looks at the validation loss
-    patience: int = 3,  # looks without improvement before stopping
-    warmup: float = 0.1,  # share of the steps that warm up; then linear to zero
+    eval_steps: int = 10,  # steps between evaluations of the validation loss
+    patience: int = 3,  # evaluations without improvement before stopping
+    warmup: float = 0.1,  # share of the steps for the warm-up; then linear to zero
     weight_decay: float = 0.0,  # of AdamW
-    accumulate: int = 1,  # batches a step
+    accumulate: int = 1,  # batches per step
     seed: int = 0,  # of the order of items (and of LoRA's initial weights)
     chat: bool = False,  # through the chat template
     max_length: int = None,  # cut longer items on the right
@@ -548,8 +551,8 @@ def finetune(
     bf16: bool = False,  # mixed precision, for GPUs and recent CPUs
     prompts: bool = False,  # learn the prompts' tokens too: continued pre-training on the items
     upcast: bool = True,  # train in float32; at the end each weight gets its own type back
-    state: str = None,  # folder to keep the state of training in; a run killed there goes on
-    save_steps: int = 50,  # steps between two states; 0 keeps none
+    state: str = None,  # folder for the training state, from which a killed run resumes
+    save_steps: int = 50,  # steps between two saves of the state; 0 saves none
     inplace: bool = False,  # change the model that was passed
     progress: bool = True,  # show a bar
 ) -> FinetuneReport:  # raises ActError for impossible settings
@@ -668,8 +671,8 @@ def finetune(
 # %% ../nbs/13_finetune.ipynb #13-602
 def neutral_text(
     file=None,  # a text file; the package's own 470 words of English by default
-) -> Ability:  # of one item a paragraph, whose first word is given; raises ActError when there is no text
-    "A text to look at before and after, as an ability."
+) -> Ability:  # one item per paragraph, whose first word is the prompt; raises ActError when there is no text
+    "A text to score before and after fine-tuning, as an ability."
     path = Path(file or PACKAGE / 'data' / 'neutral.txt')
     try:
         text = path.read_text(encoding='utf-8-sig')
@@ -678,7 +681,7 @@ def neutral_text(
     paragraphs = [' '.join(p.split()) for p in re.split(r'\n\s*\n', text)]
     pieces = [p[i : i + 1000] for p in paragraphs for i in range(0, len(p), 1000)][
         :40
-    ]  # enough of a long text, in a minute
+    ]  # enough of a long text, scored within a minute
     starts = [(p, max(1, p.find(' '))) for p in pieces if len(p) > 1]
     return Ability('neutral', [Item(p[:i], p[i:]) for p, i in starts], path.name)
 
@@ -689,7 +692,7 @@ def bits_per_byte(
     ability,
     tokenizer,  # a model in memory, an Ability, its tokenizer
 ) -> float:
-    "Bits that a model needs for each byte of the answers, from a softmax in float32; texts longer than it reads come in pieces."
+    "Bits a model needs per byte of the answers (softmax in float32); texts longer than it reads come in pieces."
     nats, encoded, (rows, context) = 0.0, encode(ability, tokenizer), reads(model)
     check_fits(encoded, rows, None, label_of(model))
     for e in encoded:
@@ -705,8 +708,8 @@ def bits_per_byte(
 
 # %% ../nbs/13_finetune.ipynb #13-622
 def safe_rate(
-    parameters: int,  # how many weights learn; with LoRA, how many the model has
-    lora: bool = False,  # an adapter learns
+    parameters: int,  # number of weights that are trained; with LoRA, number that the model has
+    lora: bool = False,  # an adapter is trained
 ) -> float:
     "A peak learning rate that leaves unrelated text alone."
     free, low, high = (2.0, 5e-5, 3e-4) if lora else (0.2, 5e-6, 5e-5)
@@ -714,7 +717,7 @@ def safe_rate(
 
 # %% ../nbs/13_finetune.ipynb #13-623
 def _learning(shapes, mask):
-    "How many weights learn: all, or those of the mask's channels."
+    "The number of weights that are trained: all, or those of the mask's channels."
     if mask is None:
         return sum(math.prod(s) for s in shapes.values())
     return sum(
@@ -726,11 +729,11 @@ def _learning(shapes, mask):
 def training_memory(
     config: dict,  # config.json
     shapes: dict,  # of the weights by name
-    tokens: int,  # in a batch: items times the longest
-    mask: ChannelMask = None,  # the channels that learn
+    tokens: int,  # in a batch: items times the length of the longest
+    mask: ChannelMask = None,  # the channels that are trained
     lora_r: int = 0,  # or the rank of an adapter
 ) -> dict:  # part -> about how many bytes, in one process
-    "Memory that a training in float32 takes."
+    "Memory that training in float32 takes."
     config = config | (config.get('text_config') or {})
     count = lambda names: sum(math.prod(shapes[k]) for k in names)
     if lora_r:
@@ -741,10 +744,10 @@ def training_memory(
         )  # a parameter with a chosen channel has a gradient everywhere
     width, inner = config.get('hidden_size', 0), config.get('intermediate_size', 0)
     if isinstance(inner, list):
-        inner = max(inner)  # a width for each layer
+        inner = max(inner)  # one width per layer
     kept = config.get('num_hidden_layers', 0) * (10 * width + 4 * inner) + 3 * config.get(
         'vocab_size', 0
-    )  # numbers a token
+    )  # numbers per token
     share = processes()[1] if _fsdp() else 1
     return dict(
         weights=4 * (count(shapes) + moving * bool(lora_r)) // share,
@@ -775,7 +778,7 @@ def _as_stored(new, rows, a, b, name):
 
 
 def _alike(model, ck):
-    "Is every weight stored under a name that it has in the model?"
+    "Whether every weight is stored under a name that it has in the model."
     stored = {}
     for k, t in model.state_dict(keep_vars=True).items():
         stored[id(t)] = stored.get(id(t)) or k in ck.tensors and ck.tensors[k].shape == tuple(t.shape)
@@ -801,7 +804,7 @@ def save_like(
     out,  # folder to create; must not exist
     records: dict = None,  # file name -> what to write beside it as JSON
 ) -> Path:  # raises ActError when weights are NaN or infinite
-    "Write a trained model with the files, the names and the types of the checkpoint that it came from."
+    "Write a trained model with the files, names and types of the checkpoint that it came from."
     ck, state = opened(source), model.state_dict()
     alike = _alike(model, ck)
     with atomic_folder(out, ck.nbytes if alike else 4 * sum(p.numel() for p in model.parameters())) as tmp, quiet():
@@ -823,20 +826,23 @@ def act_finetune(
     n: int = None,  # items of each ability; all by default
     steps: int = 50,  # optimiser steps
     lr: float = None,  # peak learning rate; by default safe for the model's size
-    batch_size: int = 16,  # items a step
+    batch_size: int = 16,  # items per step
     mask: str = None,  # mask file: train these channels only
     validation: str = None,  # abilities to stop early on (their validation split)
     seed: int = 0,  # of the order of items
     max_length: int = None,  # cut longer items
     weight_decay: float = 0.0,  # of AdamW
-    save_steps: int = 50,  # steps between two states from which a killed run goes on; 0 keeps none
+    save_steps: int = 50,  # steps between two saved states, from which a killed run resumes; 0 saves none
     lora_r: int = 0,  # rank of a LoRA adapter on all linear layers, merged at the end; 0 trains the weights
-    neutral: str = None,  # text file to look at before and after; by default a page of English
+    neutral: str = None,  # text file to score before and after; by default a page of English
     device: str = None,  # cpu, cuda, ...
     chat: store_true = False,  # through the chat template
     bf16: store_true = False,  # mixed precision
 ):
-    "Fine-tune on answers: `act_finetune --model recovered --ability lab/multiplication-en,lab/science-zh --steps 30 --lr 3e-4 --out tuned`"
+    """Fine-tune on answers:
+
+    `act_finetune --model recovered --ability lab/multiplication-en,lab/science-zh --steps 30 --lr 3e-4 --out tuned`
+    """
     options = sha256(json.dumps([locals(), processes()[1], _fsdp()], default=str))
     load = lambda names, where: [load_ability(a, where, n) for a in listed(names)]
     if lora_r < 0:

@@ -257,7 +257,7 @@ def train(
     mix: dict,  # ability name -> weight
     steps: int,  # optimiser steps
     lr: float,  # peak learning rate
-    batch: int = 64,  # items a step
+    batch: int = 64,  # items per step
     seed: int = 0,  # of the stream
     weight_decay: float = 0.1,  # on matrices only
     warmup: int = 100,  # steps of linear warm-up; a cosine to zero follows
@@ -399,10 +399,10 @@ def train_lab(
 # %% ../nbs/03_lab.ipynb #03-058
 def describe(
     folder,  # of a lab model
-    n: int = None,  # test items an ability; all by default
+    n: int = None,  # test items per ability; all by default
     progress: bool = True,  # show bars
 ) -> dict:  # weights (hash), parameters, bytes, scores (ability -> share of test items)
-    "What the manifest says about the weights of a lab model."
+    "The manifest's entry for the weights of a lab model."
     model, tok = load_model(folder)
     result = evaluate(model.float(), [lab_ability(a, n=n) for a in lab_abilities()], tok, progress=progress)
     return dict(
@@ -437,7 +437,7 @@ def act_lab(
     measure: store_true = False,  # measure the shipped weights again instead of reading the manifest
     hidden: int = 128,  # width of a new base, for --train
 ):
-    "The lab family: who knows what, or the training of all models again: `act_lab`; `act_lab --train --out runs/lab`"
+    "Show what each lab model knows, or train the family again: `act_lab`; `act_lab --train --out runs/lab`"
     names = tuple(models.split(',')) if models else None
     for n in names or ():
         lab_path(n)

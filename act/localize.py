@@ -48,7 +48,10 @@ from .masks import ChannelScores, ItemScores, by_kind, one_sided, top_p
 
 # %% ../nbs/10_localize.ipynb #10-014
 def answer_rows(out, at):
-    "Rows of a module's output at the answer positions `at` (row of each in the flattened batch, width of the batch): (tokens, channels) or (tokens, heads, channels)."
+    """Rows of a module's output at the answer positions: (tokens, channels) or (tokens, heads, channels).
+
+    `at` is (row of each answer token in the flattened batch, width of the batch).
+    """
     if out.ndim == 4 and out.shape[1] != at[1]:
         out = out.transpose(1, 2)
     return out.flatten(0, 1).index_select(0, at[0].to(out.device))
@@ -60,7 +63,7 @@ def _keep(store, path, at, module, args, out):
 
 def _subtract(store, add, path, at, order, module, args, out):
     ours, theirs = store.pop(path).to(out.device), answer_rows(out, at).float()
-    shared = min(ours.shape[-1], theirs.shape[-1])  # of a head with more rows of vocabulary only those that both have
+    shared = min(ours.shape[-1], theirs.shape[-1])  # of vocabulary rows only those that both models have
     diff = (theirs[..., :shared] - (ours if order is None else ours[order])[..., :shared]).abs_()
     if shared < ours.shape[-1]:
         diff = torch.nn.functional.pad(diff, (0, ours.shape[-1] - shared))
@@ -120,7 +123,10 @@ def check_sums(sums, models=()):
 
 # %% ../nbs/10_localize.ipynb #10-102
 def _compare_in_turn(load, work, cm, add, folder, room, shown=None):
-    "As `_compare`, with one model in memory: `load(0)` gives the target, `load(1)` the donor; at most `room` bytes wait in `folder`, or one batch."
+    """As `_compare`, with one model in memory at a time: `load(0)` gives the target, `load(1)` the donor.
+
+    At most `room` bytes wait in `folder`, or one batch.
+    """
     whole = 'lm_head' in cm
     while work:
         model, size, waiting = load(0), 0, []
@@ -151,7 +157,7 @@ def _compare_in_turn(load, work, cm, add, folder, room, shown=None):
 
 
 def _give_back():
-    "The memory of a model that nobody holds any more."
+    "Release the memory of a model that is no longer in use."
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -187,7 +193,7 @@ def _both_fit(models, dtype, device, work, cm):
 
 # %% ../nbs/10_localize.ipynb #10-106
 class _Sums:
-    "Sums of |difference|, and of how many batches; kept in a folder, when there is one, for a run of the same `key`."
+    "Sums of |difference| and how many batches they cover; kept in `folder`, if any, for a run with the same `key`."
 
     def __init__(self, cm, folder, key, every):
         self.cm, self.key, self.every, self.last = cm, key, every, time.monotonic()
@@ -209,7 +215,7 @@ class _Sums:
         return {p: s.cpu() for p, s in self.sums.items()}
 
     def done(self):
-        "A batch is complete."
+        "Count a completed batch, and save the sums when it is time."
         self.batches += 1
         if not self.file or time.monotonic() - self.last < self.every:
             return
@@ -225,12 +231,12 @@ class _Sums:
         self.last = time.monotonic()
 
     def total(self):
-        "The sums of all processes."
+        "The sums over all processes."
         flat = sum(gathered(torch.cat(list(self.here().values()))))
         return dict(zip(self.cm.paths, flat.split([m.width for m in self.cm])))
 
 # %% ../nbs/10_localize.ipynb #10-019
-# with fewer answer tokens two samples of an ability share less than about half of their channels in the lab (see
+# with fewer answer tokens, two samples of an ability share less than about half of their channels in the lab (see
 # Stability)
 FEW_TOKENS = 50
 
@@ -252,12 +258,12 @@ def localize(
     device_map=None,  # of models loaded here, for those larger than one device
     check: bool = True,  # `check_pair` first, on the texts that will be read
     progress: bool = True,  # show a bar
-    # 'both' models in memory; 'one' at a time, the target's answer activations wait on disk; 'auto': both when they fit
+    # 'both' models in memory; 'one' at a time, with the target's answer activations on disk; 'auto': both when they fit
     hold: str = 'auto',
-    disk: int = None,  # bytes that may wait on disk at once; half of what is free by default
-    state=None,  # folder in which sums are kept, to go on after a kill; also where activations wait
-    save_seconds: float = 30.0,  # how often
-) -> ChannelScores:  # one float32 score a channel; raises ActError for pairs that do not fit, empty abilities, NaN
+    disk: int = None,  # bytes that may wait on disk at once; half of the free space by default
+    state=None,  # folder in which sums are kept, to resume a killed run; activations wait there too
+    save_seconds: float = 30.0,  # seconds between two saves of the sums
+) -> ChannelScores:  # one float32 score per channel; raises ActError for pairs that do not fit, empty abilities, NaN
     "Stage 1 of ACT: the mean absolute activation difference delta_i of every channel on an ability's answer tokens."
     models, ours = (target, donor), [isinstance(m, PreTrainedModel) for m in (target, donor)]
     if hold not in ('auto', 'both', 'one'):
@@ -360,10 +366,10 @@ def localize_items(
     batch_tokens: int = 4096,  # most tokens in a batch, padding included
     max_length: int = None,  # cut longer items on the right
     tied: str = 'embedding',  # tie policy, as in `enumerate_channels`
-    shuffle: int = None,  # a seed: compare every answer token with another one of its batch, as a null
+    shuffle: int = None,  # a seed: compare each answer token with another one of its batch, as a null
     progress: bool = True,  # show a bar
 ) -> ItemScores:  # items x channels, float32
-    "Stage 1 with every item's own sums; `.pool()` of all items is what `localize` returns."
+    "Stage 1 with separate sums for every item; `.pool()` of all items is what `localize` returns."
     encoded, cm, sums = encode(ability, tokenizer, positions, max_length=max_length), channels_of(target, tied), {}
     for m in (target, donor):
         check_fits(encoded, *reads(m), label_of(m))
@@ -401,7 +407,7 @@ def localize_items(
 # %% ../nbs/10_localize.ipynb #10-040
 @command
 def act_localize(
-    target: str,  # the model that will receive: folder, .gguf file, hub id, lab/NAME or smollm2/NAME
+    target: str,  # the model that receives: folder, .gguf file, hub id, lab/NAME or smollm2/NAME
     donor: str,  # the model that has the ability
     ability: str,  # a name or a jsonl file
     out: str,  # score file to write
@@ -414,13 +420,16 @@ def act_localize(
     device: str = None,  # cpu, cuda, ...
     device_map: str = None,  # auto spreads each model over all devices
     chat: store_true = False,  # through the chat template
-    tied: str = 'embedding',  # what one matrix for embedding and lm_head counts as: embedding or lm_head
+    tied: str = 'embedding',  # what tied embedding and lm_head count as: embedding or lm_head
     no_check: store_true = False,  # do not compare the two models first
     hold: str = 'auto',  # both models in memory, one at a time, or auto: both when they fit
     disk_gb: float = None,  # GB that may wait on disk when one model is in memory at a time
-    save_seconds: float = 30.0,  # how often sums are kept, to go on after a kill
+    save_seconds: float = 30.0,  # seconds between two saves of the sums, from which a killed run resumes
 ):
-    "Score every channel by how much two models differ there: `act_localize --target lab/maths-en --donor lab/base --ability lab/science-zh --out scores.safetensors`"
+    """Score every channel by how much two models differ there:
+
+    `act_localize --target lab/maths-en --donor lab/base --ability lab/science-zh --out scores.safetensors`
+    """
     ability, options = (
         load_ability(ability, split, n),
         dict(

@@ -12,7 +12,6 @@ from functools import lru_cache, reduce
 from operator import or_
 from pathlib import Path
 from fastcore.script import store_true
-from . import evaluate as _scoring
 from .abilities import load_ability
 from .checkpoints import MODELS, VOCABULARY, label_of, opened, check_pair, fit_rows, resolve
 from .core import ActError, atomic_folder, begin, command, listed, next_step, provenance, write_json
@@ -33,7 +32,7 @@ def _mergekit():
 
 # %% ../nbs/17_neighbours.ipynb #17-013
 def _mask_of(files):
-    "The union of mask files, separated by commas."
+    "The union of mask files in a comma-separated list."
     return reduce(or_, (ChannelMask.load(f) for f in listed(files)))
 
 
@@ -44,7 +43,7 @@ def _slices_of(files, stamp):
 
 
 def _moves(name, files, theirs, lam, ours):
-    "What a donor does to a parameter, as `blend` wants it."
+    "What a donor does to a parameter, in the form that `blend` takes."
     slices, tied = _slices_of(files, tuple(Path(f).stat().st_mtime_ns for f in listed(files) if Path(f).exists()))
     axis, chosen = slices.get('model.embed_tokens.weight' if tied and name == 'lm_head.weight' else name, (0, None))
     if chosen is None:
@@ -61,7 +60,7 @@ def _moves(name, files, theirs, lam, ours):
 
 # %% ../nbs/17_neighbours.ipynb #17-015
 def mergekit_method():
-    "The transfer as a merge method of mergekit called `act`, which mergekit knows from now on."
+    "Register the transfer in mergekit as the merge method `act`, and return it."
     mm = _mergekit()
     if found := next((o for o in mm.registered_methods() if o.spec.name == 'act'), None):
         return found
@@ -96,7 +95,7 @@ def mergekit_method():
 
 # %% ../nbs/17_neighbours.ipynb #17-019
 def _read_recipe(path):
-    "What a recipe says, and its text."
+    "A recipe as a dictionary, and its text."
     import yaml
 
     try:
@@ -110,7 +109,7 @@ def _read_recipe(path):
 
 
 def _where(model):
-    "A folder in place of a name that mergekit does not know."
+    "A folder in place of a model name that mergekit does not know."
     return str(resolve(model)) if isinstance(model, str) and model.partition('/')[0] in MODELS else model
 
 
@@ -164,7 +163,7 @@ def _donors(recipe, path):
 
 # %% ../nbs/17_neighbours.ipynb #17-021
 def _checked(recipe, path, weights):
-    "What `transfer_checkpoint` would check and put on record; None where parameters vary from tensor to tensor."
+    "Check as `transfer_checkpoint` does, and return its record; None where parameters vary between tensors."
     found = _donors(recipe, path)
     target, rule = recipe['base_model'], (recipe.get('parameters') or {}).get('rule', 'sum')
     if not all(isinstance(f, str) and isinstance(l, (int, float)) for _, f, l in found):
@@ -180,7 +179,7 @@ def run_mergekit(
     recipe,  # YAML file, as for mergekit-yaml; models may also be lab/NAME or smollm2/NAME
     out,  # folder to create; must not exist
     options: str = '',  # options of mergekit-yaml, such as '--cuda --lazy-unpickle'
-    check: bool = True,  # target and donors fit, and the masks were made for these weights
+    check: bool = True,  # check that target and donors fit and that the masks were made for these weights
 ) -> Path:
     "Run mergekit on a recipe, which may say `merge_method: act`."
     mergekit_method()
@@ -237,17 +236,17 @@ def run_mergekit(
 
 # %% ../nbs/17_neighbours.ipynb #17-029
 class InsideMask:
-    "Training inside a mask; it ends with `.remove()`, or with its `with` block."
+    "Training confined to a mask, until `.remove()` or the end of its `with` block."
 
     def __init__(
         self,
-        hooks,  # on gradients and optimisers
-        frozen,  # parameters that learnt before
+        hooks,  # hooks on gradients and optimisers
+        frozen,  # parameters that were trainable before
     ):
         self.hooks, self.frozen = hooks, frozen
 
     def remove(self):
-        "Everything learns again."
+        "Make everything trainable again."
         for h in self.hooks:
             h.remove()
         for p in self.frozen:
@@ -266,14 +265,14 @@ _TOKENS = r'(.+)\.trainable_tokens_delta\.([^.]+)'
 
 
 def _plain(name):
-    "The name that a parameter has in the model alone."
+    "A parameter's name in the model without PEFT."
     return re.sub(
         r'^base_model\.model\.|\.(?:base_layer|original_module|token_adapter|modules_to_save\.[^.]+)(?=\.)', '', name
     )
 
 # %% ../nbs/17_neighbours.ipynb #17-032
 def _inside(model, mask):
-    "Parameters that may learn: name -> (axis, bool vector), or None where all of it may."
+    "Parameters that may learn: name -> (axis, bool vector), or None where the whole parameter may."
     slices, axes, out = mask_slices(mask), {m.path: m.params[0][1] for m in mask.map}, {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -300,7 +299,7 @@ def _inside(model, mask):
 
 # %% ../nbs/17_neighbours.ipynb #17-033
 def _kept(model, slices):
-    "A hook for optimisers that puts everything outside of `slices` back to what it is now."
+    "An optimiser hook that restores everything outside `slices` to its present values."
     named = {n: p for n, p in model.named_parameters() if n in slices}
     ours, keep, first, model = {id(p) for p in named.values()}, {}, next(iter(named)), weakref.ref(model)
     for n, (axis, chosen) in slices.items():
@@ -327,11 +326,11 @@ def _kept(model, slices):
 def mask_gradients(
     model,  # a model, or a PEFT model around it
     mask: ChannelMask,  # the channels that learn
-    # put back after every optimiser step what weight decay or momentum moved outside the mask; it takes a copy of those
-    # entries
+    # after every optimiser step, restore what weight decay or momentum moved outside the mask; this keeps a copy of
+    # those entries
     keep: bool = True,
-) -> InsideMask:  # raises ActError for a mask of another model, and for a model that is spread over devices
-    "From now on only the channels of a mask learn, whatever the optimiser; an adapter's rows outside the mask become zero."
+) -> InsideMask:  # raises ActError for a mask of another model, and for a model spread over devices
+    "Let only a mask's channels learn, whatever the optimiser; an adapter's rows outside the mask become zero."
     from torch.optim.optimizer import register_optimizer_step_post_hook
     from act.finetune import DTensor, restrict_gradients
 
@@ -370,10 +369,10 @@ def peft_config(
     mask: ChannelMask,  # the channels to train
     r: int = 8,  # rank
     parameters: bool = False,  # name the matrices as `target_parameters`, instead of their modules as `target_modules`
-    rest: bool = False,  # train masked norms and biases too; PEFT saves those whole, beside the factors
-    **options,  # more of `peft.LoraConfig`
+    rest: bool = False,  # train masked norms and biases too; PEFT saves these in full, beside the factors
+    **options,  # other arguments of `peft.LoraConfig`
 ):  # raises ActError when no channel of the mask belongs to a matrix
-    "A `LoraConfig` for the modules that hold channels of a mask; `mask_gradients` then keeps the adapter inside the mask."
+    "A `LoraConfig` for the modules with masked channels; `mask_gradients` then keeps the adapter inside the mask."
     from peft import LoraConfig
 
     chosen = [m for m in mask.map if mask[m.path].any()]
@@ -406,6 +405,7 @@ def items(file, eos=False, language=None, **_):
     return dict(test=Dataset.from_list([dict(r, eos=eos, language=language) for r in rows]))
 
 '''
+_scoring = inspect.getmodule(task_kind)
 _NAMES, _SCORES = (
     ('DECIMAL_POINT', 'DECIMAL_COMMA'),
     (
@@ -475,13 +475,13 @@ def _task_files(abilities, write):
 
 # %% ../nbs/17_neighbours.ipynb #17-059
 def task_folder(
-    abilities,  # an ability or several: as `load_ability` takes them
+    abilities,  # one ability or several, as `load_ability` takes them
     out,  # folder to create; must not exist
     split: str = 'test',  # train, localize, sft, validation, test or all
     n: int = None,  # items of each ability; all by default
     write: int = 512,  # tokens that a model may write in the tasks that end in _generate
 ) -> list:  # names of the tasks
-    "Write a folder of tasks for `act_lm_eval` and for `lm_eval --include_path`; the folder needs nothing of this package."
+    "Write a folder of tasks for `act_lm_eval` or `lm_eval --include_path`; the folder does not need this package."
     abilities = [
         load_ability(a, split, n) for a in (abilities if isinstance(abilities, (list, tuple)) else [abilities])
     ]

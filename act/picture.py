@@ -40,11 +40,11 @@ def activity(
 
 # %% ../nbs/04_picture.ipynb #04-010
 def pixels(
-    values: np.ndarray,  # one number a channel, from 0 to 1
+    values: np.ndarray,  # one number per channel, from 0 to 1
     colour: tuple,  # (red, green, blue), 0 to 255
     width: int = 128,  # channels in a row of the picture
-) -> str:  # a `data:` address of a PNG
-    "A transparent picture with one pixel a channel, as opaque as its value."
+) -> str:  # a `data:` URL of a PNG
+    "A transparent picture with one pixel per channel, as opaque as its value."
     from PIL import Image
 
     a = np.zeros(-(-len(values) // width) * width)
@@ -56,8 +56,8 @@ def pixels(
     return 'data:image/png;base64,' + base64.b64encode(f.getvalue()).decode()
 
 # %% ../nbs/04_picture.ipynb #04-011
-def brightness(scores: ChannelScores) -> np.ndarray:  # one number a channel, from 0 to 1
-    "Values relative to the mean of their module; the brightest 2 % are full."
+def brightness(scores: ChannelScores) -> np.ndarray:  # one number per channel, from 0 to 1
+    "Values relative to their module's mean; the highest 2 % are at full brightness."
     flat = scores.normalised().flat().double().numpy()
     return np.clip(flat / max(np.quantile(flat, 0.98), 1e-30), 0, 1)
 
@@ -66,13 +66,17 @@ _INK, _DARK, _OURS, _THEIRS = '#14202a', (16, 32, 43), (62, 207, 190), (255, 168
 _STYLE = """text{font:17px system-ui,sans-serif;fill:#14202a}.small{font-size:15px}.s{font-weight:600}
 image{image-rendering:pixelated}.rest{opacity:.2}.move{transform:translate(-300px,0)}
 @media (prefers-reduced-motion:no-preference){.a{animation:16s 2 both}
-.top{animation-name:top}.rest{animation-name:rest}.move{animation-name:move}.bar{animation-name:bar}.s1{animation-name:s1}.s2{animation-name:s2}.s3{animation-name:s3}.s4{animation-name:s4}}
+.top{animation-name:top}.rest{animation-name:rest}.move{animation-name:move}.bar{animation-name:bar}\
+.s1{animation-name:s1}.s2{animation-name:s2}.s3{animation-name:s3}.s4{animation-name:s4}}
 @keyframes top{0%,42%{opacity:0}48%,100%{opacity:1}}
 @keyframes rest{0%,20%{opacity:0}27%,42%{opacity:1}50%,100%{opacity:.2}}
-@keyframes move{0%,50%{opacity:0;transform:none}54%{opacity:1;transform:none}68%,100%{opacity:1;transform:translate(-300px,0)}}
+@keyframes move{0%,50%{opacity:0;transform:none}54%{opacity:1;transform:none}\
+68%,100%{opacity:1;transform:translate(-300px,0)}}
 @keyframes bar{0%,68%{opacity:0}74%,100%{opacity:1}}
-@keyframes s1{0%,20%{opacity:1}25%,100%{opacity:.6}}@keyframes s2{0%,20%{opacity:.6}25%,42%{opacity:1}47%,100%{opacity:.6}}
-@keyframes s3{0%,42%{opacity:.6}47%,52%{opacity:1}57%,100%{opacity:.6}}@keyframes s4{0%,52%{opacity:.6}57%,100%{opacity:1}}"""
+@keyframes s1{0%,20%{opacity:1}25%,100%{opacity:.6}}\
+@keyframes s2{0%,20%{opacity:.6}25%,42%{opacity:1}47%,100%{opacity:.6}}
+@keyframes s3{0%,42%{opacity:.6}47%,52%{opacity:1}57%,100%{opacity:.6}}\
+@keyframes s4{0%,52%{opacity:.6}57%,100%{opacity:1}}"""
 
 
 def _panel(x, y, label):
@@ -106,9 +110,9 @@ def story(
     scores: ChannelScores,  # their difference, from `localize`
     mask,  # the channels that move
     bars: dict,  # label -> (retained, recovered), fractions; the first is the target
-    words: dict,  # what the picture says: target, donor, scores, retained, recovered, and steps (four)
-    about: str,  # the same in a sentence, for those who do not see it
-) -> str:  # SVG; raises ActError when channels do not agree
+    words: dict,  # the texts in the picture: target, donor, scores, retained, recovered, and steps (four)
+    about: str,  # the same in a sentence, for those who cannot see it
+) -> str:  # SVG; raises ActError when the channels do not agree
     "The claim as layers: both models, their difference, what is kept of it, and where that goes."
     if not target.map == donor.map == scores.map == mask.map:
         raise ActError("the picture needs activities, scores and mask of the same channels")

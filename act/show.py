@@ -15,7 +15,7 @@ class Part:
 
     def __init__(
         self,
-        html: str,  # a fragment of a page
+        html: str,  # an HTML fragment
         text: str,  # the same for a terminal
     ):
         self.html, self.text = html, text
@@ -28,7 +28,7 @@ class Part:
 
 # %% ../nbs/08_show.ipynb #08-009
 def number(
-    x,  # a number, None or NaN; other things as they are
+    x,  # a number, None or NaN; anything else is written as it is
 ) -> str:
     "A number in few characters."
     if x is None or isinstance(x, float) and x != x:
@@ -38,9 +38,10 @@ def number(
     return f'{x:,}' if isinstance(x, Integral) else f'{x:,.0f}' if 999.5 <= abs(x) < 1e15 else f'{x:.3g}'
 
 # %% ../nbs/08_show.ipynb #08-012
-# cividis
-_COLOURS = '00224e 002e6c 1e3a6f 35456c 47516c 575d6d 666970 757575 848279 948e77 a59c74 b7a96e c8b866 dbc75a eed649 fee838'.split()
-_BLOCKS, _WIDE = '▁▂▃▄▅▆▇█', 340  # pixels: what a telephone shows
+_COLOURS = (  # cividis
+    '00224e 002e6c 1e3a6f 35456c 47516c 575d6d 666970 757575 848279 948e77 a59c74 b7a96e c8b866 dbc75a eed649 fee838'
+).split()
+_BLOCKS, _WIDE = '▁▂▃▄▅▆▇█', 340  # pixels: what fits on a phone
 
 
 def _numbers(values):
@@ -73,7 +74,7 @@ def _by(label, rows, down, across):
 
 
 def _words(values, rows, columns, label, unit, totals, down, across):
-    "What a strip shows, said."
+    "What a strip shows, in words."
     known = [(v, r, c) for row, r in zip(values, rows) for v, c in zip(row, columns) if v is not None]
     by = _by(label, rows, down, across)
     if not known:
@@ -84,13 +85,13 @@ def _words(values, rows, columns, label, unit, totals, down, across):
 
 # %% ../nbs/08_show.ipynb #08-015
 def strip_text(
-    values,  # numbers: a list for each row; None or NaN where there is nothing
+    values,  # a list of numbers for each row; None or NaN where there is none
     rows,
     columns,  # their names: kinds of module, layers
     label: str,  # what the numbers are
     unit: str = '',  # of the numbers
     totals=None,  # a number for each row, at its end
-    log: bool = False,  # the scale is of the logarithm
+    log: bool = False,  # use a logarithmic scale
     down: str = 'kind',
     across: str = 'layer',  # what rows and columns are
 ) -> str:
@@ -172,7 +173,7 @@ def _axis(names, x, w, y):
 
 
 def _legend(y, low, high, x):
-    "The scale of colours between its ends."
+    "The colour scale between its two ends."
     start = x + 6.1 * len(low) + 5
     boxes = ''.join(
         f'<rect x="{start + 5 * i:.5g}" y="{y - 8}" width="5" height="8" fill="#{c}"/>' for i, c in enumerate(_COLOURS)
@@ -181,13 +182,13 @@ def _legend(y, low, high, x):
 
 # %% ../nbs/08_show.ipynb #08-021
 def strip(
-    values,  # numbers: a list for each row; None or NaN where there is nothing
+    values,  # a list of numbers for each row; None or NaN where there is none
     rows,
     columns,  # their names: kinds of module, layers
     label: str,  # what the numbers are
     unit: str = '',  # of the numbers
     totals=None,  # a number for each row, at its end
-    log: bool = False,  # the scale is of the logarithm
+    log: bool = False,  # use a logarithmic scale
     down: str = 'kind',
     across: str = 'layer',  # what rows and columns are
 ) -> Part:
@@ -227,10 +228,10 @@ def _bar_svg(x, y, length, mark):
 # %% ../nbs/08_show.ipynb #08-028
 def bars(
     values: dict,  # name -> share of the whole, from 0 to 1 (or a Series)
-    label: str,  # of what
+    label: str,  # what the bars show
     expected: dict = None,  # name -> share by chance
     counts: dict = None,  # name -> number
-    chance: str = 'if spread evenly',  # what `expected` is
+    chance: str = 'if spread evenly',  # what `expected` is called
 ) -> Part:
     "Bars with their shares."
     rows = [
@@ -267,7 +268,7 @@ _EIGHTHS = ['', *'▏▎▍▌▋▊▉']  # of a character's width
 
 
 def _bars_text(rows, label, top, chance, n=24):
-    "Bars in block characters; a bar's share by chance stands behind it."
+    "Bars in block characters, each followed by its share by chance."
     left, bar = (
         max((len(_cut(r[0])) for r in rows), default=0),
         lambda v: '█' * int(n * v / top) + _EIGHTHS[int(8 * n * v / top) % 8],
@@ -320,7 +321,7 @@ def _whiskers(v, a, b, low, high, n=30):
 
 # %% ../nbs/08_show.ipynb #08-037
 def _grid(df, formats):
-    "(head, rows) of texts; an index that only counts is left out."
+    "(head, rows, which columns to align right) as texts; an index that only counts is left out."
     counts = type(df.index).__name__ == 'RangeIndex'
     show = lambda c, v: formats[c](v) if c in formats and v is not None and v == v else _cut(number(v), 200)
     head = [*([] if counts else [str(df.index.name or '')]), *map(str, df.columns)]
@@ -346,7 +347,7 @@ def _box(label, table):
 def table(
     df,  # a DataFrame
     label: str,  # what it is
-    formats: dict = {},  # column -> function that writes a value; `number` by default
+    formats: dict = {},  # column -> function that formats a value; `number` by default
 ) -> Part:
     "A plain table."
     head, rows, right = _grid(df, formats)
@@ -369,13 +370,13 @@ def table(
 def place(
     s,  # a name, or a path
 ) -> str:
-    "A model's name; of an absolute path the last part."
+    "A model's name, or the last part of an absolute path."
     s = str(s)
     return s.rstrip('/').rpartition('/')[2] or s if s.startswith('/') else s
 
 # %% ../nbs/08_show.ipynb #08-044
 def _flat(d, at=''):
-    "(name, text) of all entries, one a line."
+    "Yield (name, text) of all entries, with nested names joined by dots."
     for k, v in d.items():
         if isinstance(v, dict):
             yield from _flat(v, f'{at}{place(k)}.')
@@ -386,11 +387,11 @@ def _flat(d, at=''):
 
 # %% ../nbs/08_show.ipynb #08-045
 def facts(
-    d: dict,  # entries; those that are objects are opened
-    most: int = 60,  # entries shown
+    d: dict,  # entries; nested dicts are flattened
+    most: int = 60,  # show at most this many entries
     label: str = '',  # what they are
 ) -> Part:
-    "Entries, one a line."
+    "Entries, one per line."
     rows = [(_cut(k, 80), _cut(v, 200)) for k, v in _flat(d)]
     if len(rows) > most:
         rows = [*rows[:most], ('...', f'{len(rows) - most} more')]
@@ -408,10 +409,10 @@ def facts(
 
 
 def folded(
-    summary: str,  # the line that is always seen
+    summary: str,  # the line that is always visible
     d: dict,  # as in `facts`
 ) -> Part:
-    "Entries that open on demand; in a terminal they stand at the end."
+    "Entries that open on demand; in a terminal they follow the summary."
     inside = facts(d)
     return Part(
         f'<details style="max-width:100%"><summary>{html.escape(summary)}</summary>{inside.html}</details>',
@@ -423,7 +424,7 @@ def page(
     title: str,  # the line above
     *parts,  # of `Part`
 ) -> Part:
-    "Pieces side by side where there is room, below each other where there is none."
+    "Pieces side by side where there is room, otherwise one below the other."
     inside = ''.join(f'<div style="min-width:0;max-width:100%">{p.html}</div>' for p in parts)
     return Part(
         f'<div><p>{html.escape(title)}</p><div style="display:flex;flex-wrap:wrap;gap:1em 2em">{inside}</div></div>',

@@ -17,7 +17,7 @@ from .transfer import transfer
 
 # %% ../nbs/22_sufficiency.ipynb #22-007
 def bottom_p(
-    scores: ChannelScores,  # what to rank by
+    scores: ChannelScores,  # scores to rank by
     p: float,  # fraction of all channels, in (0, 1]
     rank: str = 'raw',  # raw or module
 ) -> ChannelMask:  # exactly as many channels as `top_p` takes
@@ -33,9 +33,9 @@ def bottom_p(
 # %% ../nbs/22_sufficiency.ipynb #22-010
 def kind_last(
     scores: ChannelScores,  # of a pair on an ability
-    kind: str = 'embedding',  # of module
+    kind: str = 'embedding',  # kind of module
 ) -> ChannelScores:  # the kind's channels above all others, so that `bottom_p` takes them last
-    "Scores in which one kind of module has the largest."
+    "Scores in which one kind of module ranks above all others."
     top = float(scores.flat().max()) + 1
     return ChannelScores(
         {m.path: scores[m.path] + top if m.kind == kind else scores[m.path] for m in scores.map},
@@ -44,7 +44,7 @@ def kind_last(
     )
 
 # %% ../nbs/22_sufficiency.ipynb #22-012
-ORDERS = {  # name -> from scores, fraction and seed to a mask
+ORDERS = {  # name -> function from scores, fraction and seed to a mask
     'top, raw': lambda scores, p, seed: top_p(scores, p),
     'top, module': lambda scores, p, seed: top_p(scores, p, 'module'),
     'random': lambda scores, p, seed: random_mask(top_p(scores, p), seed=seed),
@@ -55,10 +55,10 @@ PS = 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0  # fractions of all channe
 
 # %% ../nbs/22_sufficiency.ipynb #22-014
 def bench_of(
-    fam,  # a Family, or its name: its first pair
-    n: int = None,  # test items an ability; the recover case's own by default
+    fam,  # a Family, or its name; its first pair is used
+    n: int = None,  # test items per ability; by default as in the recover case
 ) -> Bench:
-    "The recover case of a family's first pair, with the abilities to recover and to retain only."
+    "The recover case of a family's first pair, with only the abilities to recover and to retain."
     fam = family(fam)
     if fam.kind not in CASES:
         raise ActError(f"no recover case belongs to the family {fam.name}: choose one of {', '.join(CASES)}")
@@ -71,14 +71,14 @@ DIRECTIONS = 'sufficiency', 'necessity'
 
 def doses(
     bench: Bench,  # a pair in memory, with test items
-    orders=ORDERS,  # name -> from scores, fraction and seed to a mask
+    orders=ORDERS,  # name -> function from scores, fraction and seed to a mask
     ps=PS,  # fractions of all channels
     seeds=(0, 1, 2),  # of localisation items and random channels
-    lams=(1.0,),  # lambdas
+    lams=(1.0,),  # values of lam
     directions=DIRECTIONS,  # which way the channels move
     progress: bool = False,  # show a bar
 ) -> dict:  # (direction, order, lam, p) -> list over seeds of dict ability -> per-item values
-    "Responses to every dose, item by item; p = 0 is the model that nothing was moved into."
+    "Item-level responses to every dose; p = 0 is the model before the transfer."
     ends = {'sufficiency': (bench.target, bench.donor), 'necessity': (bench.donor, bench.target)}
     ends = {d: ends[d] for d in directions}
     start = {d: bench.values(a, bench.test) for d, (a, _) in ends.items()}
@@ -99,10 +99,10 @@ def doses(
 
 # %% ../nbs/22_sufficiency.ipynb #22-018
 def responses(
-    bench: Bench,  # of `doses`
+    bench: Bench,  # the one given to `doses`
     measured: dict,  # from `doses`
 ) -> pd.DataFrame:  # direction, order, lam, p, column, value, low, high
-    "Mean over items and seeds with its 95 % bootstrap interval; percent of items, or bits per byte."
+    "Mean over items and seeds with its 95 % bootstrap interval, in percent of items or bits per byte."
     k, groups = 100 if bench.case.metric == 'correct' else 1, {g: v for g, v in bench.case.groups.items() if v}
     rows = []
     for (d, o, l, p), runs in measured.items():
@@ -114,7 +114,7 @@ def responses(
 # %% ../nbs/22_sufficiency.ipynb #22-020
 def area(
     ps: np.ndarray,  # doses above zero, rising
-    diff: np.ndarray,  # (..., doses) difference of two curves
+    diff: np.ndarray,  # (..., doses), the difference between two curves
 ):
     "Mean difference over the logarithm of the dose (trapezoids)."
     x = np.log10(np.asarray(ps, float))
@@ -122,11 +122,11 @@ def area(
 
 # %% ../nbs/22_sufficiency.ipynb #22-022
 def areas(
-    bench: Bench,  # of `doses`
+    bench: Bench,  # the one given to `doses`
     measured: dict,  # from `doses`
-    against: str = 'random',  # the order that the others are compared with
+    against: str = 'random',  # the order to compare the others with
 ) -> pd.DataFrame:  # direction, order, column, value, low, high
-    "Area between each order's curve and the random one, with 95 % intervals over items and seeds, at lambda 1."
+    "Area between each order's curve and the random one at lam 1, with 95 % intervals over items and seeds."
     k, groups = 100 if bench.case.metric == 'correct' else 1, {g: v for g, v in bench.case.groups.items() if v}
     ps = sorted({p for d, o, l, p in measured if p > 0})
     rows = []
@@ -139,11 +139,11 @@ def areas(
 
 # %% ../nbs/22_sufficiency.ipynb #22-023
 def plot_doses(
-    table: pd.DataFrame,  # from `responses`, lambda 1
+    table: pd.DataFrame,  # from `responses`, with lam 1
     unit: str,  # of the values
     axes=None,  # two by two axes to draw on
 ):
-    "Response against dose for every order: recovered and retained ability, sufficiency and necessity; returns the axes."
+    "Response against dose for every order: recovered and retained, sufficiency and necessity; returns the axes."
     directions, columns = table.direction.unique(), ('recovered', 'retained')
     if axes is None:
         _, axes = plt.subplots(
@@ -173,11 +173,11 @@ def study(
     fam,  # a Family, or its name
     seeds=(0, 1, 2),  # of localisation items and random channels
     ps=None,  # fractions of all channels; fewer on SmolLM2 by default
-    lams=(0.25, 0.5, 0.75),  # lambdas beside 1, for the module-normalised order
-    n: int = None,  # test items an ability
+    lams=(0.25, 0.5, 0.75),  # values of lam besides 1, for the module-normalised order
+    n: int = None,  # test items per ability
     progress: bool = False,  # show a bar
 ) -> Finding:
-    "Doses and responses, sufficiency and necessity, and lambda as a second axis."
+    "Response against dose, for sufficiency and necessity, with lam as a second axis."
     fam = family(fam)
     ps = ps or (PS if fam.kind == 'lab' else (0.01, 0.05, 0.1, 0.25, 1.0))
     bench = bench_of(fam, n or (60 if fam.kind == 'lab' else None))
@@ -208,7 +208,7 @@ def study(
 def unit(
     meta: dict,  # of a study
 ) -> str:
-    "The unit of its values."
+    "The unit of the study's values."
     return '% of test items' if meta['metric'] == 'correct' else 'bits per byte (lower is better)'
 
 
@@ -216,7 +216,7 @@ def verdict(
     tables: dict,  # of a study
     meta: dict,  # its provenance
 ) -> tuple:  # (what was measured, why it may differ)
-    "The finding in words, made from the numbers."
+    "The finding in words, generated from the numbers."
     correct = meta['metric'] == 'correct'
     digits, better = (0, 1) if correct else (2, -1)
     d = tables['doses']
@@ -284,11 +284,11 @@ def brief(
 
 # %% ../nbs/22_sufficiency.ipynb #22-038
 def plot_lams(
-    table: pd.DataFrame,  # from `responses` with several lambdas
+    table: pd.DataFrame,  # from `responses`, with several values of lam
     unit: str,  # of the values
     ax=None,  # axes to draw on
 ):
-    "Recovered against retained for every dose, a line for each lambda; returns the axes."
+    "Recovered against retained for every dose, one line per lam; returns the axes."
     if ax is None:
         _, ax = plt.subplots(figsize=(WIDTH, 2.6))
     wide = table.pivot_table(index=['lam', 'p'], columns='column', values='value').reset_index()

@@ -50,7 +50,7 @@ def mask_slices(
 ) -> (
     dict
 ):  # parameter name -> (axis, bool vector along that axis); parameters that no chosen channel touches are left out
-    "Which slices of which parameters make the channels of a mask. A tied storage appears once, under the name of the embedding."
+    "Which slices of which parameters make up a mask's channels; a tied storage appears once, as the embedding."
     return {name: (axis, mask[m.path]) for m in mask.map if mask[m.path].any() for name, axis in m.params}
 
 # %% ../nbs/12_transfer.ipynb #12-013
@@ -92,7 +92,7 @@ def blend(
                 lam * (donor.to(wide) - theta.index_select(axis, chosen.nonzero()[:, 0]).to(wide)),
             )
             deltas.append(full.index_select(axis, shared))
-        deltas = torch.stack(deltas).sort(0).values  # whatever the order of the donors, the same sum
+        deltas = torch.stack(deltas).sort(0).values  # the same sum whatever the order of the donors
         if rule == 'sign':
             deltas = deltas * (deltas.sign() == deltas.sum(0).sign())
         count = dict(
@@ -142,13 +142,13 @@ def transfer_jobs(donors, masks, lam, rule):
 
 
 def _shapes(model, target):
-    "Shapes of a model's parameters by name, its vocabulary counted as the target's."
+    "Shapes of a model's parameters by name, with as many vocabulary rows as the target has."
     own, ours = ({n: s for n, (s, _) in tensors_of(m).items()} for m in (model, target))
     return {n: ours[n] if n in VOCABULARY and n in ours and s[1:] == ours[n][1:] else s for n, s in own.items()}
 
 
 def check_masks(target, jobs, weights=True):
-    "Each mask fits the channels of its models and, if `weights`, was made for just these; returns the hashes that were computed."
+    "Check that each mask fits its models and, if `weights`, was made for them; returns the hashes computed."
     hashes = {}
     for donor, mask, _ in jobs:
         for role, m in (('target', target), ('donor', donor)):
@@ -173,11 +173,11 @@ def check_masks(target, jobs, weights=True):
 # %% ../nbs/12_transfer.ipynb #12-019
 @torch.no_grad()
 def transfer(
-    target,  # a model; it stays as it is
+    target,  # a model; it is not changed
     donors,
     masks,  # a model and a mask (or its file); or lists: several masks of one donor, or several donors with a mask each
     lam: float = 1.0,  # lambda, or one for each mask
-    check: bool = True,  # the pair fits, the mask was made for these weights
+    check: bool = True,  # check that the pair fits and that the mask was made for these weights
     rule: str = 'sum',  # where several donors claim a channel: sum (the paper's), mean or sign
 ):  # a new model
     "Stage 2 of ACT, in memory: the target with the donors' parameters on the masked channels."
@@ -223,7 +223,7 @@ def row_changes(ours, theirs, jobs, rule):
 
 
 def _key(ours, theirs, jobs, rule):
-    "A hash of everything that decides the output."
+    "A hash of everything that determines the output."
     files = [
         (str(c.folder / f), s.st_size, s.st_mtime_ns)
         for c in (ours, *theirs)
@@ -234,7 +234,7 @@ def _key(ours, theirs, jobs, rule):
 
 # %% ../nbs/12_transfer.ipynb #12-101
 def _where(mask):
-    "Chosen channels by kind and layer, a line for each kind: LAYER:CHOSEN/ALL, and - for what lies outside of layers."
+    "Chosen channels by kind and layer, one line per kind: LAYER:CHOSEN/ALL, with - for what is outside the layers."
     cells = {}
     for m in mask.map:
         cell = cells.setdefault(m.kind, {}).setdefault('-' if m.layer is None else m.layer, [0, 0])
@@ -244,7 +244,7 @@ def _where(mask):
 
 
 def transfer_record(target, jobs, rule, hashes):
-    "What a file says of a transfer."
+    "What a file records about a transfer."
     moved = [
         dict(
             donor=str(d),
@@ -278,10 +278,10 @@ def transfer_checkpoint(
     masks,  # as in `transfer`, donors as folders or ids
     lam: float = 1.0,  # lambda, or one for each mask
     out=None,  # folder to create; must not exist
-    check: bool = True,  # the pair fits, holds no NaN, and the mask was made for these weights
+    check: bool = True,  # check that the pair fits and holds no NaN, and that the mask was made for these weights
     rule: str = 'sum',  # where several donors claim a channel: sum (the paper's), mean or sign
 ) -> Path:
-    "Stage 2 of ACT, streamed: from checkpoint folders to a new checkpoint folder, in memory of a few blocks of rows."
+    "Stage 2 of ACT, streamed from checkpoint folders to a new one, with only a few blocks of rows in memory."
     jobs, out = transfer_jobs(donors, masks, lam, rule), check_absent(out)
     if check:
         for d, _, _ in jobs:
@@ -300,7 +300,7 @@ def transfer_checkpoint(
 # %% ../nbs/12_transfer.ipynb #12-105
 @dataclass(repr=False)
 class TransferReport(Shown):
-    "What moved, from where, by how much."
+    "What moved, from where, and by how much."
 
     target: str  # the model that received
     moved: list  # a dict for each donor: donor, lam, channels, total, mask, and where they lie
@@ -319,7 +319,7 @@ class TransferReport(Shown):
         )
 
     def frame(self):
-        "Channels that moved by donor, kind and layer; empty for notes that do not say."
+        "Channels that moved, by donor, kind and layer; empty for notes that do not say."
         import pandas as pd
 
         rows = [(m['donor'], kind, layer, a, n) for m in self.moved for kind, layer, a, n in mask_cells(m.get('where'))]
@@ -338,7 +338,7 @@ _LINE = r'(?:-|[0-9]{1,5}):[0-9]{1,9}/[1-9][0-9]{0,9}'
 
 
 def mask_cells(where):
-    "[(kind, layer, chosen, all)] of what `_where` wrote, by kind and layer; nothing where that cannot be read."
+    "[(kind, layer, chosen, all)] from what `_where` wrote, by kind and layer; empty when it cannot be read."
     if not isinstance(where, dict) or not all(
         isinstance(v, str) and re.fullmatch(rf'{_LINE}(?: {_LINE})*', v) for v in where.values()
     ):
@@ -355,7 +355,7 @@ def mask_cells(where):
 
 
 def _reported(d):
-    "A report from a note, which may come from strangers."
+    "A report from a note, which may come from a stranger."
     for m in d['moved']:
         for k, types in dict(donor=(str,), lam=(int, float), channels=(int,), total=(int,)).items():
             if type(m[k]) not in types or k == 'total' and m[k] < 1:
@@ -410,7 +410,10 @@ def plot(
     self: TransferReport,
     ax=None,  # axes to draw on
 ):
-    "Bars: percent of the channels of each kind that moved, by donor (of all channels, for notes that do not say which); returns the axes."
+    """Bars: percent of the channels of each kind that moved, by donor; returns the axes.
+
+    For notes that do not say which channels, the percentage is of all channels.
+    """
     import matplotlib.pyplot as plt
 
     if ax is None:
@@ -429,7 +432,7 @@ def plot(
 
 # %% ../nbs/12_transfer.ipynb #12-102
 def read_lams(lam):
-    "Numbers from what the command line says."
+    "The values of lam from the command line."
     try:
         return [float(l) for l in lam.split(',')]
     except ValueError as e:
@@ -446,7 +449,10 @@ def act_transfer(
     rule: str = 'sum',  # where several donors claim a channel: sum (the paper's), mean or sign
     no_check: store_true = False,  # do not compare shapes, weights and hashes first
 ):
-    "Move masked channels: `act_transfer --target lab/maths-en --donor lab/base --mask mask.safetensors --lam 1 --out recovered`"
+    """Move masked channels:
+
+    `act_transfer --target lab/maths-en --donor lab/base --mask mask.safetensors --lam 1 --out recovered`
+    """
     folder = transfer_checkpoint(target, listed(donor), listed(mask), read_lams(lam), out, not no_check, rule)
     for m in json.loads((folder / 'act_transfer.json').read_text(encoding='utf-8'))['moved']:
         print(f'{moved_text(m)} -> {out}')

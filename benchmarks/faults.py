@@ -4,9 +4,10 @@
 
 Stages that the file holds from other runs stay in it.
 
-Each kill has a folder of its own, and falls at a moment that is uniform in the run time of an undisturbed run, less what `--help` takes (at most half of it). After it the output must be absent, or
-complete and equal to the undisturbed one, with nothing beside it but hidden files of its name; after a second, undisturbed run of the same command it
-must be complete and equal, and alone. Compared are the bytes of all safetensors files.
+Each kill has a folder of its own, and comes at a moment drawn uniformly from the run time of an undisturbed run, less
+what `--help` takes (at most half of it). After it the output must be absent, or complete and equal to the undisturbed
+one, with nothing beside it but hidden files of its name; after a second, undisturbed run of the same command it must be
+complete, equal and alone. The bytes of all safetensors files are compared.
 """
 
 import argparse, hashlib, json, os, random, subprocess, sys, tempfile, time
@@ -22,7 +23,7 @@ BIN = Path(sys.executable).parent
 
 
 def shards(here):
-    "SmolLM2 and its mathematician in files of 40 MB, a mask of a twentieth of the channels, and the delta that goes with them."
+    "SmolLM2 and its mathematician in files of 40 MB, a mask of a twentieth of the channels, and their delta."
     for name, model in dict(base='smollm2', maths='smollm2/maths').items():
         net, tok = load_model(model)
         for part in (net, tok):

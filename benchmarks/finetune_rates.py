@@ -1,8 +1,12 @@
-"""How far a learning rate takes a model: bits per byte of what is learned and of what has nothing to do with it, before and after, for rates in thirds of a decade.
+"""How far a learning rate takes a model, for rates in thirds of a decade.
 
-    ACT_DATA=data python benchmarks/finetune_rates.py --out act/results/finetune-rates.json [--models lab,smollm2] [--kinds full,lora]
+Measured are bits per byte, before and after, of what is learned and of unrelated text.
 
-The lab: 50 steps of 16 items, the defaults. SmolLM2-135M: fewer and shorter items, which two cores can do; what was done is in the file. A second call with the same file adds what it lacks.
+    ACT_DATA=data python benchmarks/finetune_rates.py --out act/results/finetune-rates.json
+        [--models lab,smollm2] [--kinds full,lora]
+
+The lab: 50 steps of 16 items, the defaults. SmolLM2-135M: fewer and shorter items, which two cores can do; the settings
+are in the file. A second call with the same file adds what it lacks.
 """
 
 import argparse, time

@@ -1,4 +1,6 @@
-"""Broken and hostile files of every kind, given to their parsers: each must be accepted as something sound or refused with the library's own error.
+"""Broken and hostile files of every kind, given to their parsers.
+
+Each must be accepted as something sound or refused with the library's own error.
 
     python benchmarks/fuzz.py --files 64000 --seed 0 --out act/results/fuzz.json
 

@@ -1,10 +1,11 @@
 """Localisation beside two plain forward passes of the same batches, in turn and several times.
 
-    python benchmarks/localize.py --out localize.json [--pairs lab smollm2] [--rounds 5] [--device cpu] [--what time memory]
+    python benchmarks/localize.py --out localize.json [--pairs lab smollm2] [--rounds 5] [--device cpu]
+        [--what time memory]
 
-`plain` calls the two models on every batch; `without head` leaves out the last matrix product, as localisation does when the
-head is tied or not scored. Peak memory is what a run adds to a process of its own that holds both models and has used them once, on four times as many items. What is
-not measured anew stays in the file.
+`plain` calls the two models on every batch; `without head` leaves out the last matrix product, as localisation does
+when the head is tied or not scored. Peak memory is what a run adds to a process of its own that holds both models and
+has used them once, on four times as many items. What is not measured again stays in the file.
 """
 
 import argparse, json, re, subprocess, sys, time

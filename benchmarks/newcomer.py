@@ -2,8 +2,9 @@
 
     python benchmarks/newcomer.py --out act/results/newcomer.json [--test]
 
-The clone is of the committed revision, in a folder of its own, with an empty home; pip's cache is empty too. Python 3.11 or later and make must be there.
-Setting up is timed apart: the clone's `make setup` comes first, which `make reproduce` would do by itself.
+The clone is of the committed revision, in a folder of its own, with an empty home; pip's cache is empty too. Python
+3.11 or later and make must be installed.
+Setting up is timed separately: the clone's `make setup` comes first, which `make reproduce` would do by itself.
 """
 
 import argparse, os, re, subprocess, sys, tempfile, time

@@ -1,4 +1,6 @@
-"""How far results depend on the number of processes: fine-tuning alone, data-parallel and spread (FSDP), evaluation alone and shared.
+"""How far results depend on the number of processes.
+
+Fine-tuning alone, data-parallel and spread (FSDP); evaluation alone and shared.
 
     python benchmarks/processes.py --out processes.json [--steps 30]
 

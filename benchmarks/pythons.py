@@ -1,8 +1,13 @@
-"""Does the wheel install and run on other Pythons? For each, a virtual environment, the wheel with what it asks for, and the lab's way from scores to a table in an empty folder.
+"""Does the wheel install and run on other Pythons?
 
-    python benchmarks/pythons.py --python ~/.pyenv/versions/3.1[123]*/bin/python --at /tmp/envs --out act/results/pythons.json
+For each: a virtual environment, the wheel with its requirements, and the lab's way from scores to a table in an empty
+folder.
 
-An environment that is in the folder already is used as it is, so that torch can be put there first. PyPI must be reached; remove the folder afterwards.
+    python benchmarks/pythons.py --python ~/.pyenv/versions/3.1[123]*/bin/python --at /tmp/envs
+        --out act/results/pythons.json
+
+An environment that is already in the folder is used as it is, so that torch can be installed there first. PyPI must be
+reachable; remove the folder afterwards.
 """
 
 import argparse, hashlib, json, os, subprocess, sys, tempfile, time
@@ -31,7 +36,7 @@ def run(*args, env=None, cwd=None):
 
 
 def tried(python, wheel, at):
-    "What one Python did: its version, those of the libraries, seconds of each command, what they said on standard error."
+    "What one Python did: its version, those of the libraries, seconds of each command, their standard error."
     env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'} | dict(
         HF_HUB_OFFLINE='1', PYTHONWARNINGS='default'
     )

@@ -11,7 +11,7 @@ from act import scale
 
 
 def busy():
-    "Seconds that all processors worked since the machine started, stolen time included, and seconds that passed on all of them."
+    "Seconds since the machine started, over all processors: worked (stolen time included), and passed."
     t = [int(v) / os.sysconf('SC_CLK_TCK') for v in open('/proc/stat').readline().split()[1:9]]
     return sum(t) - t[3] - t[4], sum(t)
 

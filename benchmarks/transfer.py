@@ -1,8 +1,10 @@
-"""Streamed transfer and delta files beside `cp -r` and mergekit's task arithmetic, on made-up checkpoints of a real shape, in turn and several times.
+"""Streamed transfer and delta files beside `cp -r` and mergekit's task arithmetic.
+
+They run on made-up checkpoints of a real shape, in turn and several times.
 
     python benchmarks/transfer.py --folder /somewhere/with/12/GB --out transfer.json [--layers 28] [--rounds 5]
 
-Every tool runs as a process of its own, start of the interpreter included; peak memory is the process's largest resident set.
+Every tool runs as a process of its own, interpreter start included; peak memory is its largest resident set.
 """
 
 import argparse, json, os, shutil, statistics, subprocess, sys
@@ -62,7 +64,7 @@ print(json.dumps(dict(seconds=round(time.time() - start, 2), peak_mb=round(use.r
 
 
 def timed(command):
-    "Wall seconds and peak resident MB of a process, started from a small one: a process's peak counts what its parent held."
+    "Wall seconds and peak resident MB of a process, started from a small one: a peak counts what the parent held."
     done = subprocess.run(
         [sys.executable, '-S', '-c', RUNNER, shutil.which(command[0]), *command[1:]], capture_output=True, text=True
     )

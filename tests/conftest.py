@@ -96,7 +96,7 @@ def pair():
 
 @pytest.fixture
 def checkpoint(tmp_path, tokenizer):
-    "A function that saves a tiny model and its tokenizer as a folder: `checkpoint(name, model, **save_pretrained options)`."
+    "A function that saves a tiny model and its tokenizer to a folder: `checkpoint(name, model, **options)`."
 
     def _save(name, model=None, **kw):
         (model if model is not None else tiny_model()).save_pretrained(tmp_path / name, **kw)
@@ -122,7 +122,7 @@ def run(monkeypatch, capsys):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    "A function that mounts a disk of a size ('4m'), read-only if asked; where mounting is not allowed the test is skipped and says so."
+    "A function that mounts a disk of a given size ('4m'), read-only if asked; skips the test where that is forbidden."
     made = []
 
     def _mount(size, readonly=False):
@@ -148,7 +148,10 @@ def small_disk(tmp_path):
 
 @pytest.fixture
 def launch(tmp_path):
-    "A function that runs a command, or code given as text, as several processes: `launch('act_finetune', '--model', ...)`; with fsdp the model is spread."
+    """A function that runs a command, or code given as text, as several processes; with fsdp the model is spread.
+
+    For example `launch('act_finetune', '--model', ...)`.
+    """
 
     def _launch(what, *args, n=2, fsdp=False, timeout=240):
         bin, job = Path(sys.executable).parent, tmp_path / 'job.py'

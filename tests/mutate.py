@@ -1,6 +1,7 @@
-"""Files that are broken or hostile: sound ones of every kind, changed at random in their bytes, their JSON or their tensors.
+"""Broken and hostile files: sound files of every kind, changed at random in their bytes, their JSON or their tensors.
 
-`KINDS` is the table: a kind is a way to make sound files, the changes that suit its form, and a parser with what must hold of everything it accepts. `attempt` gives one file to its parser.
+`KINDS` is the table: a kind is a way to make sound files, the changes that suit its format, and a parser with what must
+hold for everything it accepts. `attempt` gives one file to its parser.
 """
 
 import contextlib, copy, json, random, shutil, struct, sys, time
@@ -923,7 +924,7 @@ def watched(folder):
 
 
 def prepared(name, folder):
-    "(kind, its sound files) in a folder of its own; the sound files are tried once, which also loads what is loaded late."
+    "(kind, its sound files) in a folder of its own; the sound files are parsed once, which also runs late imports."
     folder = Path(folder) / f'files-of-{name}'
     folder.mkdir(parents=True)
     kind = KINDS[name]

@@ -1,4 +1,7 @@
-"The rivals: mergekit's merges equal the formulas, masks of layers and kinds by hand, every method makes a model, hypervolume and winners by hand."
+"""The rivals: mergekit's merges equal the formulas; masks of layers and kinds by hand.
+
+Every method makes a model; hypervolume and winners by hand.
+"""
 
 import sys
 import numpy as np, pandas as pd, pytest, torch

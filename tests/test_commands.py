@@ -1,4 +1,4 @@
-"Commands: from the lab's models to a recovered, evaluated checkpoint, and one clear line for everything that can be wrong."
+"Commands: from the lab's models to a recovered, evaluated checkpoint; one clear line for everything that can go wrong."
 
 import json, os, shlex, shutil, signal, subprocess, sys, time, pytest
 from pathlib import Path

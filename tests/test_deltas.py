@@ -1,4 +1,4 @@
-"Deltas: applied they give the transfer, undone the target, to the byte; anything else is refused before a byte is written."
+"Deltas: applied they give the transfer, undone the target, to the byte; anything else is refused before writing."
 
 import subprocess, sys, pytest, torch
 from safetensors.torch import load_file, save_file

@@ -55,7 +55,7 @@ TAGS = ['<|im_start|>', '<|im_end|>', '<|end_of_sentence|>', '<|eot_id|>', '<end
 
 
 def byte_tokenizer(bos=False, eos=False, merges=True, template=None):
-    "Byte-level BPE of 320 entries; it may put <bos> first and <eos> last, and with `merges` it joins '?' with the line end behind it."
+    "Byte-level BPE of 320 entries, optionally with <bos> and <eos>; with `merges` it joins '?' and the next line end."
     tok = Tokenizer(models.BPE())
     split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not merges)
     tok.pre_tokenizer, tok.decoder = split, decoders.ByteLevel()

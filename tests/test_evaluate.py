@@ -124,7 +124,7 @@ def test_results_come_back(tokenizer, tmp_path):
 
 
 def test_the_task_files_work_in_plain_lm_eval():
-    "With lm-eval's own class of models, which knows nothing of the end-of-text token; the lab's prompts end in a full word."
+    "With lm-eval's own model class, which ignores the end-of-text token; the lab's prompts end in a full word."
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

@@ -1,4 +1,7 @@
-"The explorer: grids that are whole, files that come back, a page whose sliders say what the table holds, widgets that run no model."
+"""The explorer: complete grids, files that come back unchanged, widgets that run no model.
+
+The page's sliders show what the table holds.
+"""
 
 import itertools, json, shutil, sys
 from dataclasses import replace
@@ -525,7 +528,9 @@ def test_it_fits_and_can_be_read(visit, text, width, scheme):
     ink, ground = (page.evaluate(f'getComputedStyle(document.body).{o}') for o in ('color', 'backgroundColor'))
     assert (sum(map(int, ink[4:-1].split(','))) < sum(map(int, ground[4:-1].split(',')))) == (scheme == 'light')
     over = page.evaluate(
-        '''[...document.querySelectorAll('.act-x *')].filter(o => !o.closest('details') && o.getBoundingClientRect().width && o.getBoundingClientRect().right > innerWidth + 1).map(o => o.outerHTML.slice(0, 80))'''
+        "[...document.querySelectorAll('.act-x *')].filter(o => !o.closest('details')"
+        ' && o.getBoundingClientRect().width && o.getBoundingClientRect().right > innerWidth + 1)'
+        '.map(o => o.outerHTML.slice(0, 80))'
     )
     assert not over
 
@@ -547,7 +552,9 @@ def test_it_starts_when_put_into_a_page_later(visit, lab):
     page.evaluate(
         '''text => {
       const host = document.createElement('div'); host.innerHTML = text
-      for (const s of host.querySelectorAll('script')) { const n = document.createElement('script'); for (const a of s.attributes) n.setAttribute(a.name, a.value); n.textContent = s.textContent; s.replaceWith(n) }
+      for (const s of host.querySelectorAll('script')) { const n = document.createElement('script'); '''
+        '''for (const a of s.attributes) n.setAttribute(a.name, a.value); '''
+        '''n.textContent = s.textContent; s.replaceWith(n) }
       document.getElementById('out').append(host)
     }''',
         lab.html(),

@@ -1,4 +1,4 @@
-"Kills, full and read-only disks, two runs into one place: transfer, deltas and localisation leave nothing wrong and nothing behind."
+"Kills, full or read-only disks, two runs into one place: no wrong or leftover files of transfer, deltas, localisation."
 
 import os, random, subprocess, sys
 import pytest, torch

@@ -1,4 +1,4 @@
-"The findings: item scores pool to localize's, statistics equal hand-made values, studies have all they promise, files come back."
+"The findings: item scores pool to localize's, statistics match values by hand, studies are complete, files come back."
 
 import json, numpy as np, pandas as pd, pytest, torch
 from itertools import combinations

@@ -192,7 +192,10 @@ open(f'{sys.argv[1]}/rank%dof%d' % processes(), 'w').write(f'{weight_hash(report
 
 
 def test_a_spread_model_learns_the_same(tmp_path, launch):
-    "Plain, with an adapter, masked, stopped early, and stopped by a crash and resumed: two processes with FSDP against one process with twice the batches a step. The second process never reads the weights."
+    """Two processes with FSDP against one process with twice the batches a step; the second never reads the weights.
+
+    Plain, with an adapter, masked, stopped early, and stopped by a crash and resumed.
+    """
     model, tok = load_model('lab/maths-en', dtype='float32')
     mask = mask_of(model)
     mask.save(tmp_path / 'mask.safetensors')

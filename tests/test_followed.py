@@ -1,5 +1,7 @@
 """What README, guide and commands page say is done as written: by a shell in an empty folder, from an installed wheel.
-A line that ends in `# needs the hub`, or a block that begins with `# needs a clone`, is not done here, and says so to the reader as well.
+
+A line that ends in `# needs the hub`, or a block that begins with `# needs a clone`, is not run here, and says so
+to the reader as well.
 """
 
 import ast, email, json, os, re, shlex, shutil, subprocess, sys, zipfile
@@ -38,7 +40,7 @@ def steps(text):
 
 
 def page(name):
-    "(line, what it needs, exit code that the page shows) of a notebook: its shell blocks, and what its cells give to `sh`."
+    "(line, what it needs, exit code on the page) of a notebook: its shell blocks, and what its cells give to `sh`."
     for c in cells(name):
         if c['cell_type'] == 'markdown':
             yield from ((*s, 0) for s in steps(source(c)))
@@ -62,7 +64,7 @@ PAGES = {
 
 @pytest.fixture(scope='session')
 def installed(tmp_path_factory):
-    "The wheel of this tree, and a virtual environment that holds it beside the libraries of this one, without the tree."
+    "This tree's wheel, and a virtual environment with it and the libraries of this one, without the tree."
     at = tmp_path_factory.mktemp('installed')
     kept = shutil.ignore_patterns('.*', 'runs', 'build', 'dist', '_docs', '_proc', '*.egg-info', '__pycache__')
     tree, env = at / 'tree', {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}

@@ -1,4 +1,7 @@
-"Hostile files: every parser makes something sound of a changed file or raises ActError; what was once found is kept here by name."
+"""Hostile files: every parser makes something sound of a changed file or raises ActError.
+
+What was once found is kept here by name.
+"""
 
 import json, pickle, struct, pytest, torch
 from safetensors.torch import load_file, save_file

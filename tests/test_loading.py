@@ -1,4 +1,4 @@
-"Folders as people have them: loaded as transformers loads them with every weight in its place, or refused in one true line."
+"Folders as people have them: loaded as by transformers with every weight in its place, or refused in one true line."
 
 import json, shutil, subprocess, sys
 import pytest, torch

@@ -288,7 +288,9 @@ def test_two_processes_give_what_one_gives(launch, tmp_path):
     for n, file in out.items():
         done = launch(
             'act_localize',
-            *f'--target lab/maths-en --donor lab/base --ability {tmp_path}/x.jsonl --batch_tokens 512 --out {file}'.split(),
+            *(
+                f'--target lab/maths-en --donor lab/base --ability {tmp_path}/x.jsonl --batch_tokens 512 --out {file}'
+            ).split(),
             n=n,
         )
         assert done.returncode == 0 and done.stdout.count('ChannelScores') == 1, done.stderr[-2000:]

@@ -1,4 +1,7 @@
-"Neighbours: mergekit writes what the transfer writes; training stays inside the mask; tables come back; lm_eval's numbers are ours."
+"""Neighbours: mergekit writes what the transfer writes; training stays inside the mask.
+
+Tables come back unchanged; lm_eval's numbers are ours.
+"""
 
 import copy, gc, importlib.util, json, os, re, subprocess, sys, weakref, pytest, torch
 from pathlib import Path
@@ -332,7 +335,7 @@ def test_a_trainer_stays_inside_the_mask(family, tied, tmp_path):
 
 
 def test_what_each_part_is_for(tmp_path):
-    "Without the mask, without putting back, and after the end of the block, entries outside do move: the test above can fail."
+    "Without the mask, without restoring, and after the block, entries outside do move: the test above can fail."
     old = tiny_model()
     mask = mask_of(old)
     new = copy.deepcopy(old)
@@ -784,7 +787,8 @@ def test_the_tasks_command(tmp_path, monkeypatch, capsys):
     code, out, _ = run('--ability', 'lab/science-zh', '--n', 4, '--out', tmp_path / 't', '--write', 9)
     assert (
         not code
-        and f'next: act_lm_eval run --model act --model_args pretrained=MODEL --tasks act_science_zh,act_science_zh_generate --include_path {tmp_path}/t'
+        and 'next: act_lm_eval run --model act --model_args pretrained=MODEL'
+        f' --tasks act_science_zh,act_science_zh_generate --include_path {tmp_path}/t'
         in out
         and 'max_gen_toks: 9\n' in (tmp_path / 't' / 'act_science_zh_generate.yaml').read_text()
     )

@@ -1,4 +1,7 @@
-"Publishing: what is written loads back, the card says what the records say and nothing else, and the hub gets what the folder holds."
+"""Publishing: what is written loads back, and the hub gets what the folder holds.
+
+The card says what the records say and nothing else.
+"""
 
 import base64, hashlib, json, os, re, shutil, subprocess, sys, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -382,7 +385,8 @@ def test_a_tuned_model_tells_both_steps(made, run, tmp_path, monkeypatch):
     lines = bash(Card.load(o / 'README.md'))
     assert (
         lines[3]
-        == 'act_finetune --model moved --ability lab/science-zh --mask mask.safetensors --steps 2 --lr 0.0001 --batch_size 4 --out tuned'
+        == 'act_finetune --model moved --ability lab/science-zh --mask mask.safetensors'
+        ' --steps 2 --lr 0.0001 --batch_size 4 --out tuned'
         and not any('bf16' in l for l in lines)
     )
     assert 'fine-tuned on `science-zh` (2 steps, learning rate 0.0001)' in (o / 'README.md').read_text()
@@ -606,7 +610,7 @@ def test_a_write_that_fails_leaves_nothing(made, tmp_path, monkeypatch, break_):
 
 # the hub
 class Hub:
-    "What of the hub's HTTP interface an upload needs, in a thread; `.files` is what has arrived, `.calls` who asked for what."
+    "The part of the hub's HTTP interface that an upload needs, in a thread; `.files` have arrived, `.calls` were made."
 
     def __init__(self):
         self.files, self.blobs, self.calls, self.repos, self.fail, self.lfs = (

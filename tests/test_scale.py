@@ -1,4 +1,7 @@
-"Scale: parameter counts that are known; sparse folders that take no place; plans that count what a transfer reads and changes, to the byte."
+"""Scale: known parameter counts; sparse folders that take no space.
+
+Plans count what a transfer reads and changes, to the byte.
+"""
 
 import importlib, os, sys, pytest, torch
 from pathlib import Path

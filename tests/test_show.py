@@ -1,4 +1,7 @@
-"Results that show themselves: well formed, escaped, the same bytes each time, no wider than a telephone, the same numbers in a terminal; and files that lack something say so."
+"""Results that display themselves: well formed, escaped, the same bytes each time, no wider than a telephone.
+
+They show the same numbers in a terminal; files that lack something say so.
+"""
 
 import json, re, subprocess, sys
 import matplotlib

@@ -1,4 +1,7 @@
-"What people read: notebooks, pages, links, how a browser shows them; `.ci/site.py` holds the checks, and each is seen to fail here."
+"""What people read: notebooks, pages, links, and how a browser shows them.
+
+`.ci/site.py` holds the checks; each is seen to fail here.
+"""
 
 import importlib.util, json, os, shutil
 from pathlib import Path

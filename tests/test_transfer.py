@@ -1,4 +1,4 @@
-"Transfer: all channels at lam 1 give the donor bit for bit, lam 0 the target, everything else stays; folders equal memory."
+"Transfer: all channels at lam 1 give the donor bit for bit, lam 0 the target, all else stays; folders equal memory."
 
 import shutil, pytest, torch
 from safetensors.torch import load_file, save_file
