@@ -212,6 +212,7 @@ def test_pictures_show_every_row():
     assert [a.get_title() for a in plot_pareto(study()).axes[:3]] == ['A', 'B', 'C']
 
 
+@pytest.mark.slow
 def test_a_small_run_with_two_rivals(bench, tmp_path):
     some = {
         r: BASELINE_ROWS[r]

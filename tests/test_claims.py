@@ -65,6 +65,7 @@ def test_the_verdict_of_merging(act, verdict):
     )
 
 
+@pytest.mark.slow
 def test_every_claim_stands_in_the_table():
     t = paper_table()
     assert (

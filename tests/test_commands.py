@@ -333,6 +333,7 @@ def test_what_a_dry_run_expects_is_about_what_comes(run, files):
         assert code == 0 and 0.5 < float(number) * dict(bytes=1, kB=1e3, MB=1e6)[unit] / size < 2, line
 
 
+@pytest.mark.slow
 def test_a_dry_run_sees_another_run(files):
     holder = subprocess.Popen(
         [
@@ -383,6 +384,7 @@ def test_a_dry_run_fetches_no_model(run, tmp_path, monkeypatch):
 FINETUNE = 'act_finetune --model lab/base --ability lab/science-zh --batch_size 2 --save_steps 1 --out'
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_says_how_to_go_on(tmp_path):
     p = subprocess.Popen(
         [BIN / 'act_finetune', *FINETUNE.split()[1:], tmp_path / 'out', '--steps', '20000'],
@@ -434,6 +436,7 @@ def closed():
     return w
 
 
+@pytest.mark.slow
 def test_a_pipe_that_nobody_reads(files):
     for args in (['--scores', files / 's', '--out', files / 'x'], ['--help']):
         done = subprocess.run([BIN / 'act_mask', *args], stdout=closed(), stderr=subprocess.PIPE, text=True)
@@ -441,6 +444,7 @@ def test_a_pipe_that_nobody_reads(files):
     assert ChannelMask.load(files / 'x').count  # printing comes after writing
 
 
+@pytest.mark.slow
 def test_piped_output_holds_results_alone(files):
     done = subprocess.run(
         [BIN / 'act_evaluate', *f'--model lab/base --ability lab/science-zh --n 16 --out {files}/e.json'.split()],

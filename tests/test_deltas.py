@@ -158,6 +158,7 @@ def test_in_place_and_back(pair, checkpoint, tmp_path, shards):
     assert files(a) == before and sorted(p.name for p in a.iterdir()) == names and not list(tmp_path.glob('.*'))
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_an_exchange(made, tmp_path):
     a, b, m, moved, d = made
     code = f"""

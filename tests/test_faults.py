@@ -38,6 +38,7 @@ print(count)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_transfer_is_not_there_and_goes_on_after_the_last_whole_file(made, tmp_path):
     a, b, m = made
     m.save(tmp_path / 'm')
@@ -115,6 +116,7 @@ def test_the_disk_of_waiting_activations_fills_up(checkpoint, small_disk):
         'act_delta --mask {m} --out {out}',
     ],
 )
+@pytest.mark.slow
 def test_a_second_run_into_one_place_is_refused_at_once(command, tmp_path):
     m, out = tmp_path / 'm', tmp_path / 'out'
     from act.masks import ChannelMask

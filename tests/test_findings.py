@@ -206,6 +206,7 @@ SMALL = Family(
         ('disentanglement', dis.study, {'summary', 'terms', 'overlaps', 'curve'}),
     ],
 )
+@pytest.mark.slow
 def test_a_small_study_is_whole_and_comes_back(name, study, tables, tmp_path):
     f = study(SMALL, seeds=(0, 1), resamples=2)
     again = Finding.load(f.save(tmp_path / 'f.json'))
@@ -326,6 +327,7 @@ def test_areas_are_paired_and_zero_against_itself(bench):
     assert ((r.low <= r.value + 1e-9) & (r.value <= r.high + 1e-9)).all() and set(r.p) == {0.0, 0.2, 1.0}
 
 
+@pytest.mark.slow
 def test_a_small_sufficiency_study_is_whole(tmp_path):
     f = suf.study('lab', seeds=(0, 1), ps=(0.05, 1.0), lams=(0.5,), n=6)
     again = Finding.load(f.save(tmp_path / 'f.json'))
@@ -470,6 +472,7 @@ def test_profiles_by_hand():
     assert sta.alike(p, p.rename({'q': 'v', 'o': 'k'}, level='kind')) == 0
 
 
+@pytest.mark.slow
 def test_a_small_stability_study_is_whole(monkeypatch, tmp_path):
     monkeypatch.setitem(sta.TRAIN, 'lab', dict(sta.TRAIN['lab'], steps=2, batch_size=2))
     f = sta.study(SMALL, seeds=(0, 1), resamples=2)
@@ -585,6 +588,7 @@ def test_orders_take_equally_many_channels(bench):
     assert masks['weight, raw'] == top_p(weight_scores(bench.target, bench.donor), 0.1)
 
 
+@pytest.mark.slow
 def test_a_small_weights_study_is_whole(tmp_path):
     f = wei.study(SMALL, seeds=(0, 1), resamples=2, ps=(0.05, 0.2), n=4)
     again = Finding.load(f.save(tmp_path / 'f.json'))

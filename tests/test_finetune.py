@@ -277,6 +277,7 @@ KILLS = dict(
 
 
 @pytest.mark.parametrize('moment', KILLS)
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch, moment):
     code, start = KILLS[moment]
     code = (
@@ -645,6 +646,7 @@ def test_bad_settings_end_before_anything_is_loaded(checkpoint, items, tmp_path,
 # memory
 
 
+@pytest.mark.slow
 def test_memory_is_said_before_it_is_taken(tmp_path):
     code = """
 import json, sys, torch

@@ -116,6 +116,7 @@ def python(installed, code, where):
 # ---- the wheel
 
 
+@pytest.mark.slow
 def test_the_installed_package_is_the_wheels(installed, tmp_path):
     done = python(
         installed,
@@ -231,6 +232,7 @@ def started(installed, tmp_path_factory):
 
 
 @pytest.mark.parametrize('name', PAGES)
+@pytest.mark.slow
 def test_commands_of_a_page(started, name):
     at, process = started[name]
     code, said = process.wait(), (at / 'log').read_text()
@@ -298,6 +300,7 @@ def test_commands_in_the_running_text():
         ), line
 
 
+@pytest.mark.slow
 def test_the_readmes_code(installed, tmp_path):
     text = (ROOT / 'README.md').read_text(encoding='utf-8')
     code, shown = re.search(r'^```python\n(.*?)^```\n\n```\n(.*?)^```', text, re.M | re.S).groups()
@@ -306,6 +309,7 @@ def test_the_readmes_code(installed, tmp_path):
     assert (done.returncode, done.stdout) == (0, shown), done.stderr
 
 
+@pytest.mark.slow
 def test_a_copied_notebook_leaves_the_package_alone(installed, tmp_path):
     "Its cells are run where it was copied to: act/ of the checkout, and the installed one, stay as they are."
     shutil.copy(ROOT / 'nbs/09_core.ipynb', tmp_path)

@@ -105,6 +105,7 @@ def test_fine_tuning_alone_leaves_twenty_points():
     assert n['donor', 'recovered'] - n['target', 'recovered'] >= 0.3
 
 
+@pytest.mark.slow
 def test_smoke_training_makes_a_family(tmp_path):
     m = train_lab(tmp_path / 'lab', ('base', 'science-zh'), smoke=True, progress=False)
     assert list(m) == ['base', 'science-zh'] and set(m['base']['scores']) == set(lab_abilities())

@@ -302,6 +302,7 @@ def test_without_a_tokenizer_that_is_said(folder):
         load_tokenizer(folder)
 
 
+@pytest.mark.slow
 def test_a_model_of_the_cache_that_another_run_makes_is_waited_for(tmp_path):
     code = '''
 import sys, time

@@ -199,6 +199,7 @@ def test_a_device_map(checkpoint):
 
 
 @pytest.mark.parametrize('disk', [1, 10**9])
+@pytest.mark.slow
 def test_one_model_at_a_time_gives_the_same_bits(family, checkpoint, tmp_path, disk, monkeypatch):
     module = importlib.import_module('act.localize')
 
@@ -242,6 +243,7 @@ def test_the_order_of_the_items_does_not_matter(pair, tokenizer):
 
 
 @pytest.mark.parametrize('hold', ['both', 'one'])
+@pytest.mark.slow
 def test_what_was_killed_goes_on_and_ends_with_the_same_bytes(checkpoint, tmp_path, hold):
     a, b, data = checkpoint('a'), checkpoint('b', tiny_model(seed=1)), tmp_path / 'x.jsonl'
     data.write_text(

@@ -133,6 +133,7 @@ def test_without_itself_a_specialist_costs_nothing_when_it_moves_nothing(bench):
     )
 
 
+@pytest.mark.slow
 def test_a_small_study_is_whole(bench, tmp_path):
     some = {
         r: MERGE_ROWS[r]

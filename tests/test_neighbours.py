@@ -259,6 +259,7 @@ def test_the_command(checkpoint, tmp_path, monkeypatch, capsys):
     assert act_mergekit() == 2 and 'exists already' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_without_mergekit_the_message_says_how_to_get_it(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, 'mergekit', None)
     with pytest.raises(ActError, match=r'pip install "act-transfer\[baselines\]"'):
@@ -659,6 +660,7 @@ def logliks(samples, ability):
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.slow
 def test_lm_eval_with_our_model_gives_our_numbers(tasks, lm_eval, dtype):
     abilities, folder = tasks
     samples = lm_eval(
@@ -685,6 +687,7 @@ def test_lm_eval_with_our_model_gives_our_numbers(tasks, lm_eval, dtype):
     assert 0 < given[given.ability == 'science-zh'].correct.sum() and 0 < written.correct.sum()
 
 
+@pytest.mark.slow
 def test_the_shipped_tasks_with_our_model_give_our_numbers(lm_eval):
     from act.evaluate import TASKS
 
@@ -710,6 +713,7 @@ def test_the_shipped_tasks_with_our_model_give_our_numbers(lm_eval):
     )
 
 
+@pytest.mark.slow
 def test_plain_lm_eval_runs_the_tasks_where_act_cannot_be_imported(tasks, lm_eval, tmp_path):
     abilities, folder = tasks
     (tmp_path / 'no' / 'act').mkdir(parents=True)
@@ -736,6 +740,7 @@ def test_plain_lm_eval_runs_the_tasks_where_act_cannot_be_imported(tasks, lm_eva
     assert len(samples('act_science_zh_generate')) == 8
 
 
+@pytest.mark.slow
 def test_our_model_says_what_is_wrong_in_one_line(monkeypatch, capsys):
     from act.evaluate import TASKS, act_lm_eval
 

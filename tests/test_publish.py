@@ -592,7 +592,7 @@ def test_a_dry_run_shows_the_card_and_leaves_nothing(made, run, tmp_path):
     [
         lambda m: m.setattr(P, '_write_picture', lambda *a: 1 / 0),
         lambda m: m.setattr(Card, 'save', lambda *a: (_ for _ in ()).throw(OSError(28, 'No space left on device'))),
-        lambda m: m.setattr(checkpoints, '_finite', lambda t: False),
+        lambda m: m.setattr(checkpoints, 'all_finite', lambda t: False),
     ],
 )
 def test_a_write_that_fails_leaves_nothing(made, tmp_path, monkeypatch, break_):
@@ -796,6 +796,7 @@ def test_private_stays_private(hub, out):
     assert not hub.files
 
 
+@pytest.mark.slow
 def test_the_command_writes_and_pushes(hub, made, tmp_path):
     bin, env = (
         Path(sys.executable).parent,

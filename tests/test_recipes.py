@@ -98,6 +98,7 @@ def test_shapes_must_agree_with_the_models_own(tmp_path):
     assert any('different channels' in o for o in p.problems)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_table(tmp_path):
     recipe = tiny(tmp_path)
     whole = run_recipe(read_recipe(recipe), tmp_path / 'whole', progress=False)
@@ -130,6 +131,7 @@ def test_a_killed_run_goes_on_to_the_same_table(tmp_path):
     assert Recovery.load(tmp_path / 'run' / 'report' / 'result.json').table().equals(whole.table())
 
 
+@pytest.mark.slow
 def test_a_change_redoes_what_it_touches(tmp_path):
     r = read_recipe(tiny(tmp_path))
     run_recipe(r, tmp_path / 'run', progress=False)
@@ -183,6 +185,7 @@ def test_a_stage_file_that_was_tampered_with_is_refused(tmp_path):
         s.value('x', dict(a=1), lambda: 5)
 
 
+@pytest.mark.slow
 def test_a_recipe_makes_its_own_specialist(tmp_path):
     text = (
         recipe_file('lab-merge')
@@ -216,6 +219,7 @@ def test_a_recipe_makes_its_own_specialist(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     cli = lambda *a: subprocess.run(
         [sys.executable, '-c', 'import sys; from act.recipes import act_recipe; sys.exit(act_recipe())', *map(str, a)],

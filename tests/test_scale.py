@@ -360,6 +360,7 @@ def test_the_recorded_constants_say_where_they_come_from():
         assert v['ratio'] == pytest.approx(v['predicted_s'] / v['measured_s'])
 
 
+@pytest.mark.slow
 def test_measuring_leaves_nothing_and_a_prediction_can_be_held_against_it(tmp_path, monkeypatch):
     for rates in ('_localize_rates', '_matmul_rates'):
         monkeypatch.setattr(scale, rates, lambda *a: {'bfloat16': FAST['copy']})
@@ -390,6 +391,7 @@ def test_measuring_leaves_nothing_and_a_prediction_can_be_held_against_it(tmp_pa
         )
 
 
+@pytest.mark.slow
 def test_what_fails_while_timed_says_why(tmp_path):
     with pytest.raises(ActError, match='Checkpoint, which was to be timed, failed.*no config.json'):
         scale._timed('checkpoints', 'Checkpoint', tmp_path / 'no folder')

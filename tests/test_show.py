@@ -93,9 +93,9 @@ def recovery(cls=Recovery):
 
 def folders(tmp_path, checkpoint):
     a, b = checkpoint('a', tiny_model()), checkpoint('b', tiny_model(seed=1))
-    from act.channels import enumerate_channels
+    from act.checkpoints import channels_of
 
-    cm = enumerate_channels(a)
+    cm = channels_of(a)
     m = ChannelMask.from_flat(torch.arange(cm.total) % 7 == 0, cm, dict(ability=BAD, p=0.1))
     return a, b, m
 
