@@ -281,7 +281,7 @@ KILLS = dict(
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch, moment):
     code, start = KILLS[moment]
     code = (
-        "import os, signal\nfrom act import finetune as ft\ndef die(*_, **k): os.kill(os.getpid(),"
+        "import importlib, os, signal\nft = importlib.import_module('act.finetune')\ndef die(*_, **k): os.kill(os.getpid(),"
         f" signal.SIGKILL)\n{code}\nft.act_finetune(**{SMALL}, out={str(tmp_path / 'out')!r})"
     )
     assert subprocess.run([sys.executable, '-c', code], capture_output=True).returncode == -9
