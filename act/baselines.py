@@ -23,8 +23,8 @@ def merge_with_mergekit(
     method: str,  # mergekit's name: linear, task_arithmetic, ties, dare_ties, ...
     models: dict,  # checkpoint (folder, hub id or name) -> its parameters: weight, density
     base: str = None,  # checkpoint that task vectors start from
-    seed: int = 0,  # of methods that draw
-    dtype: str = 'float32',  # of the arithmetic, and of the model that is returned
+    seed: int = 0,  # of methods that draw at random
+    dtype: str = 'float32',  # of the model that is returned; the arithmetic is in float32
     device=None,  # where it goes
 ):  # a model in memory; raises ActError when mergekit is not installed
     "Merge checkpoints with mergekit itself."
@@ -117,7 +117,7 @@ def _ranks(ps, lams):
 
 
 def _tune(bench, model, seed, lr, steps=1, **more):
-    "The case's fine-tuning at multiples of its rate and length."
+    "The case's fine-tuning, at multiples of its learning rate and length."
     return bench.tune(model, seed, lr=lr * bench.case.sft['lr'], steps=steps * bench.case.sft['steps'], **more)
 
 
@@ -228,9 +228,7 @@ def hypervolume(
 # %% ../nbs/32_baselines.ipynb #32-029
 def scaled(
     rec: Recovery,  # from `recover`
-) -> (
-    pd.DataFrame
-):  # its grid without target and donor; retained and recovered from 0 (the worse of the two) to 1 (the better)
+) -> pd.DataFrame:  # the grid without target and donor; both scores from 0 (the worse of the two) to 1 (the better)
     "All settings that were tried, on one scale for every case."
     ends, out = rec.grid.iloc[:2], rec.grid.iloc[2:].copy()
     for c, (zero, one) in dict(retained=('donor', 'target'), recovered=('target', 'donor')).items():
@@ -253,9 +251,12 @@ def volumes(
 # %% ../nbs/32_baselines.ipynb #32-030
 def plot_pareto(
     rec: Recovery,  # from `recover`
-    columns: int = 5,  # panels in a row
+    columns: int = 5,  # panels per row
 ):
-    "Every method's settings on validation items, retained against recovered, hollow before and full after fine-tuning, over those of all others in grey; returns the figure."
+    """Retained against recovered on validation items, a panel for every method; returns the figure.
+
+    A point is a setting: hollow before fine-tuning, full after it, grey for all other methods.
+    """
     t = scaled(rec)
     t = t.assign(method=t.row.str.removesuffix(' without SFT'), tuned=~t.row.str.contains('without SFT'))
     names = list(t.method.unique())
@@ -284,8 +285,8 @@ def plot_pareto(
 def winners(
     rec: Recovery,  # from `recover`
     columns: tuple = ('retained', 'recovered', 'mean'),
-) -> pd.DataFrame:  # column -> best row, its value, rows not told apart from it
-    "The best row of each column among the methods, and who ties with it (Holm's correction over all rows and columns)."
+) -> pd.DataFrame:  # column -> best row, its value and interval, rows not significantly different
+    "The best method in each column, and those that tie with it (Holm's correction over all rows and columns)."
     n, out = rec.numbers(), []
     given = {'oracle', *(r for r, s in zip(rec.grid.row, rec.grid.setting) if not s)}  # models as they are, no methods
     n = n[~n.row.isin(given)]
@@ -354,9 +355,7 @@ def options(
     rec: Recovery,  # from `recover` with BASELINES
     reference: str = 'ACT (module-normalised)',  # the row to compare with
     prefix: str = 'ACT',  # of the rows to compare
-) -> (
-    pd.DataFrame
-):  # row x validation (mean of the aims), and for each column of the table difference, low, high, holm on test items
+) -> pd.DataFrame:  # row x validation (mean of the aims), and for each column the paired difference as text
     "Every variant of ACT with fine-tuning against one of them."
     rows = [r for r in rec.rows if r.startswith(prefix) and r != reference and 'without' not in r]
     val = rec.grid.groupby('row')['mean'].agg('max' if rec.case.metric == 'correct' else 'min')

@@ -28,7 +28,7 @@ def _where(meta, model):
 def finding_rows(
     findings: list = None,  # all recorded ones of the lab and of SmolLM2 by default
 ) -> list:  # of dict(claim, source, paper, measured, verdict, model, data, machine, revision)
-    "The four findings and the appendix."
+    "Rows for the four findings and the appendix."
     findings = findings or [recorded(n, f) for n in NAMES for f in FAMILIES]
     return [
         dict(
@@ -50,7 +50,7 @@ def _cell(rec, row, column):
 
 
 def _loses_little(rec, row):
-    "The interval of the retained ability's difference to the target excludes a loss of a twentieth of what separates target and donor."
+    "Whether the interval for retained excludes a loss of more than a twentieth of the gap from target to donor."
     d = rec.against(row)
     d = d[(d.against == 'target') & (d.column == 'retained')].iloc[0]
     ends = [rec._scale() * rec.samples(r)['retained'][0] for r in ('target', 'donor')]
@@ -60,7 +60,7 @@ def _loses_little(rec, row):
 def recovery_rows(
     results: dict,  # name -> Recovery
 ) -> list:  # as `finding_rows`
-    "What recovering showed, case by case, for both rankings."
+    "Rows for the claims about recovering, case by case, for both rankings."
     out = []
     for name, rec in results.items():
         unit = '% of items' if rec.case.metric == 'correct' else 'bits per byte, lower is better'
@@ -110,7 +110,7 @@ def recovery_rows(
 def merge_rows(
     results: dict,  # name -> Merged
 ) -> list:  # as `finding_rows`
-    "What merging showed, for both rankings."
+    "Rows for the claim about merging, for both rankings."
     out = []
     for name, rec in results.items():
         given = [r for r, s in zip(rec.grid.row, rec.grid.setting) if not s]
@@ -138,7 +138,7 @@ def merge_rows(
 def lead_rows(
     results: dict,  # name -> Recovery
 ) -> list:  # as `finding_rows`
-    "Settings and shapes that public notes report."
+    "Rows for the settings and shapes that public notes report."
     out = []
     for name, rec in results.items():
         place = _where(rec.meta, f'{rec.case.target} <- {rec.case.donor}') | dict(

@@ -45,7 +45,7 @@ def chosen_counts(
     scores: ChannelScores,  # of the pair and ability
     ps: tuple,  # fractions of all channels
     ranks: tuple = ('raw', 'module'),  # how they are ranked
-) -> tuple:  # DataFrame with a row a module: path, kind, layer, width; dict (rank, p) -> chosen channels of each
+) -> tuple:  # DataFrame, one row per module: path, kind, layer, width; dict (rank, p) -> chosen channels of each
     "How many channels of each module are in the top p."
     modules = pd.DataFrame(
         {
@@ -61,7 +61,7 @@ _AXES = ['p', 'lam', 'rank', 'sft']
 
 
 def _checked(grid):
-    "The grid with its types right; ActError that names what is missing or odd."
+    "The grid with the right types; raises ActError that names what is missing or odd."
     if miss := [c for c in _GRID if c not in grid]:
         raise ActError(f"the grid lacks the column {miss[0]}: it needs {', '.join(_GRID)}")
     g = grid[_GRID].reset_index(drop=True)
@@ -85,7 +85,7 @@ def _checked(grid):
 
 # %% ../nbs/37_explorer.ipynb #37-016
 def _nested(g):
-    "(p, lam, rank, sft) -> column -> (value, low, high) of the points; name -> the same of the models for comparison."
+    "Axes, columns, (p, lam, rank, sft) -> column -> (value, low, high), and the same for the models by name."
     columns, points, given = list(dict.fromkeys(g.column)), {}, {}
     for o in g.itertuples(index=False):
         into = points.setdefault((o.p, o.lam, o.rank, bool(o.sft)), {}) if o.p == o.p else given.setdefault(o.row, {})
@@ -117,14 +117,14 @@ _RANKED = dict(raw='raw', module='within modules')
 
 # %% ../nbs/37_explorer.ipynb #37-019
 class Explorer:
-    "A recorded grid to look around in: shows itself as a page fragment with sliders; `.widget()` for a live notebook, `.save()` for a page or the grid's file."
+    "A recorded grid to explore: shows itself with sliders; `.widget()` in a live notebook, `.save()` to a file."
 
     def __init__(
         self,
         grid: pd.DataFrame,  # the table above
         scores,  # ChannelScores of the pair, or what `chosen_counts` made of them for every p and rank of the grid
         meta: dict = None,  # where it comes from; case (a Case as a dict) gives names and metric
-    ):  # raises ActError for a grid with holes, and for counts that do not go with it
+    ):  # raises ActError for a grid with holes, and for counts that do not match it
         self.grid, self.meta = _checked(grid), dict(meta or {})
         (self.ps, self.lams, self.ranks, self.sfts), self.columns, self._points, self.given = _nested(self.grid)
         self.modules, self.counts = (
@@ -153,7 +153,7 @@ class Explorer:
         )
 
     def at(self, p, lam=1.0, rank='raw', sft=False) -> pd.DataFrame:
-        "Scores at a recorded point: a row a column, with value, low and high."
+        "Scores at a recorded point: one row per column of the grid, with value, low and high."
         return pd.DataFrame(self._points[self._known(p, lam, rank, sft)], index=['value', 'low', 'high']).T
 
     def best(self, column='mean', below=math.inf) -> dict:
@@ -169,7 +169,7 @@ class Explorer:
 
     @property
     def start(self) -> tuple:
-        "The point shown first: the best that leaves some channels out, where there is one."
+        "The point shown first: the best that leaves some channels out, if there is one."
         return tuple(self.best(below=1 if self.ps[0] < 1 else math.inf).values())
 
     def __repr__(self):
@@ -265,7 +265,7 @@ def save(
     self: Explorer,
     path,  # NAME.html for a whole page, NAME.json for the grid
 ) -> Path:
-    "Write the page, with nothing to load from elsewhere, or the grid, which `load` reads; atomically."
+    "Write a self-contained page, or the grid, which `load` reads; atomically."
     path, plain = _check_name(path), lambda v: None if v is None or v != v else v
     if path.suffix == '.json':
         table = lambda f: {c: [plain(v) for v in f[c].tolist()] for c in f}
@@ -296,7 +296,7 @@ def plot(
     self: Explorer,
     column: str = 'mean',  # of the grid
     rank: str = None,  # raw or module; the first by default
-    sft: bool = None,  # with the fine-tuning; where recorded by default
+    sft: bool = None,  # with the fine-tuning; by default if it was recorded
     ax=None,  # axes to draw on
 ):
     "Heat map of p x lambda; returns the axes."
@@ -343,7 +343,7 @@ def cells(
     p: float,  # a recorded fraction
     rank: str,  # a recorded ranking
 ) -> pd.DataFrame:  # layer x kind; – is outside the layers
-    "Percentage of the channels chosen."
+    "Percentage of the channels that are chosen."
     m = self.modules.assign(
         chosen=self.counts[rank, p], layer=['–' if pd.isna(o) else f'{o:g}' for o in self.modules.layer]
     )
@@ -363,7 +363,7 @@ def _shade(v):
 
 
 def _map_title(self, p, rank):
-    "What the map shows, for those who do not see it."
+    "What the map shows, for readers who cannot see it."
     n, m = (
         sum(self.counts[rank, p]),
         self.modules.assign(chosen=self.counts[rank, p]).groupby('kind', sort=False).chosen.sum(),
@@ -375,7 +375,7 @@ def _map_title(self, p, rank):
 
 
 def _map(self, p, rank, id):
-    "The map as SVG: cells carry the class c, their numbers the class n."
+    "The map as SVG: cells have the class c, their numbers the class n."
     df, left, top, high = self.cells(p, rank), 26, 56, 19
     w = (318 - left) / df.shape[1]
     out = [
@@ -442,7 +442,7 @@ def _bars(self, here):
 
 # %% ../nbs/37_explorer.ipynb #37-047
 def _xy(self, v):
-    "Where (retained, recovered) lies in the picture."
+    "Where (retained, recovered) lies in the picture: x and y of estimate, low and high."
     (a, b), (c, d) = self.span
     i, j = self.columns.index('retained'), self.columns.index('recovered')
     return [40 + 270 * (v[i][k] - a) / (b - a) for k in range(3)], [
@@ -479,8 +479,13 @@ def _trade(self, key, id):
         )
         for i, o in enumerate(self.given.values())
     )
-    return f'''<svg viewBox="0 0 320 250" role="img" aria-labelledby="{id}-trade"><title id="{id}-trade">Recovered against retained for every λ at p {_percent(p)}</title>{net}{ticks}<text class="n" x="175" y="244">retained ({unit})</text><text class="n" transform="translate(9 112) rotate(-90)">recovered ({unit})</text>
-{''.join(f'<polyline class="o" points="{_line(self, v)}"/>' for v in curves)}<polyline class="s" points="{_line(self, now)}"/>{marks}{dots}<path class="x" d="{_cross(x, y)}"/><circle class="h" r="7" cx="{x[0]:.1f}" cy="{y[0]:.1f}"/></svg>'''
+    return f'''<svg viewBox="0 0 320 250" role="img" aria-labelledby="{id}-trade">\
+<title id="{id}-trade">Recovered against retained for every λ at p {_percent(p)}</title>\
+{net}{ticks}<text class="n" x="175" y="244">retained ({unit})</text>\
+<text class="n" transform="translate(9 112) rotate(-90)">recovered ({unit})</text>
+{''.join(f'<polyline class="o" points="{_line(self, v)}"/>' for v in curves)}\
+<polyline class="s" points="{_line(self, now)}"/>{marks}{dots}<path class="x" d="{_cross(x, y)}"/>\
+<circle class="h" r="7" cx="{x[0]:.1f}" cy="{y[0]:.1f}"/></svg>'''
 
 
 def _cross(x, y):
@@ -492,12 +497,16 @@ def _sentence(self, key, here):
 
 
 def _view(self, key, id):
-    "All that depends on the point."
+    "Everything that depends on the point."
     here = _scaled(self, self._points[key])
-    return f'''<p class="say"><output id="{id}-out" aria-live="polite" for="{id}-p {id}-lam">{escape(_sentence(self, key, here))}</output></p>
-<div class="views"><figure><figcaption><b>Scores</b>, {escape(self.unit)}, with 95 % intervals</figcaption>{_bars(self, here)}</figure>
-<figure><figcaption><b>Channels that move</b>, % of each kind of module in each layer (– is outside the layers)</figcaption>{_map(self, key[0], key[2], id)}<p class="note">{escape(_map_title(self, key[0], key[2]))}</p></figure>
-<figure><figcaption><b>The trade</b>: the line is this p, its dots are λ from small to large, the ring is here; faint lines are other p</figcaption>{_trade(self, key, id)}</figure></div>'''
+    return f'''<p class="say"><output id="{id}-out" aria-live="polite" for="{id}-p {id}-lam">\
+{escape(_sentence(self, key, here))}</output></p>
+<div class="views"><figure><figcaption><b>Scores</b>, {escape(self.unit)}, with 95 % intervals</figcaption>\
+{_bars(self, here)}</figure>
+<figure><figcaption><b>Channels that move</b>, % of each kind of module in each layer (– is outside the layers)\
+</figcaption>{_map(self, key[0], key[2], id)}<p class="note">{escape(_map_title(self, key[0], key[2]))}</p></figure>
+<figure><figcaption><b>The trade</b>: the line is this p, its dots are λ from small to large, the ring is here; \
+faint lines are other p</figcaption>{_trade(self, key, id)}</figure></div>'''
 
 # %% ../nbs/37_explorer.ipynb #37-050
 @patch(as_prop=True)
@@ -522,7 +531,7 @@ def most(self: Explorer):
 
 @patch(as_prop=True)
 def span(self: Explorer):
-    "Ends of the axes for retained and recovered; the better one is to the right and above."
+    "Ends of the axes for retained and recovered; the better end is at the right and at the top."
 
     def ends(c):
         x = [self.scale * x for o in (*self._points.values(), *self.given.values()) for x in o[c]]
@@ -595,42 +604,73 @@ def _controls(self, key, id):
         f' id="{id}-sft"{" checked" if sft else ""}{"" if len(self.sfts) > 1 else " disabled"}> fine-tune lightly'
         ' (stage 3)</label>'
     )
-    return f'''<div class="dials">{_slider(id, 'p', 'Share of the channels, p', [_percent(o) for o in self.ps], self.ps.index(p))}{_slider(id, 'lam', 'How far they move, λ', [f'{o:g}' for o in self.lams], self.lams.index(lam))}
-<div class="picks"><fieldset><legend>Ranked</legend>{radios}</fieldset><fieldset><legend>Afterwards</legend>{box}</fieldset></div></div>'''
+    return f'''<div class="dials">\
+{_slider(id, 'p', 'Share of the channels, p', [_percent(o) for o in self.ps], self.ps.index(p))}\
+{_slider(id, 'lam', 'How far they move, λ', [f'{o:g}' for o in self.lams], self.lams.index(lam))}
+<div class="picks"><fieldset><legend>Ranked</legend>{radios}</fieldset>\
+<fieldset><legend>Afterwards</legend>{box}</fieldset></div></div>'''
 
 # %% ../nbs/37_explorer.ipynb #37-056
-_CSS = '''.act-x{--blue:#2b8fd0;font-size:.95rem;line-height:1.4;max-width:72rem;margin:1rem 0;accent-color:var(--blue);overflow-wrap:anywhere;min-width:0}
-.act-x *{box-sizing:border-box}.act-x p{margin:.6rem 0}body.quarto-dark .act-x,body.vscode-dark .act-x,body[data-jp-theme-light="false"] .act-x{color-scheme:dark}
-.act-x .dials{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,15rem),1fr));gap:.8rem 2rem;align-items:start}
-.act-x .dial label{display:block;margin:0}.act-x .dial input{display:block;width:100%;margin:.35rem 0 0;height:1.5rem;cursor:pointer}
-.act-x .ticks{display:flex;justify-content:space-between;font-size:.75rem;opacity:.75}.act-x .ticks span{width:2.2em;margin:0 -.5em;display:flex;justify-content:center;white-space:nowrap}
-.act-x .picks{display:flex;flex-wrap:wrap;gap:.4rem 1.6rem}.act-x fieldset{border:0;margin:0;padding:0;min-width:0}.act-x legend{float:none;font-size:inherit;margin:0 0 .2rem;padding:0;width:auto;border:0}.act-x fieldset label{display:inline-block;margin:0 .9rem 0 0;padding:.15rem 0}
+_CSS = '''.act-x{--blue:#2b8fd0;font-size:.95rem;line-height:1.4;max-width:72rem;margin:1rem 0;\
+accent-color:var(--blue);overflow-wrap:anywhere;min-width:0}
+.act-x *{box-sizing:border-box}.act-x p{margin:.6rem 0}\
+body.quarto-dark .act-x,body.vscode-dark .act-x,body[data-jp-theme-light="false"] .act-x{color-scheme:dark}
+.act-x .dials{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,15rem),1fr));gap:.8rem 2rem;\
+align-items:start}
+.act-x .dial label{display:block;margin:0}\
+.act-x .dial input{display:block;width:100%;margin:.35rem 0 0;height:1.5rem;cursor:pointer}
+.act-x .ticks{display:flex;justify-content:space-between;font-size:.75rem;opacity:.75}\
+.act-x .ticks span{width:2.2em;margin:0 -.5em;display:flex;justify-content:center;white-space:nowrap}
+.act-x .picks{display:flex;flex-wrap:wrap;gap:.4rem 1.6rem}.act-x fieldset{border:0;margin:0;padding:0;min-width:0}\
+.act-x legend{float:none;font-size:inherit;margin:0 0 .2rem;padding:0;width:auto;border:0}\
+.act-x fieldset label{display:inline-block;margin:0 .9rem 0 0;padding:.15rem 0}
 .act-x input:focus-visible{outline:2px solid var(--blue);outline-offset:3px;border-radius:3px}
-.act-x .say{min-height:2.8em;margin:1rem 0;padding:.5rem .8rem;border-left:3px solid var(--blue)}.act-x output{display:inline}
-.act-x .views{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr));gap:1.2rem 2rem;align-items:start}
-.act-x figure{margin:0;max-width:30rem;min-width:0}.act-x figcaption{font-size:.85rem;margin:0 0 .6rem;color:inherit;text-align:left}
-.act-x .note{font-size:.8rem}.act-x .b{display:grid;grid-template-columns:1fr auto;gap:0 .6rem;margin:0 0 .8rem}.act-x .v{font-variant-numeric:tabular-nums}
-.act-x .t{grid-column:1/3;position:relative;height:28px;margin:0 6px;border-bottom:1px solid color-mix(in srgb,currentColor 40%,transparent)}
-.act-x .f{position:absolute;left:0;bottom:0;height:12px;background:var(--blue)}.act-x .e{position:absolute;bottom:1px;height:10px;border:solid currentColor;border-width:0 2px;min-width:2px}.act-x .e::before{content:"";position:absolute;left:0;right:0;top:4px;height:2px;background:currentColor}
-.act-x .i{width:14px;height:14px;overflow:visible;display:inline-block;vertical-align:-2px}.act-x .t .i{position:absolute;top:0;margin-left:-7px}
+.act-x .say{min-height:2.8em;margin:1rem 0;padding:.5rem .8rem;border-left:3px solid var(--blue)}\
+.act-x output{display:inline}
+.act-x .views{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr));gap:1.2rem 2rem;\
+align-items:start}
+.act-x figure{margin:0;max-width:30rem;min-width:0}\
+.act-x figcaption{font-size:.85rem;margin:0 0 .6rem;color:inherit;text-align:left}
+.act-x .note{font-size:.8rem}.act-x .b{display:grid;grid-template-columns:1fr auto;gap:0 .6rem;margin:0 0 .8rem}\
+.act-x .v{font-variant-numeric:tabular-nums}
+.act-x .t{grid-column:1/3;position:relative;height:28px;margin:0 6px;\
+border-bottom:1px solid color-mix(in srgb,currentColor 40%,transparent)}
+.act-x .f{position:absolute;left:0;bottom:0;height:12px;background:var(--blue)}\
+.act-x .e{position:absolute;bottom:1px;height:10px;border:solid currentColor;border-width:0 2px;min-width:2px}\
+.act-x .e::before{content:"";position:absolute;left:0;right:0;top:4px;height:2px;background:currentColor}
+.act-x .i{width:14px;height:14px;overflow:visible;display:inline-block;vertical-align:-2px}\
+.act-x .t .i{position:absolute;top:0;margin-left:-7px}
 .act-x .g{grid-column:1/3;display:flex;flex-wrap:wrap;gap:0 .9rem;font-size:.8rem;margin-top:.15rem}
-.act-x figure>svg{display:block;width:100%;height:auto;overflow:visible}.act-x svg text{font:10.5px system-ui,sans-serif;fill:currentColor}.act-x text.n{text-anchor:middle}.act-x text.r{text-anchor:end}
-.act-x .c{fill:var(--blue);stroke:currentColor;stroke-opacity:.15}.act-x .m{fill:none;stroke:currentColor;stroke-width:1.6}.act-x .a{stroke:currentColor;opacity:.12;fill:none}
-.act-x .o{fill:none;stroke:currentColor;opacity:.35}.act-x .s{fill:none;stroke:var(--blue);stroke-width:2}.act-x .d{fill:var(--blue)}.act-x .x{fill:none;stroke:currentColor;stroke-width:1.2}.act-x .h{fill:none;stroke:currentColor;stroke-width:2}
+.act-x figure>svg{display:block;width:100%;height:auto;overflow:visible}\
+.act-x svg text{font:10.5px system-ui,sans-serif;fill:currentColor}.act-x text.n{text-anchor:middle}\
+.act-x text.r{text-anchor:end}
+.act-x .c{fill:var(--blue);stroke:currentColor;stroke-opacity:.15}\
+.act-x .m{fill:none;stroke:currentColor;stroke-width:1.6}.act-x .a{stroke:currentColor;opacity:.12;fill:none}
+.act-x .o{fill:none;stroke:currentColor;opacity:.35}.act-x .s{fill:none;stroke:var(--blue);stroke-width:2}\
+.act-x .d{fill:var(--blue)}.act-x .x{fill:none;stroke:currentColor;stroke-width:1.2}\
+.act-x .h{fill:none;stroke:currentColor;stroke-width:2}
 .act-x details{margin-top:1rem;font-size:.85rem}.act-x pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0}'''
 
 # %% ../nbs/37_explorer.ipynb #37-057
 _JS = '''(() => {
-const root = document.getElementById('ID'), all = s => [...root.querySelectorAll(s)], d = JSON.parse(root.querySelector('.data').textContent)
-const [p, lam] = all('input[type=range]'), radios = all('input[type=radio]'), box = root.querySelector('input[type=checkbox]')
-const text = v => `${v[0].toFixed(d.digits)} [${v[1].toFixed(d.digits)}, ${v[2].toFixed(d.digits)}]`, percent = v => 100*v/d.most + '%', set = (o, a) => Object.entries(a).forEach(([k, v]) => o.setAttribute(k, v))
-const X = v => 40 + 270*(v - d.span[0][0])/(d.span[0][1] - d.span[0][0]), Y = v => 212 - 200*(v - d.span[1][0])/(d.span[1][1] - d.span[1][0])
-const [keep, back] = ['retained', 'recovered'].map(o => d.columns.indexOf(o)), line = curve => curve.map(v => `${X(v[keep][0])},${Y(v[back][0])}`).join(' ')
+const root = document.getElementById('ID'), all = s => [...root.querySelectorAll(s)], \
+d = JSON.parse(root.querySelector('.data').textContent)
+const [p, lam] = all('input[type=range]'), radios = all('input[type=radio]'), \
+box = root.querySelector('input[type=checkbox]')
+const text = v => `${v[0].toFixed(d.digits)} [${v[1].toFixed(d.digits)}, ${v[2].toFixed(d.digits)}]`, \
+percent = v => 100*v/d.most + '%', \
+set = (o, a) => Object.entries(a).forEach(([k, v]) => o.setAttribute(k, v))
+const X = v => 40 + 270*(v - d.span[0][0])/(d.span[0][1] - d.span[0][0]), \
+Y = v => 212 - 200*(v - d.span[1][0])/(d.span[1][1] - d.span[1][0])
+const [keep, back] = ['retained', 'recovered'].map(o => d.columns.indexOf(o)), \
+line = curve => curve.map(v => `${X(v[keep][0])},${Y(v[back][0])}`).join(' ')
 function show() {
   const i = +p.value, j = +lam.value, r = radios.findIndex(o => o.checked), s = d.said.sft.length > 1 ? +box.checked : 0
   const curves = d.values[s][r], now = curves[i], here = now[j], [x, y] = [here[keep], here[back]];
-  [[p, d.said.p[i]], [lam, d.said.lam[j]]].forEach(([o, t]) => { o.setAttribute('aria-valuetext', t); o.parentNode.querySelector('b').textContent = t })
-  root.querySelector('output').textContent = `p ${d.said.p[i]}, λ ${d.said.lam[j]}, ranked ${d.said.rank[r]}, ${d.said.sft[s]} fine-tuning: ${d.columns.map((c, k) => `${c} ${text(here[k])}`).join(', ')}.`
+  [[p, d.said.p[i]], [lam, d.said.lam[j]]].forEach(([o, t]) => { o.setAttribute('aria-valuetext', t); \
+o.parentNode.querySelector('b').textContent = t })
+  root.querySelector('output').textContent = `p ${d.said.p[i]}, λ ${d.said.lam[j]}, ranked ${d.said.rank[r]}, \
+${d.said.sft[s]} fine-tuning: ${d.columns.map((c, k) => `${c} ${text(here[k])}`).join(', ')}.`
   all('.b').forEach((b, k) => {
     const v = here[k]
     b.querySelector('.v').textContent = text(v)
@@ -685,7 +725,7 @@ def html(
     self: Explorer,
     id: str = None,  # prefix of all ids; by default one that no other explorer on the page has
 ) -> str:
-    "A page fragment that needs nothing else: style, controls, pictures of the first point, all numbers, and the script that moves among them."
+    "A self-contained page fragment: style, controls, pictures of the first point, all numbers, and the script."
     Explorer._shown = getattr(Explorer, '_shown', 0) + 1
     data, key = _data(self), self.start
     id = id or f'act-{hashlib.sha256(data.encode()).hexdigest()[:8]}-{Explorer._shown}'
@@ -701,9 +741,13 @@ def _repr_html_(self: Explorer):
     return self.html()
 
 # %% ../nbs/37_explorer.ipynb #37-060
-_PAGE = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>ACT explorer: {title}</title>
-<style>:root{{color-scheme:light dark}}body{{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:0 auto;padding:1rem;background:Canvas;color:CanvasText}}h1{{font-size:1.4rem;margin:.5rem 0}}</style></head><body><main>
-<h1>{title}</h1><p>Two dials of a transfer, and what they do. Move them with the mouse or the arrow keys.</p>{body}</main></body></html>
+_PAGE = '''<!doctype html><html lang="en"><head><meta charset="utf-8">\
+<meta name="viewport" content="width=device-width,initial-scale=1"><title>ACT explorer: {title}</title>
+<style>:root{{color-scheme:light dark}}\
+body{{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:0 auto;padding:1rem;\
+background:Canvas;color:CanvasText}}h1{{font-size:1.4rem;margin:.5rem 0}}</style></head><body><main>
+<h1>{title}</h1><p>Two dials of a transfer, and what they do. Move them with the mouse or the arrow keys.</p>\
+{body}</main></body></html>
 '''
 
 # %% ../nbs/37_explorer.ipynb #37-065
@@ -738,8 +782,8 @@ def widget(self: Explorer):  # ipywidgets box; its attributes p, lam, rank, sft 
 
     def show(_=None):
         parts['view'].value = (
-            "<div"
-            f" class='act-x'><style>{_CSS}</style>{_view(self, tuple(parts[k].value for k in _AXES), f'act-w{id(box)}')}</div>"
+            f"<div class='act-x'><style>{_CSS}</style>"
+            f"{_view(self, tuple(parts[k].value for k in _AXES), f'act-w{id(box)}')}</div>"
         )
 
     box = Box(list(parts.values()))
@@ -771,7 +815,11 @@ def act_explore(
     device: str = None,  # cpu, cuda, ...
     no_check: store_true = False,  # do not compare target and donor first
 ):
-    "A page with sliders over a recorded grid, or such a grid: `act_explore --out explorer.html` `act_explore --record --case lab --out grid.json`"
+    """A page with sliders over a recorded grid, or such a grid:
+
+    `act_explore --out explorer.html`
+    `act_explore --record --case lab --out grid.json`
+    """
     _check_name(out)
     own = dict(target=target, donor=donor, recovered=recovered, retained=retained)
     if not record:
@@ -830,7 +878,7 @@ def _asked(case, own, others, metric, n):
 
 
 def _begin(case, ps, lams, sft, out, check):
-    "What can be checked before the work is."
+    "Check what can be checked before the work starts."
     if check:
         preflight(case.target, case.donor)
     names = [*case.recovered, *case.retained, *case.others]

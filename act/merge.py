@@ -34,7 +34,7 @@ from .transfer import mask_slices, transfer
 # %% ../nbs/31_merge.ipynb #31-006
 @dataclass(frozen=True)
 class MergeCase(Options):
-    "One merge: the base, the specialists that came from it, and what each should bring."
+    "One merge: the base, the specialists that came from it, and what each should contribute."
 
     base: str  # hub id, folder or lab name
     specialists: dict  # checkpoint -> its own abilities
@@ -65,7 +65,7 @@ MERGES = dict(
 
 # %% ../nbs/31_merge.ipynb #31-008
 class MergeBench(Bench):
-    "Base, specialists and items of a `MergeCase`; the models are loaded once, when first asked for."
+    "Base, specialists and items of a `MergeCase`; the models are loaded once, when first needed."
 
     @property
     def names(self):
@@ -104,9 +104,9 @@ def scores(
 
 # %% ../nbs/31_merge.ipynb #31-012
 def claims(
-    masks: dict,  # name -> ChannelMask, of one model map
+    masks: dict,  # name -> ChannelMask, over the same channels
 ) -> pd.DataFrame:  # kind x number of claims: channels
-    "How many channels are claimed by how many masks, by kind of module."
+    "Number of channels by the number of masks that claim them, for each kind of module."
     first = next(iter(masks.values()))
     rows = [
         dict(kind=m.kind, claims=int(c), channels=1)
@@ -122,11 +122,11 @@ def claims(
 # %% ../nbs/31_merge.ipynb #31-016
 @torch.no_grad()
 def conflicts(
-    base,
-    donors: dict,
-    masks: dict,  # a model; name -> model; name -> ChannelMask
+    base,  # a model
+    donors: dict,  # name -> model
+    masks: dict,  # name -> ChannelMask
 ) -> pd.DataFrame:  # a, b, contested (channels), iou, cosine of the differences on them (NaN without any)
-    "Every two donors: how many channels both claim, and whether they want the same there."
+    "For every two donors: how many channels both claim, and how far their changes agree there."
     ours, rows = dict(base.named_parameters()), []
     for a, b in itertools.combinations(masks, 2):
         both, dot, na, nb = masks[a] & masks[b], 0.0, 0.0, 0.0
@@ -153,7 +153,7 @@ def priority(
     masks: dict,  # name -> ChannelMask
     scores: dict,  # name -> ChannelScores; compared after division by each module's mean
 ) -> dict:  # name -> ChannelMask; no channel is claimed twice
-    "Leave every contested channel to the mask with the largest score there."
+    "Give every contested channel to the mask with the largest score there."
     first = next(iter(masks.values()))
     ranks = torch.stack([scores[n].normalised().flat().masked_fill(~masks[n].flat(), -1) for n in masks])
     top = ranks == ranks.max(0).values
@@ -168,14 +168,14 @@ def priority(
 
 # %% ../nbs/31_merge.ipynb #31-021
 def merge(
-    base,
-    donors: dict,
-    masks: dict,  # a model; name -> model; name -> ChannelMask
+    base,  # a model
+    donors: dict,  # name -> model
+    masks: dict,  # name -> ChannelMask
     lam: float = 1.0,  # lambda, for all donors
     rule: str = 'sum',  # sum (the paper's), mean, sign or priority
     scores: dict = None,  # name -> ChannelScores, for the rule `priority`
 ):  # a new model
-    "The base with every donor's parameters on its own channels."
+    "The base with every donor's difference added on that donor's channels."
     if rule == 'priority':
         if scores is None:
             raise ActError("the rule priority needs the scores that the masks were made from: pass scores=")
@@ -305,7 +305,7 @@ def interference(
     seeds=(0, 1, 2),  # of localisation
     rule: str = 'sum',  # as in `merge`
 ) -> pd.DataFrame:  # added, on, difference, low, high: in points, or bits per byte
-    "What adding each specialist to the others does to every ability, without fine-tuning, on test items, paired."
+    "Paired effect on every ability of adding each specialist to the others: test items, no fine-tuning."
     case, runs = bench.case, {}
 
     def values(seed, left_out=None):
@@ -332,7 +332,7 @@ def oracle(
     given,  # names of the rows to pick from
     metric: str,  # correct or bits
 ) -> list:  # one run: ability -> per-item values
-    "For each item the best of the given models."
+    "For each item, the best value of the given models."
     best = np.max if metric == 'correct' else np.min
     return [{a: best([rows[g][0][a] for g in given], axis=0) for a in rows[given[0]][0]}]
 
@@ -347,7 +347,7 @@ def merge_study(
     methods: dict = MERGERS,  # name -> Method
     bench: MergeBench = None,  # of the case; made here by default
 ) -> Merged:
-    "Choose settings on validation items, measure every row on test items, count conflicts and what specialists cost each other."
+    "Choose settings on validation items, measure every row on test items, count conflicts and interference."
     if isinstance(case, str):
         if case not in MERGES:
             raise ActError(f"no merge is called {case!r}: choose one of {', '.join(MERGES)}")
@@ -386,7 +386,7 @@ def plot_interference(
     unit: str = 'points',  # of the differences
     ax=None,  # axes to draw on
 ):
-    "Heat map: the specialist that is added (row) on every ability (column); returns the axes."
+    "Heat map of the effect of each added specialist (row) on every ability (column); returns the axes."
     import seaborn as sns
 
     grid = table.pivot(index='added', columns='on', values='difference').loc[table.added.unique(), table.on.unique()]

@@ -13,6 +13,7 @@ from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from itertools import cycle
 from typing import Callable
 import numpy as np, pandas as pd, matplotlib.pyplot as plt, seaborn as sns
 from fastcore.basics import patch
@@ -43,19 +44,19 @@ from .transfer import transfer
 # %% ../nbs/30_recover.ipynb #30-006
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    "How a study is done, whatever it is about."
+    "Settings shared by all studies."
 
     metric: str = 'correct'  # correct (share of items) or bits (bits per byte of the answer, lower is better)
     items: int = 128  # localisation items drawn for each seed
     sft: dict = None  # options of `finetune`
-    n: int = None  # validation and test items an ability; all by default
+    n: int = None  # validation and test items per ability; all by default
     grid: dict = None  # ps and lams to choose from, and sft=False to choose before the fine-tuning
     dtype: str = 'float32'  # of the models in memory
-    max_length: int = None  # tokens of an item in localisation
-    batch_size: int = 64  # items at once in evaluation
-    generate: int = 0  # let the models write so many tokens; 0 scores the given answers
+    max_length: int = None  # most tokens of an item in localisation
+    batch_size: int = 64  # items per batch in evaluation
+    generate: int = 0  # let the models write up to this many tokens; 0 scores the given answers
     chat: bool = False  # prompts through the chat template
-    tied: str = 'embedding'  # what one matrix for embedding and lm_head counts as: embedding or lm_head
+    tied: str = 'embedding'  # what a matrix shared by embedding and lm_head counts as: embedding or lm_head
 
     def __post_init__(self):
         for name, choices in dict(metric=('correct', 'bits'), tied=('embedding', 'lm_head')).items():
@@ -65,7 +66,7 @@ class Options:
 # %% ../nbs/30_recover.ipynb #30-007
 @dataclass(frozen=True)
 class Case(Options):
-    "One recovery: which models, which abilities."
+    "One recovery: which models and which abilities."
 
     target: str  # the specialist: hub id, folder or lab name
     donor: str  # the model that still has the ability
@@ -75,7 +76,7 @@ class Case(Options):
 
     @property
     def aims(self):
-        return dict(retained=self.retained, recovered=self.recovered)  # what settings are chosen by
+        return dict(retained=self.retained, recovered=self.recovered)  # the groups by which settings are chosen
 
     @property
     def groups(self):
@@ -102,7 +103,7 @@ CASES = {
     'lab-swahili': _lab('swahili', ('lab/multiplication-sw', 'lab/chemistry-sw'), 'lab/science-el'),
 }
 
-# SmolLM2 and its mathematics specialist: too small to be right, so likelihoods are compared, in bits per byte
+# SmolLM2 and its mathematics specialist: too small to answer correctly, so likelihoods are compared, in bits per byte
 CASES['smollm2'] = Case(
     target='smollm2/maths',
     donor='smollm2',
@@ -149,12 +150,12 @@ def by_p_and_lam(
 
 
 def by_p_and_rank(ps, lams):
-    "Fractions raw and within modules, at the last lambda."
+    "Every fraction, raw and module-normalised, at the last lambda."
     return [dict(p=p, lam=lams[-1], rank=r) for r in ('raw', 'module') for p in ps][: len(ps) * len(lams)]
 
 
 def by_lam(ps, lams):
-    "All channels, by lambdas below 1."
+    "All channels, at lambdas below 1."
     n = len(ps) * len(lams)
     return [dict(p=1.0, lam=round((i + 1) / (n + 2), 3)) for i in range(n)]
 
@@ -172,9 +173,9 @@ METHODS = {
 
 # %% ../nbs/30_recover.ipynb #30-028
 class Bench:
-    "Target, donor and items of a `Case`; the models are loaded once, when first asked for."
+    "Target, donor and items of a `Case`; the models are loaded once, when first needed."
 
-    names, check = ('target', 'donor'), True  # check: do the models fit?
+    names, check = ('target', 'donor'), True  # check: whether the models must fit
 
     def __init__(
         self,
@@ -212,7 +213,7 @@ class Bench:
 
     @contextmanager
     def clock(self, stage):
-        "Note how long a stage takes."
+        "Record how long a stage takes."
         start = time.time()
         yield
         self.seconds[stage].append(time.time() - start)
@@ -265,8 +266,8 @@ def scores(
 def tune(
     self: Bench,
     model,  # a model in memory
-    seed: int = 0,  # of the order of items
-    **options,  # of `finetune`, instead of the case's; items: other abilities to learn
+    seed: int = 0,  # of the order of the items
+    **options,  # of `finetune`, in place of the case's; items: other abilities to train on
 ):
     "A model after light fine-tuning on the case's SFT items."
     report = finetune(
@@ -286,14 +287,14 @@ def tune(
 def model(
     self: Bench,
     method: Method = None,  # none: no transfer
-    seed: int = 0,  # of localisation, chance and fine-tuning
+    seed: int = 0,  # of localisation, random masks and fine-tuning
     sft: bool = True,  # light fine-tuning afterwards
-    **setting,  # one of the method's
+    **setting,  # a setting of the method
 ):
     "The target after a method and fine-tuning."
     m, tune = self.target, lambda bench, model, seed, **_: bench.tune(model, seed)
     if method is not None:
-        self.scores(seed)  # on its own clock
+        self.scores(seed)  # timed on its own
         with self.clock('transfer'):
             m = method.make(self, seed, **setting)
         tune = method.tune or tune
@@ -330,10 +331,10 @@ def score(
     name: str = None,  # of a method, or of a given model
     items: str = 'test',  # val or test
     method: Method = None,  # none: no transfer
-    seed: int = 0,  # of localisation, chance and fine-tuning
+    seed: int = 0,  # of localisation, random masks and fine-tuning
     sft: bool = False,  # light fine-tuning afterwards
-    setting: dict = None,  # one of the method's
-) -> dict:  # values (ability -> per-item values); seconds and training tokens that the model took
+    setting: dict = None,  # a setting of the method
+) -> dict:  # values (ability -> per-item values); seconds and training tokens that making the model took
     "Make a model and score it."
     start, before = time.time(), self.tokens
     model = self.given[name] if name in self.names else self.model(method, seed, sft, **(setting or {}))
@@ -356,14 +357,14 @@ ROWS = {  # row -> (method or none, with SFT or not)
 def grid_of(
     case,  # a Case or MergeCase
 ) -> dict:  # ps, lams; sft: choose after the fine-tuning
-    "The settings to choose from: the case's own, or the default ones."
+    "The settings to choose from: the case's own, or the defaults."
     return dict(ps=(0.05, 0.1, 0.2, 0.3), lams=(0.5, 1.0), sft=True) | (case.grid or {})
 
 
 def points(
-    case,
-    rows: dict,
-    methods: dict,  # as in `choose`
+    case,  # a Case or MergeCase
+    rows: dict,  # row -> (method or none, with SFT or not)
+    methods: dict,  # name -> Method
 ) -> list:  # (row, method, with SFT or not, setting)
     "Every setting of every row that has a method."
     grid = grid_of(case)
@@ -380,10 +381,10 @@ def choose(
     rows: dict = ROWS,  # row -> (method or none, with SFT or not)
     methods: dict = METHODS,  # name -> Method
     seed: int = 0,  # of localisation, random masks and fine-tuning
-    # DataFrame of all points, the given models first: row, setting, a column for each aim, mean; dict row -> best
-    # setting
+    # DataFrame of all points, the given models first (row, setting, a column for each aim, mean), and dict row ->
+    # best setting
 ) -> tuple:
-    "Try every setting on validation items; the best has the best mean over the case's aims (retained and recovered)."
+    "Try every setting on validation items; the best one has the best mean over the case's aims."
     case, known = bench.case, {}
     mean = lambda vals, names: np.mean([vals[short_name(a)].mean() for a in names])
 
@@ -409,11 +410,11 @@ def choose(
 def measure(
     bench: Bench,  # from a case
     best: dict,  # row -> setting, from `choose`
-    seeds: tuple = (0, 1, 2),  # localisation sample, random mask and fine-tuning order
+    seeds: tuple = (0, 1, 2),  # of localisation sample, random mask and fine-tuning order
     rows: dict = ROWS,  # row -> (method or none, with SFT or not)
     methods: dict = METHODS,  # name -> Method
 ) -> dict:  # row (the given models first) -> list over seeds of dict ability -> per-item values
-    "Every row on the test items."
+    "Measure every row on the test items."
     out = {n: [bench.score(n)['values']] for n in bench.names}
     for (row, (m, sft)), seed in bar([(r, s) for r in rows.items() for s in seeds], bench.progress, desc='test items'):
         done = bench.score(m, 'test', methods.get(m), seed, sft, best.get(row, {}))
@@ -452,7 +453,7 @@ def interval(
 
 # %% ../nbs/30_recover.ipynb #30-047
 class Recovery(Shown):
-    "Result of a recovery study: `.table()`, `.against()`, `.mcnemar()`, `.save()`; shows itself; `.plot()` is `plot_rows`, and `plot_grid` draws the settings."
+    "Result of a recovery study; shows itself: `.table()`, `.against()`, `.mcnemar()`, `.plot()`, `.save()`."
 
     kind = Case
 
@@ -524,10 +525,8 @@ class Recovery(Shown):
 def against(
     self: Recovery,
     row: str = 'ACT (module-normalised)',  # compared with every other row
-) -> (
-    pd.DataFrame
-):  # against, column, difference, low, high, p (two-sided), holm (p corrected for all comparisons of this table)
-    "Paired differences of a row to every other in all columns but the others', with 95 % intervals; points, or bits per byte."
+) -> pd.DataFrame:  # against, column, difference (points or bits per byte), low, high, p (two-sided), holm (corrected)
+    "Paired differences of a row from every other, with 95 % intervals, in all columns except others."
     mine, out = self.samples(row), []
     for r in [r for r in self.rows if r != row]:
         for c in self._compared():
@@ -555,7 +554,7 @@ def sides(
     row: str = 'ACT',  # compared with every other row
     columns: tuple = ('recovered', 'mean'),
 ) -> dict:  # column -> dict of lists of rows: better, worse, tie
-    "Than which rows a row is better and worse, and from which it is not told apart, at the 5 % level after Holm's correction."
+    "The rows this row beats, loses to, or ties with, at the 5 % level after Holm's correction."
     d = self.against(row)
     above, below = (d.difference > 0) & (d.holm < 0.05), (d.difference < 0) & (d.holm < 0.05)
     better, worse = (above, below) if self.case.metric == 'correct' else (below, above)
@@ -605,7 +604,7 @@ def load(
 
 # %% ../nbs/30_recover.ipynb #30-056
 def study_meta(bench, seeds, start, **more):
-    "What a result's file says of its making: time, memory, cost of each row, data, and what `provenance` knows."
+    "How a result was made: time, memory, cost of each row, data, and what `provenance` records."
     costs = {
         r: dict(seconds=round(np.mean([s for s, _ in c]), 2), tokens=round(np.mean([t for _, t in c])))
         for r, c in bench.costs.items()
@@ -622,7 +621,7 @@ def study_meta(bench, seeds, start, **more):
 
 # %% ../nbs/30_recover.ipynb #30-401
 def ready_bench(bench, pairs, rows, methods, seeds, writes):
-    "A bench whose pairs of models fit; here a dry run ends."
+    "Check that the pairs of models fit, and return the bench; a dry run ends here."
     check_use(device=bench.device)
     if bench.check:
         for p in pairs:
@@ -649,7 +648,7 @@ def recover(
     progress: bool = True,  # show bars
     rows: dict = ROWS,  # row -> (method or none, with SFT or not)
     methods: dict = METHODS,  # name -> Method
-    bench: Bench = None,  # of the case; made here by default
+    bench: Bench = None,  # for the case; made here by default
 ) -> Recovery:
     "Choose settings on validation items, measure every row on test items."
     if isinstance(case, str):
@@ -730,12 +729,14 @@ def plot_grid(
     rec: Recovery,  # what to draw
     ax=None,  # axes to draw on
 ):
-    "All settings that were tried on validation items, retained against recovered, a colour for each row with fine-tuning; returns the axes."
+    "All settings of the rows with fine-tuning on validation items, retained against recovered; returns the axes."
     if ax is None:
         _, ax = plt.subplots(figsize=(3.5, 3.2), constrained_layout=True)
     k = rec._scale()
     tuned = rec.grid[2:][~rec.grid[2:].row.str.contains('without SFT')]
-    for (m, g), c, mark in zip(tuned.groupby('row', sort=False), sns.color_palette('colorblind'), 'X^vPp'):
+    for (m, g), c, mark in zip(
+        tuned.groupby('row', sort=False), cycle(sns.color_palette('colorblind')), cycle('X^vPpDsh<>')
+    ):
         ax.scatter(k * g.retained, k * g.recovered, s=22, color=c, marker=mark, label=m, alpha=0.75, lw=0)
         b = g[[s == rec.best[m] for s in g.setting]]
         ax.scatter(k * b.retained, k * b.recovered, s=70, facecolor='none', edgecolor=c, lw=1.2)
@@ -782,7 +783,7 @@ def report_html(
     rec: Recovery,  # what to report
     figures: dict,  # name -> SVG text
 ) -> str:
-    "A page of its own, with nothing to load from elsewhere."
+    "A self-contained HTML page."
     c, m = rec.case, rec.meta
     unit = (
         'percent of test items answered correctly'
@@ -806,22 +807,31 @@ def report_html(
     pictures = ''.join(
         f'<figure>{figures[k]}<figcaption>{t}</figcaption></figure>' for k, t in texts.items() if k in figures
     )
-    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>ACT: recovery of {html.escape(', '.join(c.recovered))}</title>
-<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}table{{border-collapse:collapse;font-size:.85rem;display:block;overflow-x:auto}}th,td{{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #ddd}}
-th:first-child{{text-align:left}}figure{{display:inline-block;margin:.5rem;vertical-align:top;max-width:26rem}}figure svg{{max-width:100%;height:auto}}figcaption{{font-size:.85rem;color:#444}}</style></head><body>
+    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">\
+<meta name="viewport" content="width=device-width"><title>ACT: recovery of {html.escape(', '.join(c.recovered))}</title>
+<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}\
+table{{border-collapse:collapse;font-size:.85rem;display:block;overflow-x:auto}}\
+th,td{{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #ddd}}
+th:first-child{{text-align:left}}figure{{display:inline-block;margin:.5rem;vertical-align:top;max-width:26rem}}\
+figure svg{{max-width:100%;height:auto}}figcaption{{font-size:.85rem;color:#444}}</style></head><body>
 <h1>Recovering {html.escape(', '.join(c.recovered))}</h1>
-<p>Target <b>{html.escape(c.target)}</b>, donor <b>{html.escape(c.donor)}</b>. Retained: {html.escape(', '.join(c.retained))}. Others: {html.escape(', '.join(c.others))}. Unit: {unit}; in brackets the 95 % bootstrap interval over items and {len(m['seeds'])} seeds.</p>
-{rec.table().to_html(border=0)}<h2>ACT (module-normalised) against each row</h2><p>Differences, this method minus the row, paired by item and seed.</p>{against.to_html(border=0)}
-<h2>Pictures</h2>{pictures}<h2>Settings</h2><p>Chosen on validation items, by the mean of retained and recovered.</p>{chosen}
-<details><summary>Where these numbers come from</summary><pre>{html.escape(json.dumps(m, indent=1))}</pre></details></body></html>"""
+<p>Target <b>{html.escape(c.target)}</b>, donor <b>{html.escape(c.donor)}</b>. Retained: \
+{html.escape(', '.join(c.retained))}. Others: {html.escape(', '.join(c.others))}. Unit: {unit}; \
+in brackets the 95 % bootstrap interval over items and {len(m['seeds'])} seeds.</p>
+{rec.table().to_html(border=0)}<h2>ACT (module-normalised) against each row</h2>\
+<p>Differences, this method minus the row, paired by item and seed.</p>{against.to_html(border=0)}
+<h2>Pictures</h2>{pictures}<h2>Settings</h2>\
+<p>Chosen on validation items, by the mean of retained and recovered.</p>{chosen}
+<details><summary>Where these numbers come from</summary>\
+<pre>{html.escape(json.dumps(m, indent=1))}</pre></details></body></html>"""
 
 # %% ../nbs/30_recover.ipynb #30-065
 def findings(
-    rec: Recovery,  # with metric correct
+    rec: Recovery,  # a result with the metric correct
     ours: tuple = ('ACT', 'ACT (module-normalised)'),  # rows to speak of
     differs: str = '',  # what differs from the paper, said when a rival does better than ACT
 ) -> str:  # Markdown
-    "What a result shows of the recovered ability and of the mean of all columns, after correction for many comparisons."
+    "What a result shows about the recovered ability and the mean of all columns, after Holm's correction."
     n = rec.numbers().set_index(['row', 'column']).value
     lost, back = (
         100 * (n['donor', 'recovered'] - n['target', 'recovered']),

