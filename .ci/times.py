@@ -5,7 +5,8 @@ from pathlib import Path
 
 os.environ.update(TQDM_DISABLE='1', OMP_NUM_THREADS='1')
 from nbdev.test import test_nb
-from act.core import PACKAGE, provenance, write_json
+from act.kit.errors import PACKAGE
+from act.kit.records import provenance, write_json
 
 folder, out = Path(__file__).parent.parent / 'nbs', PACKAGE / 'results' / 'notebook-times.json'
 seconds = json.loads(out.read_text())['seconds'] if out.exists() and sys.argv[1:] else {}

@@ -8,11 +8,11 @@ __version__ = "0.1.0"
 
 # what a builder meets -> the module that has it, imported when the name is first asked for
 _HOMES = dict(
-    load_model='checkpoints',
-    load_ability='abilities',
+    load_model='loading',
+    load_ability='sources',
     Ability='abilities',
     localize='localize',
-    ChannelScores='masks',
+    ChannelScores='scores',
     top_p='masks',
     ChannelMask='masks',
     random_mask='masks',

@@ -14,8 +14,8 @@ import argparse, hashlib, json, os, random, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import torch
-from act.checkpoints import channels_of, load_model
-from act.core import provenance, write_json
+from act.loading import channels_of, load_model
+from act.kit.records import provenance, write_json
 from act.deltas import make_delta
 from act.masks import ChannelMask
 

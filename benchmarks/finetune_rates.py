@@ -12,10 +12,14 @@ are in the file. A second call with the same file adds what it lacks.
 import argparse, time
 from itertools import product
 from pathlib import Path
-from act.abilities import Ability, Item, encode, load_ability
-from act.checkpoints import load_model, weight_hash
-from act.core import provenance, read_json, write_json
-from act.finetune import bits_per_byte, finetune, neutral_text
+from act.abilities import Ability, Item
+from act.encoding import encode
+from act.sources import load_ability
+from act.fingerprints import weight_hash
+from act.loading import load_model
+from act.kit.records import provenance, read_json, write_json
+from act.finetune import finetune
+from act.finetune_cost import bits_per_byte, neutral_text
 
 RATES = [1e-6, 2.2e-6, 4.6e-6, 1e-5, 2.2e-5, 4.6e-5, 1e-4, 2.2e-4, 4.6e-4, 1e-3, 2.2e-3, 4.6e-3, 1e-2]
 LORA = dict(r=8, lora_alpha=16, target_modules='all-linear')

@@ -10,7 +10,7 @@ File number i of a kind depends on the seed, the kind and i alone. The kinds and
 import argparse, resource, sys, tempfile, time
 from collections import Counter
 from pathlib import Path
-from act.core import provenance, write_json
+from act.kit.records import provenance, write_json
 
 sys.path.insert(0, str(Path(__file__).parent.parent / 'tests'))
 from mutate import KINDS, attempt, mutant, prepared

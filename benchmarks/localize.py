@@ -11,10 +11,11 @@ has used them once, on four times as many items. What is not measured again stay
 import argparse, json, re, subprocess, sys, time
 from pathlib import Path
 import torch
-from act.abilities import batches, encode, load_ability
+from act.encoding import batches, encode
+from act.sources import load_ability
 from act.channels import enumerate_channels
-from act.checkpoints import load_model
-from act.core import provenance, write_json
+from act.loading import load_model
+from act.kit.records import provenance, write_json
 from act.localize import localize
 from transfer import summary
 

@@ -9,7 +9,7 @@ Setting up is timed separately: the clone's `make setup` comes first, which `mak
 
 import argparse, os, re, subprocess, sys, tempfile, time
 from pathlib import Path
-from act.core import provenance, write_json
+from act.kit.records import provenance, write_json
 
 
 def run(name, command, where, home):

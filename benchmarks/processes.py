@@ -10,7 +10,7 @@ All work is the lab's, on CPUs. The same 8 items make a step: 8 in one process, 
 import argparse, json, os, subprocess, sys, tempfile
 from pathlib import Path
 from safetensors import safe_open
-from act.core import provenance, write_json
+from act.kit.records import provenance, write_json
 
 BIN = Path(sys.executable).parent
 LAUNCH = {
@@ -31,9 +31,9 @@ LAUNCH = {
 TUNE = """
 import sys, torch
 from safetensors.torch import save_file
-from act.abilities import load_ability
-from act.checkpoints import load_model
-from act.core import processes
+from act.sources import load_ability
+from act.loading import load_model
+from act.kit.processes import processes
 from act.finetune import finetune
 model, tok = load_model('lab/maths-en', dtype='float32')
 report = finetune(model, load_ability('lab/science-zh', 'sft'), tok, steps=int(sys.argv[2]), batch_size=8//processes()[1], lr=3e-4, progress=False)
@@ -42,9 +42,9 @@ if not processes()[0]: save_file({k: p.detach() for k, p in report.model.named_p
 SCORE = """
 import sys, torch
 from safetensors.torch import save_file
-from act.abilities import load_ability
-from act.checkpoints import load_model
-from act.core import processes
+from act.sources import load_ability
+from act.loading import load_model
+from act.kit.processes import processes
 from act.evaluate import evaluate
 out, abilities = {}, [load_ability(f'lab/{a}') for a in ('science-zh', 'multiplication-en')]
 for dtype in ('float32', 'bfloat16'):
@@ -64,7 +64,7 @@ def far(a, b):
 
 
 def main(out, steps):
-    from act.checkpoints import load_model
+    from act.loading import load_model
 
     tuned, scored = {}, {}
     with tempfile.TemporaryDirectory() as d:

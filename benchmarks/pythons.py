@@ -12,7 +12,7 @@ reachable; remove the folder afterwards.
 
 import argparse, hashlib, json, os, subprocess, sys, tempfile, time
 from pathlib import Path
-from act.core import provenance, write_json
+from act.kit.records import provenance, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 WAY = '''act_localize --target lab/maths-en --donor lab/base --ability lab/science-zh --out scores.safetensors

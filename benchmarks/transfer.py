@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen2Config
-from act.checkpoints import channels_of, Checkpoint, fingerprint
-from act.core import provenance, write_json
-from act.lab import lab_path
+from act.checkpoints import Checkpoint
+from act.fingerprints import fingerprint
+from act.loading import channels_of
+from act.kit.records import provenance, write_json
+from act.zoo.lab_training import lab_path
 from act.masks import ChannelMask, random_mask
 
 BIN = Path(sys.executable).parent

@@ -5,7 +5,7 @@ import importlib
 import shlex
 import torch
 from act import core
-from act.abilities import load_ability
+from act.sources import load_ability
 from act.channels import enumerate_channels
 from act.finetune import finetune
 from act.masks import ChannelMask, random_mask

@@ -13,10 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from act.abilities import Ability, Item, read_jsonl
 from act.channels import ChannelMap, ModuleChannels, _row
-from act.checkpoints import Checkpoint, check_finite, fingerprint
-from act.core import PACKAGE, ActError, read_json, write_json
-from act.deltas import Delta, apply_delta, make_delta
-from act.masks import ChannelMask, ChannelScores
+from act.checkpoints import Checkpoint
+from act.fingerprints import fingerprint
+from act.pairs import check_finite
+from act.kit.errors import PACKAGE, ActError
+from act.kit.records import read_json, write_json
+from act.apply import apply_delta
+from act.deltas import Delta, make_delta
+from act.masks import ChannelMask
+from act.scores import ChannelScores
 from act.transfer import mask_slices
 
 # JSON that `json` would not write: literals, a key twice

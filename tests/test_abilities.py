@@ -1,8 +1,12 @@
 "Abilities: answer positions by character offsets, padding on either side, files and sources that say what is wrong."
 
 import json, warnings, pytest, torch
-from act.abilities import SHARES, SPLIT_FROM, Ability, Item, batches, encode, load_ability, read_jsonl, short_name
-from act.core import ActError, ActWarning, sha256
+from act.abilities import Ability, Item, read_jsonl
+from act.encoding import batches, encode
+from act.sources import SHARES, SPLIT_FROM, load_ability, short_name
+from act.kit.errors import ActError
+from act.kit.processes import ActWarning
+from act.kit.records import sha256
 from conftest import tiny_model
 
 ITEMS = [Item('two plus two is', ' four'), Item('五和六', '共十一'), Item('q:', ' ocho')]

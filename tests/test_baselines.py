@@ -7,7 +7,7 @@ import sys
 import numpy as np, pandas as pd, pytest, torch
 from dataclasses import replace
 from act import baselines as b
-from act.baselines import (
+from act.studies.baselines import (
     BASELINES,
     BASELINE_ROWS,
     hypervolume,
@@ -22,10 +22,13 @@ from act.baselines import (
     winners,
 )
 from act.channels import ChannelMap, ModuleChannels, enumerate_channels
-from act.checkpoints import weight_hash
-from act.core import ActError
-from act.masks import ChannelScores
-from act.recover import CASES, Bench, Case, Recovery, recover
+from act.fingerprints import weight_hash
+from act.kit.errors import ActError
+from act.scores import ChannelScores
+from act.studies.bench import Bench
+from act.studies.cases import CASES, Case
+from act.studies.recover import recover
+from act.studies.recovery import Recovery
 from act.transfer import transfer
 from conftest import tiny_model
 

@@ -4,9 +4,9 @@ import json, pytest, torch
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig
-from act.checkpoints import channels_of
+from act.loading import channels_of
 from act.channels import KINDS, ChannelMap, enumerate_channels
-from act.core import ActError
+from act.kit.errors import ActError
 from conftest import SIZES, VOCAB, tiny_config, tiny_model
 
 

@@ -3,19 +3,13 @@
 import json, struct, pytest, torch
 from act import checkpoints
 from safetensors.torch import load_file, save_file
-from act.checkpoints import (
-    Checkpoint,
-    check_finite,
-    fingerprint,
-    load_model,
-    preflight,
-    read_header,
-    resolve,
-    save_model,
-    weight_hash,
-    write_like,
-)
-from act.core import ActError
+from act.checkpoints import Checkpoint
+from act.fingerprints import fingerprint, weight_hash
+from act.headers import read_header
+from act.loading import load_model, resolve
+from act.pairs import check_finite, preflight
+from act.writer import save_model, write_like
+from act.kit.errors import ActError
 from conftest import tiny_model, toy_tokenizer
 
 

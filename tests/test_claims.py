@@ -1,10 +1,12 @@
 "The paper against what was measured: every claim has a row, verdicts follow their rules."
 
 import numpy as np, pandas as pd, pytest
-from act.claims import finding_rows, merge_rows, paper_table, recovery_rows
-from act.findings import FAMILIES, NAMES
-from act.merge import MergeCase, Merged
-from act.recover import Case, Recovery
+from act.studies.claims import finding_rows, merge_rows, paper_table, recovery_rows
+from act.studies.findings import FAMILIES, NAMES
+from act.studies.merge import Merged
+from act.studies.mergers import MergeCase
+from act.studies.cases import Case
+from act.studies.recovery import Recovery
 
 META = dict(machine=dict(cpu='c', gpu=None, cores=2), git='abc', data={'lab/x': 'h'})
 

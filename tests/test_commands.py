@@ -2,10 +2,12 @@
 
 import json, os, shlex, shutil, signal, subprocess, sys, time, pytest
 from pathlib import Path
-from act.checkpoints import load_model, weight_hash
+from act.fingerprints import weight_hash
+from act.loading import load_model
 from act import core
-from act.core import bar, quiet
-from act.masks import ChannelMask, ChannelScores
+from act.kit.processes import bar, quiet
+from act.masks import ChannelMask
+from act.scores import ChannelScores
 from conftest import tiny_model
 from helpers import SCRIPTS, check_call, function
 
@@ -243,7 +245,7 @@ def files(run, tmp_path):
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(run, files, line, words):
-    from act.lab import lab_path
+    from act.zoo.lab_training import lab_path
 
     t = files
     with quiet():
@@ -292,7 +294,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, files, line, words):
     ],
 )
 def test_a_dry_run_checks_and_says_and_leaves_nothing(run, files, line, monkeypatch):
-    from act.lab import lab_path
+    from act.zoo.lab_training import lab_path
 
     t = files
     (t / 'gsm8k').mkdir()

@@ -2,7 +2,10 @@
 
 import json, os, shutil, subprocess, sys, pytest
 from act import core
-from act.core import ActError, atomic_file, atomic_folder, command, provenance, sha256, work_folder, write_json
+from act.kit.command import command
+from act.kit.errors import ActError
+from act.kit.files import atomic_file, atomic_folder, work_folder
+from act.kit.records import provenance, sha256, write_json
 
 
 def test_a_file_that_fails_leaves_the_old_one_and_no_debris(tmp_path):

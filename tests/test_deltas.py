@@ -3,11 +3,15 @@
 import subprocess, sys, pytest, torch
 from safetensors.torch import load_file, save_file
 from act import checkpoints, deltas
-from act.checkpoints import Checkpoint, load_model, weight_hash
-from act.core import ActError
-from act.deltas import Delta, apply_delta, make_delta
+from act.checkpoints import Checkpoint
+from act.fingerprints import weight_hash
+from act.loading import load_model
+from act.kit.errors import ActError
+from act.apply import apply_delta
+from act.deltas import Delta, make_delta
 from act.masks import ChannelMask
-from act.transfer import RULES, transfer_checkpoint
+from act.streaming import transfer_checkpoint
+from act.transfer import RULES
 from conftest import tiny_model
 from helpers import files, full, some
 

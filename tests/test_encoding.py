@@ -4,20 +4,14 @@ import copy, json, os, pytest, torch
 from lm_eval.api.instance import Instance
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-from act.abilities import (
-    SOURCES,
-    Ability,
-    EncodedItem,
-    Item,
-    check_fits,
-    encode,
-    encode_prompts,
-    load_ability,
-    reads,
-    render,
-)
-from act.core import ActError
-from act.evaluate import ActLM, EvalResult, act_evaluate, evaluate, read_number
+from act.abilities import Ability, Item
+from act.encoding import EncodedItem, check_fits, encode, encode_prompts, reads, render
+from act.sources import SOURCES, load_ability
+from act.kit.errors import ActError
+from act.answers import read_number
+from act.commands.way import act_evaluate
+from act.evaluate import EvalResult, evaluate
+from act.harness import ActLM
 from conftest import tiny_config
 
 QWEN3 = (
@@ -150,7 +144,7 @@ def test_a_template_that_does_not_keep_the_answer_is_named(template, item, words
 
 
 def test_a_prompt_that_holds_the_sentinel():
-    from act.abilities import _SENTINEL
+    from act.encoding import _SENTINEL
 
     tok = byte_tokenizer(template=QWEN3)
     assert render(Item(_SENTINEL, _SENTINEL), tok, chat=True)[1] == _SENTINEL

@@ -2,21 +2,14 @@
 
 import json, math, warnings, pytest, numpy as np, torch
 from act.abilities import Ability, Item
-from act.checkpoints import load_model
-from act.core import ActError, ActWarning
-from act.evaluate import (
-    EvalResult,
-    act_evaluate,
-    bootstrap_ci,
-    compare_answers,
-    evaluate,
-    holm,
-    mcnemar,
-    paired_bootstrap,
-    read_answer,
-    read_number,
-    TASKS,
-)
+from act.loading import load_model
+from act.kit.errors import ActError
+from act.kit.processes import ActWarning
+from act.answers import compare_answers, read_answer, read_number
+from act.commands.way import act_evaluate
+from act.evaluate import EvalResult, evaluate
+from act.harness import TASKS
+from act.stats import bootstrap_ci, holm, mcnemar, paired_bootstrap
 from conftest import tiny_model
 
 ABILITY = Ability('toy-en', [Item('two plus two is', ' four'), Item('cuatro y', ' cuatro son'), Item('x', 'y')])
@@ -40,7 +33,7 @@ def test_loglikelihoods_by_hand(family, tokenizer, eos):
 
 
 def test_the_lab_agrees_with_greedy_decoding():
-    from act.lab import lab_ability
+    from act.zoo.lab import lab_ability
 
     model, tok = load_model('lab/swahili', dtype='float32')
     a = lab_ability('science-tr', n=12)
@@ -53,7 +46,7 @@ def test_the_lab_agrees_with_greedy_decoding():
 
 
 def test_generation_reads_the_last_number():
-    from act.lab import lab_ability
+    from act.zoo.lab import lab_ability
 
     model, tok = load_model('lab/base', dtype='float32')
     r = evaluate(model, lab_ability('arithmetic-en', n=4), tok, generate=True, progress=False)
@@ -128,7 +121,7 @@ def test_the_task_files_work_in_plain_lm_eval():
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
-    from act.lab import lab_ability
+    from act.zoo.lab import lab_ability
 
     model, tok = load_model('lab/maths-en', dtype='float32')
     out = lm_eval.simple_evaluate(

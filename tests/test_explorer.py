@@ -8,10 +8,11 @@ from dataclasses import replace
 from html.parser import HTMLParser
 import numpy as np, pandas as pd, pytest
 from act.channels import enumerate_channels
-from act.core import ActError
+from act.kit.errors import ActError
 from act.explorer import *
-from act.masks import ChannelScores
-from act.recover import CASES, RESULTS, Recovery
+from act.scores import ChannelScores
+from act.studies.cases import CASES, RESULTS
+from act.studies.recovery import Recovery
 from conftest import tiny_model
 import torch
 
@@ -126,7 +127,7 @@ def test_the_recorded_grid_agrees_with_the_recovery(lab):
 
 
 def test_recording_is_the_recovery_item_by_item():
-    from act.recover import METHODS, Bench
+    from act.studies.bench import METHODS, Bench
 
     case = replace(CASES['lab'], others=(), n=10, items=16, sft=dict(steps=2, lr=1e-4, batch_size=4))
     bench = Bench(case, progress=False)
@@ -145,7 +146,7 @@ def test_recording_is_the_recovery_item_by_item():
 
 
 def test_items_used_before_are_counted(tmp_path):
-    from act.abilities import load_ability
+    from act.sources import load_ability
 
     for name in ('science-zh', 'multiplication-en'):
         load_ability(f'lab/{name}', n=6).save(tmp_path / f'{name}.jsonl')

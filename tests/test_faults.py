@@ -3,12 +3,14 @@
 import os, random, subprocess, sys
 import pytest, torch
 from act.abilities import Ability, Item
-from act.checkpoints import channels_of, save_model
-from act.core import ActError
-from act.deltas import apply_delta, make_delta
+from act.loading import channels_of
+from act.writer import save_model
+from act.kit.errors import ActError
+from act.apply import apply_delta
+from act.deltas import make_delta
 from act.localize import localize
-from act.masks import ChannelScores
-from act.transfer import transfer_checkpoint
+from act.scores import ChannelScores
+from act.streaming import transfer_checkpoint
 from conftest import tiny_model
 from helpers import files, some
 
@@ -68,7 +70,7 @@ def test_a_disk_that_fills_up(made, small_disk, tmp_path, monkeypatch):
     disk = small_disk('16k')  # room for a shard or two
     with pytest.raises(ActError, match='no room on disk'):
         transfer_checkpoint(a, b, m, 0.5, disk / 'out')
-    monkeypatch.setattr('act.core.check_room', lambda *_: None)  # or it fills up meanwhile
+    monkeypatch.setattr('act.kit.files.check_room', lambda *_: None)  # or it fills up meanwhile
     d = make_delta(a, b, m, 0.5, tmp_path / 'd')
     scores = ChannelScores.from_flat(torch.rand(m.total), m.map, dict(note='x' * 20000))
     for write in (

@@ -3,17 +3,18 @@
 import json, numpy as np, pandas as pd, pytest, torch
 from itertools import combinations
 from act import concentration as con, disentanglement as dis, stability as sta, sufficiency as suf, weights as wei
-from act.abilities import Ability, Item, load_ability
+from act.abilities import Ability, Item
+from act.sources import load_ability
 from act.channels import ChannelMap, ModuleChannels
-from act.core import PACKAGE, ActError
-from act.checkpoints import weight_hash
+from act.kit.errors import PACKAGE, ActError
+from act.fingerprints import weight_hash
 from act.evaluate import evaluate
-from act.findings import (
+from act.commands.studies import act_findings
+from act.studies.findings import (
     FAMILIES,
     Family,
     Finding,
     NAMES,
-    act_findings,
     collect,
     estimate,
     family,
@@ -24,8 +25,10 @@ from act.findings import (
     verdicts,
 )
 from act.localize import localize, localize_items
-from act.masks import ChannelMask, ChannelScores, ItemScores
-from act.recover import CASES, Bench
+from act.masks import ChannelMask
+from act.scores import ChannelScores, ItemScores
+from act.studies.bench import Bench
+from act.studies.cases import CASES
 from conftest import FAMILIES as FAMILY_NAMES, tiny_model
 
 ABILITY = Ability(
@@ -238,7 +241,7 @@ def test_recorded_findings_are_whole(name, fam):
 
 def test_figures_come_with_their_data_and_the_same_bytes(tmp_path):
     import matplotlib.pyplot as plt
-    from act.findings import use_style
+    from act.studies.findings import use_style
 
     use_style()
 
@@ -535,7 +538,7 @@ def test_own_change_by_hand(tokenizer):
     )
     own, bound = (s.pool() for s in wei.own_items(a, b, ABILITY[:1], tokenizer))
     hook.remove()
-    from act.abilities import encode
+    from act.encoding import encode
 
     x = seen[0][0][encode(ABILITY[:1], tokenizer)[0].positions]
     assert own['model.layers.1.mlp.up_proj'][0].item() == pytest.approx((x.sum(1) * 0.1).abs().mean().item(), rel=1e-3)
@@ -583,7 +586,8 @@ def test_orders_take_equally_many_channels(bench):
         and {m.count for m in masks.values()} == {masks['random'].count}
         and len({m.hash for m in masks.values()}) == 9
     )
-    from act.masks import top_p, weight_scores
+    from act.masks import top_p
+    from act.scores import weight_scores
 
     assert masks['weight, raw'] == top_p(weight_scores(bench.target, bench.donor), 0.1)
 

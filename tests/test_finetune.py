@@ -5,22 +5,19 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from act import checkpoints, core
-from act.abilities import Ability, Item, encode, load_ability
+from act.abilities import Ability, Item
+from act.encoding import encode
+from act.sources import load_ability
 from act.channels import enumerate_channels
-from act.checkpoints import load_model, weight_hash
-from act.core import ActError, ActWarning, sha256
-from act.finetune import (
-    _collate,
-    _examples,
-    act_finetune,
-    bits_per_byte,
-    finetune,
-    item_hashes,
-    neutral_text,
-    safe_rate,
-    save_like,
-    training_memory,
-)
+from act.fingerprints import weight_hash
+from act.loading import load_model
+from act.kit.errors import ActError
+from act.kit.processes import ActWarning
+from act.kit.records import sha256
+from act.commands.way import act_finetune
+from act.finetune import _collate, _examples, finetune, item_hashes
+from act.finetune_cost import bits_per_byte, neutral_text, safe_rate, training_memory
+from act.saving import save_like
 from act.masks import ChannelMask, random_mask
 from act.transfer import mask_slices
 from conftest import SIZES, tiny_model
@@ -175,9 +172,10 @@ def test_two_processes_end_with_one_model(tmp_path, launch):
     done = launch(
         '''
 import sys
-from act.abilities import load_ability
-from act.checkpoints import load_model, weight_hash
-from act.core import processes
+from act.sources import load_ability
+from act.fingerprints import weight_hash
+from act.loading import load_model
+from act.kit.processes import processes
 from act.finetune import finetune
 model, tok = load_model('lab/maths-en', dtype='float32')
 report = finetune(model, load_ability('lab/science-zh', 'sft'), tok, steps=2, batch_size=4, progress=False)
@@ -205,7 +203,7 @@ import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 from safetensors.torch import save_file
 import importlib
 ft = importlib.import_module('act.finetune')
-from act.core import processes
+from act.kit.processes import processes
 from act.masks import ChannelMask
 from helpers import HARD, hard
 to, mask = sys.argv[1], ChannelMask.load(sys.argv[1] + '/mask.safetensors')
@@ -652,8 +650,9 @@ def test_memory_is_said_before_it_is_taken(tmp_path):
 import json, sys, torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from act.abilities import Ability, Item
-from act.core import peak_memory
-from act.finetune import finetune, training_memory
+from act.kit.processes import peak_memory
+from act.finetune import finetune
+from act.finetune_cost import training_memory
 sys.path.insert(0, sys.argv[1])
 from conftest import toy_tokenizer
 config = AutoConfig.for_model('llama', hidden_size=512, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8, vocab_size=8000, tie_word_embeddings=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 import pytest
 from act import core
-from act.abilities import load_ability
-from act.lab import lab_path
+from act.sources import load_ability
+from act.zoo.lab_training import lab_path
 from helpers import SCRIPTS, check_call, function
 
 ROOT = Path(__file__).parent.parent
@@ -57,8 +57,8 @@ def page(name):
 
 PAGES = {
     'README': [(*s, 0) for s in steps((ROOT / 'README.md').read_text(encoding='utf-8'))],
-    'guide': [*page('50_guide')],
-    'commands': [*page('61_commands')],
+    'guide': [*page('90_guide')],
+    'commands': [*page('93_commands')],
 }
 
 
@@ -186,7 +186,7 @@ GUIDES = {  # other names for the guide's cell of names
 
 def guide(names):
     "The guide's code with other names in its one cell of names, and at the end what came out as a line of JSON."
-    code = [source(c) for c in cells('50_guide') if c['cell_type'] == 'code']
+    code = [source(c) for c in cells('90_guide') if c['cell_type'] == 'code']
     given = [i for i, c in enumerate(code) if c.startswith('target, donor = ')]
     assert len(given) == 1 and set(names) == {
         n.id for n in ast.walk(ast.parse(code[given[0]])) if isinstance(n, ast.Name)
@@ -258,7 +258,7 @@ def test_the_guide_with_other_models(started, name, ability):
 def test_nothing_else_in_the_guide_names_models_or_abilities():
     code = [
         source(c)
-        for c in cells('50_guide')
+        for c in cells('90_guide')
         if c['cell_type'] == 'code' and not source(c).startswith('target, donor = ')
     ]
     named = re.sub(r'#\| tbl-cap: .*', '', '\n'.join(code))  # of a recorded table
@@ -288,7 +288,7 @@ def test_what_is_not_done_here_is_known_to_the_parsers(name):
 
 def test_commands_in_the_running_text():
     text = (ROOT / 'README.md').read_text(encoding='utf-8') + ''.join(
-        source(c) for n in ('50_guide', '61_commands') for c in cells(n) if c['cell_type'] == 'markdown'
+        source(c) for n in ('90_guide', '93_commands') for c in cells(n) if c['cell_type'] == 'markdown'
     )
     named = re.findall(r'(?<!`)`(act_[^`\n]+)`', text)
     assert len(named) > 10
@@ -312,11 +312,11 @@ def test_the_readmes_code(installed, tmp_path):
 @pytest.mark.slow
 def test_a_copied_notebook_leaves_the_package_alone(installed, tmp_path):
     "Its cells are run where it was copied to: act/ of the checkout, and the installed one, stay as they are."
-    shutil.copy(ROOT / 'nbs/09_core.ipynb', tmp_path)
+    shutil.copy(ROOT / 'nbs/00_errors.ipynb', tmp_path)
     before = {p: p.stat().st_mtime_ns for d in (ROOT / 'act', installed.own / 'act') for p in d.glob('*.py')}
     code = '\n'.join(
         source(c)
-        for c in json.loads((tmp_path / '09_core.ipynb').read_text())['cells']
+        for c in json.loads((tmp_path / '00_errors.ipynb').read_text())['cells']
         if c['cell_type'] == 'code' and not source(c).startswith('%')
     )
     done = python(

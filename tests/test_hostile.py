@@ -7,11 +7,17 @@ import json, pickle, struct, pytest, torch
 from safetensors.torch import load_file, save_file
 from act.abilities import Ability, Item, read_jsonl
 from act.channels import ChannelMap
-from act.checkpoints import channels_of, Checkpoint, load_model, preflight, read_header
-from act.core import JSON_LIMIT, ActError, parse_json, read_json
-from act.deltas import Delta, apply_delta
-from act.masks import ChannelMask, ChannelScores
-from act.transfer import transfer_checkpoint
+from act.checkpoints import Checkpoint
+from act.headers import read_header
+from act.loading import channels_of, load_model
+from act.pairs import preflight
+from act.kit.errors import ActError
+from act.kit.records import JSON_LIMIT, parse_json, read_json
+from act.apply import apply_delta
+from act.deltas import Delta
+from act.masks import ChannelMask
+from act.scores import ChannelScores
+from act.streaming import transfer_checkpoint
 from conftest import tiny_model
 from mutate import KINDS, attempt, channel_map, mutant, prepared, put_together, taken_apart, watched
 

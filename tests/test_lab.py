@@ -1,10 +1,11 @@
 "The lab: splits that cannot leak, weights that match the manifest, promises kept, machinery that trains."
 
 import pytest, torch
-from act.checkpoints import load_model, weight_hash
-from act.core import ActError
+from act.fingerprints import weight_hash
+from act.loading import load_model
+from act.kit.errors import ActError
 from act.lab import *
-from act.lab import RECIPES
+from act.zoo.lab_training import RECIPES
 
 
 def entities(split, skill):
@@ -97,7 +98,8 @@ def test_a_recorded_score_is_what_the_weights_give():
 
 
 def test_fine_tuning_alone_leaves_twenty_points():
-    from act.recover import Recovery, RESULTS
+    from act.studies.cases import RESULTS
+    from act.studies.recovery import Recovery
 
     r = Recovery.load(RESULTS / 'recover-lab.json')
     n = r.numbers().set_index(['row', 'column']).value

@@ -6,20 +6,14 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM
 from act.abilities import Ability, Item
-from act.checkpoints import (
-    channels_of,
-    Checkpoint,
-    copy_extras,
-    INDEX,
-    load_model,
-    load_tokenizer,
-    resolve,
-    weight_hash,
-)
-from act.core import ActError
-from act.evaluate import act_evaluate
-from act.finetune import act_finetune
-from act.localize import act_localize
+from act.checkpoints import Checkpoint, INDEX
+from act.fingerprints import weight_hash
+from act.loading import channels_of, load_model, load_tokenizer, resolve
+from act.writer import copy_extras
+from act.kit.errors import ActError
+from act.commands.way import act_evaluate
+from act.commands.way import act_finetune
+from act.commands.way import act_localize
 from conftest import tiny_model, toy_tokenizer
 
 WEIGHTS = 'model.safetensors'
@@ -307,8 +301,8 @@ def test_a_model_of_the_cache_that_another_run_makes_is_waited_for(tmp_path):
     code = '''
 import sys, time
 from pathlib import Path
-from act.checkpoints import cached
-from act.core import atomic_folder
+from act.loading import cached
+from act.kit.files import atomic_folder
 def make(out):
     with atomic_folder(out) as tmp:
         (tmp/'log').write_text('made')

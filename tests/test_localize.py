@@ -2,11 +2,13 @@
 
 import importlib, json, os, subprocess, sys, pytest, torch
 from act import core
-from act.abilities import Ability, Item, encode, load_ability
+from act.abilities import Ability, Item
+from act.encoding import encode
+from act.sources import load_ability
 from act.channels import enumerate_channels
-from act.core import ActError
+from act.kit.errors import ActError
 from act.localize import localize
-from act.masks import ChannelScores
+from act.scores import ChannelScores
 from conftest import tiny_model
 
 ABILITY = Ability(
@@ -253,7 +255,7 @@ def test_what_was_killed_goes_on_and_ends_with_the_same_bytes(checkpoint, tmp_pa
 import os, signal, sys
 import importlib
 m = importlib.import_module('act.localize')
-from act.abilities import load_ability
+from act.sources import load_ability
 kill, real, seen = int(sys.argv[1]), m._Sums.done, []
 def done(self):
     real(self); seen.append(self.batches)

@@ -5,8 +5,10 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from safetensors import safe_open
 from act.channels import ChannelMap, ModuleChannels
-from act.core import ActError
-from act.masks import ChannelMask, ChannelScores, iou, overlap, random_mask, top_p, weight_scores, with_kind
+from act.kit.errors import ActError
+from act.masks import ChannelMask, random_mask, top_p, with_kind
+from act.overlap import iou, overlap
+from act.scores import ChannelScores, weight_scores
 from conftest import tiny_model
 
 

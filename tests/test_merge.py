@@ -2,25 +2,12 @@
 
 import numpy as np, pytest, torch
 from act.channels import ChannelMap, ModuleChannels, enumerate_channels
-from act.checkpoints import weight_hash
-from act.core import ActError
-from act.masks import ChannelMask, ChannelScores, random_mask, top_p
-from act.merge import (
-    MERGE_ROWS,
-    MERGERS,
-    MERGES,
-    MergeBench,
-    MergeCase,
-    Merged,
-    claims,
-    conflicts,
-    interference,
-    merge,
-    merge_study,
-    oracle,
-    plot_interference,
-    priority,
-)
+from act.fingerprints import weight_hash
+from act.kit.errors import ActError
+from act.masks import ChannelMask, random_mask, top_p
+from act.scores import ChannelScores
+from act.studies.merge import Merged, interference, merge_study, oracle, plot_interference
+from act.studies.mergers import MERGE_ROWS, MERGERS, MERGES, MergeBench, MergeCase, claims, conflicts, merge, priority
 from act.transfer import transfer
 from conftest import tiny_model
 
@@ -172,7 +159,7 @@ def test_the_command_asks_for_what_it_needs(run):
 
 
 def test_the_shipped_case_names_what_exists():
-    from act.abilities import load_ability
+    from act.sources import load_ability
 
     for names in MERGES['lab'].aims.values():
         for a in names:

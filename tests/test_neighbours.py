@@ -8,14 +8,20 @@ from pathlib import Path
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
-from act.abilities import Ability, Item, load_ability
+from act.abilities import Ability, Item
+from act.sources import load_ability
 from act.channels import ChannelMap, ModuleChannels, enumerate_channels
-from act.checkpoints import load_model, resolve
-from act.core import ActError
+from act.loading import load_model, resolve
+from act.kit.errors import ActError
 from act.evaluate import evaluate
-from act.masks import ChannelMask, ChannelScores, top_p
-from act.neighbours import act_mergekit, act_tasks, mask_gradients, peft_config, run_mergekit, task_folder
-from act.transfer import mask_slices, transfer_checkpoint
+from act.masks import ChannelMask, top_p
+from act.scores import ChannelScores
+from act.commands.tools import act_mergekit, act_tasks
+from act.tools.lm_eval import task_folder
+from act.tools.mergekit import run_mergekit
+from act.tools.peft import mask_gradients, peft_config
+from act.streaming import transfer_checkpoint
+from act.transfer import mask_slices
 from conftest import tiny_model
 
 mergekit = pytest.mark.skipif(
@@ -689,7 +695,7 @@ def test_lm_eval_with_our_model_gives_our_numbers(tasks, lm_eval, dtype):
 
 @pytest.mark.slow
 def test_the_shipped_tasks_with_our_model_give_our_numbers(lm_eval):
-    from act.evaluate import TASKS
+    from act.harness import TASKS
 
     samples = lm_eval(
         OURS,
@@ -742,7 +748,8 @@ def test_plain_lm_eval_runs_the_tasks_where_act_cannot_be_imported(tasks, lm_eva
 
 @pytest.mark.slow
 def test_our_model_says_what_is_wrong_in_one_line(monkeypatch, capsys):
-    from act.evaluate import TASKS, act_lm_eval
+    from act.commands.tools import act_lm_eval
+    from act.harness import TASKS
 
     def run(*args):
         monkeypatch.setattr(

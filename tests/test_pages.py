@@ -4,12 +4,14 @@ import base64, io, json, sys
 import numpy as np, pytest, torch
 from types import SimpleNamespace
 from xml.etree import ElementTree
-from act.abilities import Ability, Item, batches, encode
+from act.abilities import Ability, Item
+from act.encoding import batches, encode
 from act.channels import enumerate_channels
-from act.core import ActError
-from act.masks import ChannelMask, ChannelScores
-from act.picture import activity, brightness, pixels, story
-from act.reference import called, pages, reference, run_this
+from act.kit.errors import ActError
+from act.masks import ChannelMask
+from act.scores import ChannelScores
+from act.studies.picture import activity, brightness, pixels, story
+from act.tools.reference import called, pages, reference, run_this
 from conftest import tiny_model
 
 ITEMS = Ability('sums', [Item(f'{i} and {i}', f' {2 * i}') for i in range(6)])
@@ -102,11 +104,11 @@ def test_how_something_is_called():
 
 
 def test_links_for_running_a_page_come_after_the_title():
-    nb = SimpleNamespace(path_='/somewhere/nbs/11_masks.ipynb', cells=['title', 'rest'])
+    nb = SimpleNamespace(path_='/somewhere/nbs/24_masks.ipynb', cells=['title', 'rest'])
     run_this(nb).begin()
     assert nb.cells[0] == 'title' and nb.cells[2] == 'rest' and nb.cells[1].cell_type == 'markdown'
     assert (
-        'colab.research.google.com/github/act-companion/act/blob/main/nbs/11_masks.ipynb' in nb.cells[1].source
+        'colab.research.google.com/github/act-companion/act/blob/main/nbs/24_masks.ipynb' in nb.cells[1].source
         and 'raw.githubusercontent.com' in nb.cells[1].source
     )
 

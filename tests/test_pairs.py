@@ -7,12 +7,20 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM
 from act.abilities import Ability, Item
 from act.channels import EMBEDDING, HEAD
-from act.checkpoints import channels_of, check_pair, Checkpoint, fitted, load_model, preflight, untie
-from act.core import ActError, ActWarning
-from act.deltas import apply_delta, make_delta
-from act.localize import act_localize, localize
-from act.masks import ChannelScores, top_p, weight_scores
-from act.transfer import transfer, transfer_checkpoint
+from act.checkpoints import Checkpoint
+from act.loading import channels_of, load_model
+from act.pairs import check_pair, fitted, preflight
+from act.writer import untie
+from act.kit.errors import ActError
+from act.kit.processes import ActWarning
+from act.apply import apply_delta
+from act.deltas import make_delta
+from act.commands.way import act_localize
+from act.localize import localize
+from act.masks import top_p
+from act.scores import ChannelScores, weight_scores
+from act.streaming import transfer_checkpoint
+from act.transfer import transfer
 from conftest import tiny_model, toy_tokenizer
 
 ABILITY = Ability('sums', [Item(f'what is {i} plus {i}? ', str(2 * i)) for i in range(40)])
@@ -347,7 +355,9 @@ case: {{target: train/sums, donor: {donor}, recovered: [lab/science-en], retaine
 
 
 def test_a_recipe_finds_a_pair_that_does_not_fit_before_it_trains(two, tmp_path):
-    from act.recipes import plan, read_recipe, run_recipe
+    from act.studies.recipe_plan import plan
+    from act.studies.recipes import read_recipe
+    from act.studies.stages import run_recipe
 
     edit(two[1], 'config.json', rms_norm_eps=1e-3)
     (tmp_path / 'r.yaml').write_text(RECIPE.format(model=two[0], donor=two[1]))
@@ -362,7 +372,7 @@ def test_a_recipe_finds_a_pair_that_does_not_fit_before_it_trains(two, tmp_path)
 
 
 def test_what_a_target_was_trained_on_is_known_of_what_comes_out_of_it(two, tmp_path):
-    from act.checkpoints import trained_on
+    from act.fingerprints import trained_on
 
     (two[0] / 'act_finetune.json').write_text(json.dumps(dict(format='act-finetune-1', trained_on=['a1b2c3d4e5f6'])))
     mask = top_p(weight_scores(*two), 0.5)

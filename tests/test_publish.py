@@ -10,15 +10,22 @@ import pytest, torch, yaml
 from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForCausalLM
 from act import checkpoints, publish as P
-from act.abilities import load_ability
-from act.checkpoints import channels_of, from_gguf, load_model, load_tokenizer, resolve, weight_hash
-from act.core import ActError, quiet
-from act.deltas import Delta, apply_delta, make_delta
+from act.sources import load_ability
+from act.fingerprints import weight_hash
+from act.loading import channels_of, load_model, load_tokenizer, resolve
+from act.zoo.gguf import from_gguf
+from act.kit.errors import ActError
+from act.kit.processes import quiet
+from act.apply import apply_delta
+from act.deltas import Delta, make_delta
 from act.evaluate import EvalResult, evaluate
 from act.localize import localize
 from act.masks import ChannelMask, top_p
-from act.publish import Card, history, licence_of, prepare, publish, push
-from act.transfer import transfer, transfer_checkpoint
+from act.tools.card import Card
+from act.tools.history import history, licence_of
+from act.tools.publish import prepare, publish, push
+from act.streaming import transfer_checkpoint
+from act.transfer import transfer
 from conftest import tiny_model
 
 LAB = 'lab/maths-en', 'lab/base'

@@ -5,10 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 import pytest
 from filelock import FileLock
-from act.abilities import load_ability
-from act.core import ActError
-from act.recipes import Store, plan, read_recipe, recipe_file, recipe_names, run_recipe, shape_of
-from act.recover import Recovery
+from act.sources import load_ability
+from act.kit.errors import ActError
+from act.studies.recipe_plan import plan, shape_of
+from act.studies.recipes import read_recipe, recipe_file, recipe_names
+from act.studies.stages import Store, run_recipe
+from act.studies.recovery import Recovery
 
 ROOT = Path(__file__).parent.parent
 

@@ -2,9 +2,9 @@
 
 import json, numpy as np, pandas as pd, pytest
 from dataclasses import asdict, replace
-from act.core import ActError
+from act.kit.errors import ActError
 from act.recover import *
-from act.recover import RESULTS
+from act.studies.cases import RESULTS
 
 
 def test_every_method_gets_as_many_tries():
@@ -116,7 +116,7 @@ def test_a_small_run_has_every_row_and_column(small):
 
 
 def test_choice_and_test_share_no_item(small):
-    from act.lab import lab_ability
+    from act.zoo.lab import lab_ability
 
     for a in ('multiplication-en', 'science-zh'):
         assert not {o.prompt for o in lab_ability(a, 'validation')} & {o.prompt for o in lab_ability(a)}

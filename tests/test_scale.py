@@ -8,27 +8,19 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from act import scale
 from act.channels import meta_model, enumerate_channels
-from act.checkpoints import channels_of, Checkpoint, load_model, load_tokenizer
-from act.core import ActError, write_json
+from act.checkpoints import Checkpoint
+from act.loading import channels_of, load_model, load_tokenizer
+from act.kit.errors import ActError
+from act.kit.records import write_json
 from act.deltas import make_delta
 from act.masks import random_mask
-from act.recipes import read_recipe, recipe_names
-from act.scale import (
-    SHAPES,
-    act_plan,
-    config_of,
-    even_mask,
-    layout,
-    load_constants,
-    measure_constants,
-    plan_localize,
-    plan_transfer,
-    predict,
-    scale_table,
-    sparse_checkpoint,
-    trial,
-)
-from act.transfer import mask_slices, transfer_checkpoint
+from act.studies.recipes import read_recipe, recipe_names
+from act.commands.tools import act_plan
+from act.tools.machine import measure_constants, trial
+from act.tools.plan import even_mask, load_constants, plan_localize, plan_transfer, predict, scale_table
+from act.tools.shapes import SHAPES, config_of, layout, sparse_checkpoint
+from act.streaming import transfer_checkpoint
+from act.transfer import mask_slices
 from conftest import FAMILIES, tiny_config, tiny_model
 
 localizing = importlib.import_module('act.localize')

@@ -12,18 +12,25 @@ import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from matplotlib.axes import Axes
 from act.channels import ChannelMap, ModuleChannels
-from act.checkpoints import PairReport
-from act.core import ActError, write_json
-from act.deltas import Delta, apply_delta, make_delta
+from act.pairs import PairReport
+from act.kit.errors import ActError
+from act.kit.records import write_json
+from act.apply import apply_delta
+from act.deltas import Delta, make_delta
 from act.evaluate import EvalResult, Paired
-from act.findings import Finding
+from act.studies.findings import Finding
 from act.finetune import FinetuneReport
-from act.masks import ChannelMask, ChannelScores, ItemScores, compare, iou, overlap, random_mask, top_p
-from act.merge import MergeCase, Merged
-from act.recover import Case, Recovery
-from act.scale import load_constants
-from act.show import _COLOURS, bars, facts, folded, intervals, number, page, strip, strip_text, table
-from act.transfer import TransferReport, transfer_checkpoint
+from act.masks import ChannelMask, random_mask, top_p
+from act.overlap import compare, iou, overlap
+from act.scores import ChannelScores, ItemScores
+from act.studies.merge import Merged
+from act.studies.mergers import MergeCase
+from act.studies.cases import Case
+from act.studies.recovery import Recovery
+from act.tools.plan import load_constants
+from act.show.pieces import _COLOURS, bars, intervals, number, strip, strip_text
+from act.show.results import facts, folded, page, table
+from act.streaming import TransferReport, transfer_checkpoint
 from conftest import tiny_model
 
 BAD = '<script>alert("1")</script>&\''
@@ -93,7 +100,7 @@ def recovery(cls=Recovery):
 
 def folders(tmp_path, checkpoint):
     a, b = checkpoint('a', tiny_model()), checkpoint('b', tiny_model(seed=1))
-    from act.checkpoints import channels_of
+    from act.loading import channels_of
 
     cm = channels_of(a)
     m = ChannelMask.from_flat(torch.arange(cm.total) % 7 == 0, cm, dict(ability=BAD, p=0.1))

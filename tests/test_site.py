@@ -252,9 +252,9 @@ def test_faults_that_a_browser_sees(tmp_path, browser):
 
 
 def test_the_log_of_a_site():
-    log = '''[ 1/3] 00_channels.ipynb
+    log = '''[ 1/3] 10_channels.ipynb
 \x1b[33mWARN: Unable to resolve link target: gone.ipynb\x1b[39m
-[ 2/3] 60_reference.ipynb
+[ 2/3] 92_reference.ipynb
 WARNING (/opt/quarto/share/filters/main.lua:1234) Unable to resolve crossref @fig-x
 [WARNING] Citeproc: citation nobody not found
 UserWarning: Found cells containing imports and other code. See FAQ.
@@ -268,7 +268,7 @@ Output created: _docs/index.html
         'UserWarning:',
         'NotFound:',
     ]
-    assert not checks.log_faults('[1/2] 20_concentration.ipynb\nOutput created: _docs/index.html\n')
+    assert not checks.log_faults('[1/2] 51_concentration.ipynb\nOutput created: _docs/index.html\n')
 
 
 def test_links_of_a_built_site(tmp_path):

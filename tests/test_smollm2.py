@@ -1,11 +1,14 @@
 "SmolLM2: adapters that match the manifest, weights made on first use, the lab's commands unchanged."
 
 import json, pytest
-from act.checkpoints import Checkpoint, load_model, weight_hash
-from act.core import ActError, sha256
+from act.checkpoints import Checkpoint
+from act.fingerprints import weight_hash
+from act.loading import load_model
+from act.kit.errors import ActError
+from act.kit.records import sha256
 from act.evaluate import EvalResult
-from act.recover import RESULTS
-from act.smollm2 import ADAPTERS, RECIPES, WATCHED, gains, smollm2_manifest, smollm2_path, train_smollm2
+from act.studies.cases import RESULTS
+from act.zoo.smollm2 import ADAPTERS, RECIPES, WATCHED, gains, smollm2_manifest, smollm2_path, train_smollm2
 
 
 @pytest.fixture(scope='module')
@@ -81,7 +84,7 @@ def test_what_fails_while_it_is_unpacked_leaves_nothing(monkeypatch, tmp_path):
     def fails(out):
         raise ActError('no room')
 
-    monkeypatch.setattr('act.smollm2.unpack_base', fails)
+    monkeypatch.setattr('act.zoo.smollm2.unpack_base', fails)
     with pytest.raises(ActError, match='no room'):
         smollm2_path()
     assert not (tmp_path / 'smollm2' / 'base').exists()

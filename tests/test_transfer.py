@@ -3,10 +3,13 @@
 import shutil, pytest, torch
 from safetensors.torch import load_file, save_file
 from act import checkpoints
-from act.checkpoints import Checkpoint, fingerprint, load_model, weight_hash
-from act.core import ActError
+from act.checkpoints import Checkpoint
+from act.fingerprints import fingerprint, weight_hash
+from act.loading import load_model
+from act.kit.errors import ActError
 from act.masks import ChannelMask
-from act.transfer import RULES, blend, mask_slices, transfer, transfer_checkpoint
+from act.streaming import transfer_checkpoint
+from act.transfer import RULES, blend, mask_slices, transfer
 from conftest import tiny_model
 from helpers import full, some
 
