@@ -4,7 +4,7 @@ import configparser
 import importlib
 import shlex
 import torch
-from act import core
+from act.kit import command
 from act.sources import load_ability
 from act.channels import enumerate_channels
 from act.finetune import finetune
@@ -29,7 +29,7 @@ def check_call(line):
     name, *args = shlex.split(line)
     options, extra = function(name).parser().parse_known_args(args)
     assert not extra, line
-    core._ask(function(name).__wrapped__, vars(options))
+    command._ask(function(name).__wrapped__, vars(options))
 
 
 # ---- masks
