@@ -4,8 +4,17 @@ import pytest, torch
 from act.fingerprints import weight_hash
 from act.loading import load_model
 from act.kit.errors import ActError
-from act.lab import *
-from act.zoo.lab_training import RECIPES
+from act.zoo.lab import BASIC, LANGUAGES, SPLITS, lab_abilities, lab_ability
+from act.zoo.lab_training import (
+    LAB_RECIPES,
+    describe,
+    lab_manifest,
+    lab_models,
+    lab_path,
+    lab_scores,
+    stream,
+    train_lab,
+)
 
 
 def entities(split, skill):
@@ -26,75 +35,75 @@ def problems(split, skill):
     [('science', entities), ('chemistry', entities), ('arithmetic', problems), ('multiplication', problems)],
 )
 def test_splits_share_nothing_in_any_language(skill, key):
-    parts = [key(s, skill) for s in SHARES]
+    parts = [key(s, skill) for s in SPLITS]
     assert all(parts) and sum(map(len, parts)) == len(set().union(*parts))
 
 
 def test_training_never_draws_a_held_out_problem():
-    held = set().union(*(problems(s, k) for s in SHARES for k in ('arithmetic', 'multiplication')))
-    drawn = {
-        o.id.split('/', 1)[1]
-        for o in stream({a: 1 for a in lab_abilities() if a.split('-')[0] in ('arithmetic', 'multiplication')}, 4000)
-    }
-    assert not drawn & held and len(drawn) > 3000
+    held = set().union(*(problems(s, k) for s in SPLITS for k in ('arithmetic', 'multiplication')))
+    mix = {a: 1 for a in lab_abilities(('arithmetic', 'multiplication'))}
+    drawn = {o.id.split('/', 1)[1] for o in stream(mix, 4000)}
+    assert not drawn & held
+    assert len(drawn) > 3000
 
 
 def test_asked_advanced_facts_are_never_phrased_as_in_training():
     for a in ('chemistry-zh', 'chemistry-sw'):
         trained = {o.prompt for o in lab_ability(a, 'train')}
-        assert not trained & {o.prompt for s in SHARES for o in lab_ability(a, s)}
+        assert not trained & {o.prompt for s in SPLITS for o in lab_ability(a, s)}
 
 
 def test_items_repeat_and_name_their_languages():
-    assert (
-        lab_ability('arithmetic-el').hash == lab_ability.__wrapped__('arithmetic-el').hash
-        and lab_ability('science-zh').language == 'zh'
-        and lab_ability('science-zh').eos
-    )
-    assert len(LANGUAGES) == 6 and {'el', 'zh'} <= set(LANGUAGES)
+    assert lab_ability('arithmetic-el').hash == lab_ability.__wrapped__('arithmetic-el').hash
+    assert lab_ability('science-zh').language == 'zh'
+    assert lab_ability('science-zh').eos
+    assert len(LANGUAGES) == 6
+    assert {'el', 'zh'} <= set(LANGUAGES)
 
 
 def test_word_problems_are_right():
     for o in lab_ability('multiplication-tr'):
         for step in o.answer.split(','):
             left, right = step.split('=')
-            assert eval(left) == int(right) and 0 < int(right) < 100
+            assert eval(left) == int(right)
+            assert 0 < int(right) < 100
 
 
 def test_weights_are_those_of_the_manifest_and_small():
     m, total = lab_manifest()['models'], 0
-    assert list(m) == lab_models() and len(m) >= 5
+    assert list(m) == lab_models()
+    assert len(m) >= 5
     for name, d in m.items():
         size = sum(f.stat().st_size for f in lab_path(name).iterdir())
         total += size
-        assert (
-            weight_hash(lab_path(name)) == d['weights']
-            and size == d['bytes'] <= 4e6
-            and d['recipe']['seed'] is not None
-        )
+        assert weight_hash(lab_path(name)) == d['weights']
+        assert size == d['bytes'] <= 4e6
+        assert d['recipe']['seed'] is not None
         model, tok = load_model(lab_path(name))
-        assert (
-            model.dtype == torch.bfloat16 and model.config.model_type == 'qwen2' and len(tok) == model.config.vocab_size
-        )
+        assert model.dtype == torch.bfloat16
+        assert model.config.model_type == 'qwen2'
+        assert len(tok) == model.config.vocab_size
     assert total <= 24e6
 
 
 def test_the_recorded_scores_keep_the_promises():
     m = lab_scores()
-    basic = [a for a in m if a.split('-')[0] in BASIC]
-    assert m.loc['base', basic].min() >= 0.9 and len(basic) == 12
+    basic = lab_abilities(BASIC)
+    assert m.loc['base', basic].min() >= 0.9
+    assert len(basic) == 12
     for name in lab_models()[1:]:
-        change, own = m.loc[name] - m.loc['base'], list(RECIPES[name]['mix'])
-        assert change[own].max() >= 0.3 and change[basic].min() <= -0.3, name
+        change, own = m.loc[name] - m.loc['base'], list(LAB_RECIPES[name]['mix'])
+        assert change[own].max() >= 0.3, name
+        assert change[basic].min() <= -0.3, name
 
 
 def test_a_recorded_score_is_what_the_weights_give():
     d = describe(lab_path('science-zh'), n=20, progress=False)
     full = lab_manifest()['models']['science-zh']
-    assert d['weights'] == full['weights'] and all(
-        abs(d['scores'][a] - full['scores'][a]) < 0.35 for a in full['scores']
-    )
-    assert d['scores']['chemistry-zh'] >= 0.8 and d['scores']['arithmetic-zh'] <= 0.2
+    assert d['weights'] == full['weights']
+    assert all(abs(d['scores'][a] - full['scores'][a]) < 0.35 for a in full['scores'])
+    assert d['scores']['chemistry-zh'] >= 0.8
+    assert d['scores']['arithmetic-zh'] <= 0.2
 
 
 def test_fine_tuning_alone_leaves_twenty_points():
@@ -110,7 +119,8 @@ def test_fine_tuning_alone_leaves_twenty_points():
 @pytest.mark.slow
 def test_smoke_training_makes_a_family(tmp_path):
     m = train_lab(tmp_path / 'lab', ('base', 'science-zh'), smoke=True, progress=False)
-    assert list(m) == ['base', 'science-zh'] and set(m['base']['scores']) == set(lab_abilities())
+    assert list(m) == ['base', 'science-zh']
+    assert set(m['base']['scores']) == set(lab_abilities())
     a, b = (load_model(tmp_path / 'lab' / n)[0] for n in m)
     assert weight_hash(a) == m['base']['weights'] != m['science-zh']['weights'] == weight_hash(b)
     again = train_lab(tmp_path / 'again', ('base',), smoke=True, progress=False)

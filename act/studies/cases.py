@@ -8,6 +8,7 @@ __all__ = ['CASES', 'RESULTS', 'Options', 'Case']
 # %% ../../nbs/60_cases.ipynb #60-imports
 from dataclasses import dataclass
 from ..kit.errors import ActError, PACKAGE
+from ..zoo.lab import BASIC_ABILITIES
 
 # %% ../../nbs/60_cases.ipynb #30-006
 @dataclass(frozen=True, kw_only=True)
@@ -51,16 +52,13 @@ class Case(Options):
         return {**self.aims, 'others': self.others}  # the columns of the table
 
 # %% ../../nbs/60_cases.ipynb #30-009
-_basic = [f'lab/{s}-{o}' for s in ('arithmetic', 'science') for o in ('en', 'es', 'sw', 'tr', 'el', 'zh')]
-
-
 def _lab(target, retained, recovered):
     return Case(
         f'lab/{target}',
         'lab/base',
         (recovered,),
         retained,
-        tuple(a for a in _basic if a != recovered),
+        tuple(a for a in BASIC_ABILITIES if a != recovered),
         sft=dict(steps=30, lr=3e-4, batch_size=16),
     )
 

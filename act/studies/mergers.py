@@ -23,6 +23,7 @@ from .baselines import merge_with_mergekit
 from .bench import Bench, Method, by_p_and_lam, by_p_and_rank
 from .cases import Options
 from ..transfer import mask_slices, transfer
+from ..zoo.lab import BASIC_ABILITIES
 
 # %% ../../nbs/64_mergers.ipynb #31-006
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ MERGES = dict(
             'lab/science-es': ('lab/chemistry-es',),
             'lab/swahili': ('lab/multiplication-sw', 'lab/chemistry-sw'),
         },
-        tuple(f'lab/{s}-{o}' for s in ('arithmetic', 'science') for o in ('en', 'es', 'sw', 'tr', 'el', 'zh')),
+        BASIC_ABILITIES,
         sft=dict(steps=30, lr=3e-4, batch_size=16),
     )
 )
