@@ -1,15 +1,19 @@
 "Localise: equal to brute force on every architecture, whatever the batches; bad models are named."
 
-import importlib, json, os, subprocess, sys, pytest, torch
-from act import core
+import importlib, json, os, signal, subprocess, sys
+import pytest, torch
+from act import hooks
 from act.abilities import Ability, Item
 from act.encoding import encode
 from act.sources import load_ability
 from act.channels import enumerate_channels
 from act.kit.errors import ActError
+from act.kit.files import exclusive
 from act.localize import localize
 from act.scores import ChannelScores
-from conftest import tiny_model
+from conftest import tiny_config, tiny_model
+
+stage = importlib.import_module('act.localize')  # `act.localize` is the function
 
 ABILITY = Ability(
     'toy-en',
@@ -58,9 +62,8 @@ def test_equals_brute_force(family, tokenizer, positions):
 def test_the_other_tie_policy(family, tokenizer):
     a, b = tiny_model(family), tiny_model(family, 1)
     s = localize(a, b, ABILITY, tokenizer, tied='lm_head', progress=False)
-    assert 'lm_head' in s.map and torch.allclose(
-        s.flat().double(), brute(a, b, tokenizer, 'lm_head'), rtol=1e-4, atol=1e-6
-    )
+    assert 'lm_head' in s.map
+    assert torch.allclose(s.flat().double(), brute(a, b, tokenizer, 'lm_head'), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize('family', ['qwen2', 'qwen3', 'gemma3'])
@@ -110,9 +113,7 @@ def test_models_that_differ_only_where_no_token_is_read_are_refused(tokenizer):
 
 
 def test_a_change_that_the_fingerprint_misses_is_no_reason_to_refuse(tokenizer, monkeypatch):
-    module = importlib.import_module('act.localize')
-
-    monkeypatch.setattr(module, 'fingerprint', lambda m: 'the same')
+    monkeypatch.setattr(stage, 'fingerprint', lambda m: 'the same')
     assert localize(tiny_model(), tiny_model(seed=1), ABILITY, tokenizer, progress=False).flat().any()
 
 
@@ -137,24 +138,21 @@ def test_the_prompt_does_not_count_but_is_read(pair, tokenizer):
     a, b = pair
     run = lambda prompt: localize(a, b, Ability('x', [Item(prompt, 'four')]), tokenizer, progress=False)
     x, y = run('two plus '), run('ocho son ')
-    assert torch.equal(x['model.embed_tokens'], y['model.embed_tokens']) and not torch.allclose(
-        x['model.norm'], y['model.norm']
-    )
+    assert torch.equal(x['model.embed_tokens'], y['model.embed_tokens'])
+    assert not torch.allclose(x['model.norm'], y['model.norm'])
 
 
 def test_folders_in_bf16_and_what_is_recorded(checkpoint, tokenizer, tmp_path):
     a, b = checkpoint('a', tiny_model(dtype=torch.bfloat16)), checkpoint('b', tiny_model(seed=1, dtype=torch.bfloat16))
     s = localize(a, b, ABILITY, progress=False)
     wide = localize(a, b, ABILITY, dtype='float32', progress=False)
-    assert s.meta['dtype'] == 'bfloat16' and torch.allclose(s.flat(), wide.flat(), rtol=0.2, atol=0.05)
-    assert s.flat().dtype == torch.float32 and s.meta['tokens'] == sum(
-        len(e.positions) for e in encode(ABILITY, tokenizer)
-    )
-    assert (
-        s.meta['target_print'] != s.meta['donor_print']
-        and s.meta['ability_hash'] == ABILITY.hash
-        and 'torch' in s.meta['provenance']['versions']
-    )
+    assert torch.allclose(s.flat(), wide.flat(), rtol=0.2, atol=0.05)
+    assert s.flat().dtype == torch.float32
+    assert s.meta['dtype'] == 'bfloat16'
+    assert s.meta['tokens'] == sum(len(e.positions) for e in encode(ABILITY, tokenizer))
+    assert s.meta['target_print'] != s.meta['donor_print']
+    assert s.meta['ability_hash'] == ABILITY.hash
+    assert 'torch' in s.meta['provenance']['versions']
     assert ChannelScores.load(s.save(tmp_path / 's.safetensors')).meta == s.meta
 
 
@@ -176,7 +174,6 @@ def test_nan_weights_are_named(pair, tokenizer):
 
 def test_a_tokenizer_with_too_many_ids(tokenizer):
     from transformers import AutoModelForCausalLM
-    from conftest import tiny_config
 
     c = tiny_config('qwen2')
     c.vocab_size = 50
@@ -201,41 +198,34 @@ def test_a_device_map(checkpoint):
 
 
 @pytest.mark.parametrize('disk', [1, 10**9])
-@pytest.mark.slow
 def test_one_model_at_a_time_gives_the_same_bits(family, checkpoint, tmp_path, disk, monkeypatch):
-    module = importlib.import_module('act.localize')
-
-    loads, real = [], module.load_model
-    monkeypatch.setattr(module, 'load_model', lambda m, *a: loads.append(m) or real(m, *a))
-    a, b = (
-        checkpoint('a', tiny_model(family, dtype=torch.bfloat16)),
-        checkpoint('b', tiny_model(family, 1, dtype=torch.bfloat16)),
-    )
-    side, turn = (
-        localize(a, b, ABILITY, progress=False, batch_tokens=12, hold=h, disk=disk, state=tmp_path)
-        for h in ('both', 'one')
-    )
-    assert (
-        torch.equal(side.flat(), turn.flat())
-        and side.meta == turn.meta
-        and sorted(p.name for p in tmp_path.iterdir()) == ['a', 'b']
-    )
-    assert loads[:2] == [a, b] and (loads[2:] == [a, b] if disk > 1 else len(loads) > 4)
+    loads, real = [], stage.load_model
+    monkeypatch.setattr(stage, 'load_model', lambda m, *a: loads.append(m) or real(m, *a))
+    a = checkpoint('a', tiny_model(family, dtype=torch.bfloat16))
+    b = checkpoint('b', tiny_model(family, 1, dtype=torch.bfloat16))
+    options = dict(progress=False, batch_tokens=12, disk=disk, state=tmp_path)
+    side, turn = (localize(a, b, ABILITY, hold=h, **options) for h in ('both', 'one'))
+    assert torch.equal(side.flat(), turn.flat())
+    assert side.meta == turn.meta
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['a', 'b']
+    assert loads[:2] == [a, b]
+    assert loads[2:] == [a, b] if disk > 1 else len(loads) > 4
 
 
-def test_two_models_that_do_not_fit_are_taken_in_turn(checkpoint, monkeypatch):
-    module = importlib.import_module('act.localize')
+@pytest.mark.parametrize('free, hold', [(10**9, 'both'), (10**4, 'one')])
+def test_two_models_that_do_not_fit_are_taken_in_turn(checkpoint, monkeypatch, free, hold):
+    real, said = hooks.bar, []
+    monkeypatch.setattr(hooks, 'bar', lambda **o: said.append(o['desc']) or real(**o))
+    monkeypatch.setattr(hooks, 'free_memory', lambda device: free)
+    assert localize(checkpoint('a'), checkpoint('b', tiny_model(seed=1)), ABILITY).hold == hold
+    assert hooks.HOLD[hold] in said[-1]
 
-    real, said = module.bar, []
-    monkeypatch.setattr(module, 'bar', lambda **o: said.append(o['desc']) or real(**o))
-    a, b = checkpoint('a'), checkpoint('b', tiny_model(seed=1))
-    for free, word in ((10**9, 'both models in memory'), (10**4, 'one model at a time')):
-        monkeypatch.setattr(module, '_free_memory', lambda device: free)
-        assert localize(a, b, ABILITY).hold == word[: word.index(' ')] and word in said[-1]
+
+def test_ways_to_hold_models_that_do_not_exist(checkpoint):
     with pytest.raises(ActError, match="choose 'both', 'one' or 'auto'"):
-        localize(a, b, ABILITY, hold='three')
+        localize(checkpoint('a'), checkpoint('b', tiny_model(seed=1)), ABILITY, hold='three')
     with pytest.raises(ActError, match='in memory are there already'):
-        localize(tiny_model(), b, ABILITY, hold='one')
+        localize(tiny_model(), checkpoint('b', tiny_model(seed=1)), ABILITY, hold='one')
 
 
 def test_the_order_of_the_items_does_not_matter(pair, tokenizer):
@@ -244,45 +234,50 @@ def test_the_order_of_the_items_does_not_matter(pair, tokenizer):
     assert torch.equal(x.flat(), y.flat())
 
 
+KILLED = """
+import os, signal, sys
+from act import hooks
+from act.commands.way import act_localize
+
+kill, batches, real = int(sys.argv[1]), [], hooks.Sums.done
+
+
+def done(sums):
+    real(sums)
+    batches.append(sums.batches)
+    if len(batches) == kill:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+hooks.Sums.done = done
+sys.argv = ['act_localize', *sys.argv[2:]]
+act_localize()
+"""
+
+
 @pytest.mark.parametrize('hold', ['both', 'one'])
 @pytest.mark.slow
-def test_what_was_killed_goes_on_and_ends_with_the_same_bytes(checkpoint, tmp_path, hold):
+def test_what_was_killed_goes_on_and_ends_with_the_same_bytes(checkpoint, tmp_path, hold, run, monkeypatch):
     a, b, data = checkpoint('a'), checkpoint('b', tiny_model(seed=1)), tmp_path / 'x.jsonl'
-    data.write_text(
-        '\n'.join(json.dumps(dict(prompt=f'{i} and {i} is' + ' so' * (i % 7), answer=f' {2 * i}')) for i in range(40))
-    )
-    code = f"""
-import os, signal, sys
-import importlib
-m = importlib.import_module('act.localize')
-from act.sources import load_ability
-kill, real, seen = int(sys.argv[1]), m._Sums.done, []
-def done(self):
-    real(self); seen.append(self.batches)
-    if len(seen) == kill: os.kill(os.getpid(), signal.SIGKILL)
-m._Sums.done = done
-sys.argv = 'act_localize --target {a} --donor {b} --ability {data} --batch_tokens 64 --save_seconds 0 --hold {hold} --out {tmp_path}/'.split()
-sys.argv[-1] += ('again' if kill else 'once') + '.safetensors'
-m.act_localize()
-print('batches', seen)
-"""
-    run = lambda kill: subprocess.run(
-        [sys.executable, '-c', code, str(kill)], capture_output=True, text=True, env={**os.environ, 'TQDM_DISABLE': '1'}
-    )
-    whole = run(0)
-    n = int(whole.stdout.split(', ')[-1].rstrip(']\n'))
-    assert n > 6
+    items = [dict(prompt=f'{i} and {i} is' + ' so' * (i % 7), answer=f' {2 * i}') for i in range(40)]
+    data.write_text('\n'.join(map(json.dumps, items)))
+    once, again = tmp_path / 'once.safetensors', tmp_path / 'again.safetensors'
+    options = f'--target {a} --donor {b} --ability {data} --batch_tokens 64 --save_seconds 0 --hold {hold} --out'
+    assert run(f'act_localize {options} {once}')[0] == 0
     for kill in (2, 3):
-        assert (
-            run(kill).returncode == -9
-            and not (tmp_path / 'again.safetensors').exists()
-            and (tmp_path / '.again.safetensors.partial').is_dir()
+        process = subprocess.run(
+            [sys.executable, '-c', KILLED, str(kill), *options.split(), again],
+            capture_output=True,
+            env={**os.environ, 'TQDM_DISABLE': '1'},
         )
-    last = run(1000)
-    assert (
-        'batches [6, ' in last.stdout
-        and (tmp_path / 'again.safetensors').read_bytes() == (tmp_path / 'once.safetensors').read_bytes()
-    )
+        assert process.returncode == -signal.SIGKILL
+        assert not again.exists()
+        assert (tmp_path / '.again.safetensors.partial').is_dir()
+    real, batches = hooks.Sums.done, []
+    monkeypatch.setattr(hooks.Sums, 'done', lambda sums: real(sums) or batches.append(sums.batches))
+    assert run(f'act_localize {options} {again}')[0] == 0
+    assert batches[0] == 6
+    assert again.read_bytes() == once.read_bytes()
     assert not list(tmp_path.glob('.*'))
 
 
@@ -303,7 +298,7 @@ def test_two_processes_give_what_one_gives(launch, tmp_path):
 
 
 def test_two_processes_refuse_together(launch, tmp_path):
-    with core.exclusive(tmp_path / 's'):
+    with exclusive(tmp_path / 's'):
         done = launch(
             'act_localize',
             *f'--target lab/maths-en --donor lab/base --ability lab/science-zh --out {tmp_path}/s'.split(),

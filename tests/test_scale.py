@@ -3,7 +3,7 @@
 Plans count what a transfer reads and changes, to the byte.
 """
 
-import importlib, os, sys, pytest, torch
+import os, sys, pytest, torch
 from pathlib import Path
 from safetensors.torch import load_file, save_file
 from act import scale
@@ -13,6 +13,7 @@ from act.loading import channels_of, load_model, load_tokenizer
 from act.kit.errors import ActError
 from act.kit.records import write_json
 from act.deltas import make_delta
+from act import hooks, localize
 from act.masks import random_mask
 from act.studies.recipes import read_recipe, recipe_names
 from act.commands.tools import act_plan
@@ -23,7 +24,6 @@ from act.streaming import transfer_checkpoint
 from act.transfer import mask_slices
 from conftest import FAMILIES, tiny_config, tiny_model
 
-localizing = importlib.import_module('act.localize')
 
 KNOWN = {
     'qwen2.5-0.5b': 494_032_768,
@@ -307,15 +307,12 @@ def test_localising_counts_channels_and_operations(family):
 @pytest.mark.parametrize('hold', ['both', 'one'])
 def test_what_is_kept_and_what_waits_is_what_localising_keeps(hold, monkeypatch):
     (ability, counts), kept, waited = scale._ability(load_tokenizer('lab/base'), 4), [], []
-    size, real = (
-        (lambda store: sum(v.numel() * v.element_size() for v in store.values())),
-        (localizing._subtract, localizing.save_file),
-    )
-    monkeypatch.setattr(localizing, '_subtract', lambda store, *a: (kept.append(size(store)), real[0](store, *a))[1])
-    monkeypatch.setattr(
-        localizing, 'save_file', lambda store, *a, **k: (waited.append(size(store)), real[1](store, *a, **k))[1]
-    )
-    localizing.localize('lab/maths-en', 'lab/base', ability, hold=hold, batch_tokens=4096, progress=False)
+    size, real = lambda store: sum(v.nbytes for v in store.values()), (hooks.subtract_rows, hooks.save_file)
+    subtract = lambda store, *a, **k: kept.append(size(store)) or real[0](store, *a, **k)
+    save = lambda store, *a, **k: waited.append(size(store)) or real[1](store, *a, **k)
+    monkeypatch.setattr(hooks, 'subtract_rows', subtract)
+    monkeypatch.setattr(hooks, 'save_file', save)
+    localize('lab/maths-en', 'lab/base', ability, hold=hold, batch_tokens=4096, progress=False)
     plan = plan_localize('lab/base', **counts)
     assert max(kept) == plan.kept == plan.spill and sum(waited) == (plan.spill if hold == 'one' else 0)
 

@@ -28,13 +28,13 @@ def activity(
     "Mean |activation| of every channel over the answer tokens of an ability: one model, no comparison."
     cm, sums, n = enumerate_channels(model), {}, 0
 
-    def add(path, at, module, args, out):
+    def add(at, path, module, args, out):
         a = answer_rows(out, at).float().abs()
         sums[path] = sums.get(path, 0) + (a.mean(1) if a.ndim == 3 else a).sum(0).cpu()
 
     for b in batches(encode(load_ability(ability, split), tokenizer), tokenizer):
         b = readable_batch(b, model.config)
-        forward_pass(model, b, cm, lambda p: partial(add, p, b['at']), 'lm_head' in cm)
+        forward_pass(model, b, cm, partial(add, b['at']))
         n += len(b['at'][0])
     return ChannelScores(
         {p: s / n for p, s in sums.items()}, cm, dict(ability=str(ability), tokens=n, made='mean |activation|')

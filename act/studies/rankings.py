@@ -30,7 +30,7 @@ def own_items(
     encoded, cm, norms = encode(ability, tokenizer, max_length=max_length), enumerate_channels(target), {}
     own = {m.path: torch.zeros(len(encoded), m.width) for m in cm}
 
-    def note(path, at, rows, module, args, out):
+    def note(at, rows, path, module, args, out):
         diff = (answer_rows(donor.get_submodule(path)(*args), at).float() - answer_rows(out, at).float()).abs()
         own[path].index_add_(0, rows, (diff.mean(1) if diff.ndim == 3 else diff).cpu())
         if isinstance(module, torch.nn.Linear):
@@ -39,8 +39,7 @@ def own_items(
 
     for batch in bar(list(batches(encoded, tokenizer, batch_tokens)), progress, desc='own change', unit='batch'):
         batch = readable_batch(batch, target.config)
-        rows = torch.tensor(batch['index'])[batch['at'][0] // batch['at'][1]]
-        forward_pass(target, batch, cm, lambda p: partial(note, p, batch['at'], rows), 'lm_head' in cm)
+        forward_pass(target, batch, cm, partial(note, batch['at'], batch['items']))
     check_sums(own)
     tokens, change = torch.tensor([len(e.positions) for e in encoded]), change or weight_scores(target, donor)
     bound = {p: norms[p][:, None] * change[p] if p in norms else v for p, v in own.items()}
