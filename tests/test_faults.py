@@ -23,19 +23,18 @@ def made(checkpoint):
 
 CODE = """
 import os, signal, sys
-import importlib
-from act import checkpoints
-transfer = importlib.import_module('act.transfer')
+from act import writer
+from act.streaming import transfer_checkpoint
 from act.masks import ChannelMask
 a, b, m, out, kill = sys.argv[1:]
-count, real = 0, checkpoints._changed
+count, real = 0, writer._changed
 def counted(*args):
     global count
     count += 1
     if count > int(kill): os.kill(os.getpid(), signal.SIGKILL)
     return real(*args)
-checkpoints._changed = counted
-transfer.transfer_checkpoint(a, b, ChannelMask.load(m), .5, out)
+writer._changed = counted
+transfer_checkpoint(a, b, ChannelMask.load(m), .5, out)
 print(count)
 """
 
@@ -130,7 +129,7 @@ def test_a_second_run_into_one_place_is_refused_at_once(command, tmp_path):
         [
             sys.executable,
             '-c',
-            f"from act.core import exclusive\nwith exclusive('{out}'): print('in', flush=True); input()",
+            f"from act.kit.files import exclusive\nwith exclusive('{out}'): print('in', flush=True); input()",
         ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

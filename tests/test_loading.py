@@ -1,6 +1,6 @@
 "Folders as people have them: loaded as by transformers with every weight in its place, or refused in one true line."
 
-import json, shutil, subprocess, sys
+import fcntl, json, os, shutil, threading
 import pytest, torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from act.abilities import Ability, Item
 from act.checkpoints import Checkpoint, INDEX
 from act.fingerprints import weight_hash
-from act.loading import channels_of, load_model, load_tokenizer, resolve
+from act.loading import cached, channels_of, load_model, load_tokenizer, resolve
 from act.writer import copy_extras
 from act.kit.errors import ActError
 from act.commands.way import act_evaluate
@@ -296,30 +296,19 @@ def test_without_a_tokenizer_that_is_said(folder):
         load_tokenizer(folder)
 
 
-@pytest.mark.slow
 def test_a_model_of_the_cache_that_another_run_makes_is_waited_for(tmp_path):
-    code = '''
-import sys, time
-from pathlib import Path
-from act.loading import cached
-from act.kit.files import atomic_folder
-def make(out):
-    with atomic_folder(out) as tmp:
-        (tmp/'log').write_text('made')
-        time.sleep(2)
-    print('made', flush=True)
-    return out
-print(cached(Path(sys.argv[1])/'cache'/'model', make)/'log')
-'''
-    runs = [
-        subprocess.Popen(
-            [sys.executable, '-c', code, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
-    said = [r.communicate(timeout=120) for r in runs]
-    assert [r.returncode for r in runs] == [0, 0], said
-    assert sorted(out.count('made\n') for out, _ in said) == [0, 1]
+    home = tmp_path / 'cache'
+    lock = os.open(tmp_path / '.cache.lock', os.O_RDWR | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # as another run holds it
+
+    def other_run():
+        (home / 'model').mkdir(parents=True)
+        os.close(lock)
+
+    timer = threading.Timer(0.3, other_run)
+    timer.start()
+    assert cached(home / 'model', lambda out: pytest.fail('made a second time')) == home / 'model'
+    timer.join()
 
 
 @pytest.mark.parametrize(
