@@ -20,7 +20,7 @@ from .show.results import table
 class ChannelMask(ChannelData):
     "Which channels are chosen: a set, with `|`, `&`, `-`, `~`, and counts."
 
-    format, dtype, noun = 'act-mask-1', torch.bool, 'mask'
+    format, dtype, noun, column = 'act-mask-1', torch.bool, 'mask', 'chosen'
     cell_label, cell_unit, cell_scale, cell_log, share_label = 'chosen', '%', 100.0, False, 'chosen channels by kind'
 
     @property

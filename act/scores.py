@@ -23,7 +23,7 @@ class ChannelScores(ChannelData):
     It is the paper's delta_i, the mean |activation difference| on answer tokens, or the score of a rival method.
     """
 
-    format, dtype, noun = 'act-scores-1', torch.float32, 'score'
+    format, dtype, noun, column = 'act-scores-1', torch.float32, 'score', 'score'
     cell_label, cell_unit, cell_scale, cell_log, share_label = 'mean score', '', 1.0, True, 'share of the sum of scores'
 
     def top(self, n=5):

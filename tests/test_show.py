@@ -204,7 +204,7 @@ def test_wide_models_stay_within_a_telephone(layers):
     for x in (s, top_p(s, 0.1)):
         fits(xml(x._repr_html_()))
         assert max(map(len, x._parts().__next__().text.splitlines())) <= 100
-    c = s._cells()
+    c = s.cells()
     up = [l.split()[1] for l in strip_text(c.T.values, c.columns, c.index, 'x').splitlines() if l.startswith('up ')]
     assert len(''.join(up)) == layers * (2 if layers < 32 else 1)
 
