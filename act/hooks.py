@@ -113,6 +113,13 @@ def check_sums(
             " float16"
         )
 
+# %% ../nbs/22_hooks.ipynb #22-release
+def release():
+    "Release the memory of a model that is no longer in use."
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
 # %% ../nbs/22_hooks.ipynb #10-102
 def compare_in_turn(
     load,  # load(0) gives the target, load(1) the donor
@@ -146,13 +153,6 @@ def compare_in_turn(
         model = None
         release()
 
-# %% ../nbs/22_hooks.ipynb #22-release
-def release():
-    "Release the memory of a model that is no longer in use."
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
 # %% ../nbs/22_hooks.ipynb #10-104
 HOLD = dict(both='both models in memory', one='one model at a time')
 
@@ -170,6 +170,16 @@ def weight_dtype(
     stored = getattr(torch, str(ck.config.get('dtype') or ck.config.get('torch_dtype')), None)
     return stored if isinstance(stored, torch.dtype) else DTYPES[next(iter(ck.tensors.values())).dtype]
 
+# %% ../nbs/22_hooks.ipynb #22-free
+def free_memory(device):
+    "Bytes that are free on a device."
+    device = torch.device(device or 'cpu')
+    if device.type == 'cuda':
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
 # %% ../nbs/22_hooks.ipynb #22-fit
 def both_fit(
     models,  # two names or folders
@@ -183,16 +193,6 @@ def both_fit(
     most = max((int(b['positions'].sum()) for b in work), default=0)
     rows = most * cm.total * weight_dtype(models[0], dtype).itemsize
     return 1.1 * sum(map(size, models)) + 2 * rows < 0.9 * free_memory(device)
-
-# %% ../nbs/22_hooks.ipynb #22-free
-def free_memory(device):
-    "Bytes that are free on a device."
-    device = torch.device(device or 'cpu')
-    if device.type == 'cuda':
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    return psutil.virtual_memory().available
 
 # %% ../nbs/22_hooks.ipynb #10-106
 class Sums:

@@ -47,7 +47,10 @@ def localize(
 ) -> ChannelScores:  # one float32 score per channel; raises ActError for pairs that do not fit, empty abilities, NaN
     "Stage 1 of ACT: the mean absolute activation difference delta_i of every channel on an ability's answer tokens."
     models, here = (target, donor), [isinstance(m, PreTrainedModel) for m in (target, donor)]
-    check_hold(hold, here)
+    if hold not in ('auto', 'both', 'one'):
+        raise ActError(f"hold is {hold!r}: choose 'both', 'one' or 'auto'")
+    if hold == 'one' and any(here):
+        raise ActError("hold='one' takes models by name or folder: those in memory are there already")
     check_use(dtype, device)
     if tokenizer is None:
         if all(here):
@@ -110,14 +113,6 @@ def localize(
     scores = ChannelScores({p: (s / tokens).float() for p, s in total.items()}, cm, meta)
     scores.hold = hold  # not part of the file, which is the same either way
     return scores
-
-# %% ../nbs/23_localize.ipynb #23-checks
-def check_hold(hold, here):
-    "Raise ActError for a way to hold models that does not exist, or not for models in memory."
-    if hold not in ('auto', 'both', 'one'):
-        raise ActError(f"hold is {hold!r}: choose 'both', 'one' or 'auto'")
-    if hold == 'one' and any(here):
-        raise ActError("hold='one' takes models by name or folder: those in memory are there already")
 
 # %% ../nbs/23_localize.ipynb #10-031
 @torch.no_grad()
