@@ -11,14 +11,14 @@ import torch
 from pathlib import Path
 from fastcore.basics import patch
 from .channels import ChannelMap
-from .checkpoints import BLOCK, rows_of
+from .checkpoints import BLOCK, all_finite, rows_of
 from .headers import DTYPES, FILE_TYPES, header_of
 from .kit.errors import ActError
 from .kit.files import atomic_file, begin
 from .kit.records import origin, parse_json, sha256
 from .loading import opened
 from .masks import ChannelMask
-from .pairs import all_finite, check_pair, fitted
+from .pairs import check_pair, fitted
 from .show.results import Shown
 from .streaming import moved_parts, moved_text, row_changes, transfer_record
 from .transfer import check_masks, mask_slices, transfer_jobs

@@ -17,7 +17,7 @@ from .kit.files import atomic_folder
 from .kit.processes import quiet
 from .kit.records import write_json
 from .loading import opened
-from .pairs import all_finite
+from .checkpoints import all_finite
 from .writer import copy_extras, write_like
 
 # %% ../nbs/33_saving.ipynb #13-642
