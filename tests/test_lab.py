@@ -36,7 +36,8 @@ def problems(split, skill):
 )
 def test_splits_share_nothing_in_any_language(skill, key):
     parts = [key(s, skill) for s in SPLITS]
-    assert all(parts) and sum(map(len, parts)) == len(set().union(*parts))
+    assert all(parts)
+    assert sum(map(len, parts)) == len(set().union(*parts))
 
 
 def test_training_never_draws_a_held_out_problem():

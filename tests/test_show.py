@@ -18,7 +18,7 @@ from act.kit.records import write_json
 from act.apply import apply_delta
 from act.deltas import Delta, make_delta
 from act.evaluate import EvalResult, Paired
-from act.studies.findings import Finding
+from act.studies.findings import Finding, recorded
 from act.finetune import FinetuneReport
 from act.masks import ChannelMask, random_mask, top_p
 from act.overlap import compare, iou, overlap
@@ -362,12 +362,12 @@ def test_notes_that_are_refused(tmp_path, moved):
 
 
 def finding():
-    return Finding('concentration', 'lab', dict(t=pd.DataFrame(dict(a=[1]))), 'p', 'h', 'w', dict(x=1))
+    return recorded('concentration', 'lab-32')
 
 
 FILES = [
     (EvalResult, lambda p: evaluation().save(p), ['items', 'meta', ('items', 'correct'), ('items', 'tokens')]),
-    (Finding, lambda p: finding().save(p), ['name', 'tables', 'meta', ('tables', 't', 'rows')]),
+    (Finding, lambda p: finding().save(p), ['name', 'tables', 'meta', ('tables', 'cells', 'rows')]),
     (Recovery, lambda p: recovery().save(p), ['case', 'rows', 'grid', 'best', 'meta', ('case', 'target')]),
     (Merged, lambda p: recovery(Merged).save(p), ['case', ('case', 'base'), 'rows']),
 ]

@@ -18,8 +18,8 @@ from ..sources import load_ability
 from ..studies.baselines import BASELINES, BASELINE_ROWS, winners
 from ..studies.bench import Bench
 from ..studies.cases import Case
-from ..studies.explorer import Explorer, LAMS, PS, _case, _check_name, record
-from ..studies.findings import NAMES, _chosen
+from ..studies.grid import Explorer, LAMS, PS, find_case, output_kind, record
+from ..studies.findings import STUDIES, find_family, find_study, of_width
 from ..studies.merge import merge_study
 from ..studies.recipe_plan import plan
 from ..studies.recipes import read_recipe, recipe_file, recipe_names
@@ -38,9 +38,8 @@ def act_findings(
     models: str = None,  # folder of a lab pair of another width, instead of a family
 ):
     "Measure one of the paper's findings: `act_findings --finding concentration --family lab --out concentration.json`"
-    if finding not in NAMES:
-        raise ActError(f"no finding is called {finding!r}: choose one of {', '.join(NAMES)}")
-    fam = _chosen(family, models)
+    study = find_study(finding)
+    fam = of_width(models) if models else find_family(family)
     for pair in fam.pairs:
         check_pair(*pair)
     for a in fam.abilities:
@@ -50,10 +49,11 @@ def act_findings(
         {out: 100_000},
         f'{len(fam.abilities)} abilities, {fam.items} items of each for every seed',
     )
-    result = importlib.import_module(f'act.{finding}').study(fam, progress=True)
+    result = study.run(fam, progress=True)
     result.save(out)
     print(f'{result!r}\n-> {out}')
-    if later := NAMES[NAMES.index(finding) + 1 :]:
+    names = list(STUDIES)
+    if later := names[names.index(finding) + 1 :]:
         next_step(
             'act_findings',
             finding=later[0],
@@ -251,7 +251,7 @@ def act_explore(
     `act_explore --out explorer.html`
     `act_explore --record --case lab --out grid.json`
     """
-    _check_name(out)
+    output_kind(out)
     own = dict(target=target, donor=donor, recovered=recovered, retained=retained)
     if not record:
         if named := [k for k, v in own.items() if v]:
@@ -259,8 +259,8 @@ def act_explore(
         explorer = Explorer.load(grid)
         begin(
             [grid or 'the recorded grid of the lab'],
-            {out: 500 * len(explorer._points)},
-            f'{len(explorer._points)} recorded points',
+            {out: 500 * len(explorer.points)},
+            f'{len(explorer.points)} recorded points',
         )
     else:
         if grid:
@@ -297,7 +297,7 @@ def _floats(name, text, default, most=math.inf):
 def _asked(case, own, others, metric, n):
     "The case that the options describe."
     if not any(own.values()):
-        return _case(case)
+        return find_case(case)
     if miss := [k for k, v in own.items() if not v]:
         raise ActError(f"a pair of your own needs --{miss[0]} too: see act_explore --help")
     if metric not in ('correct', 'bits'):

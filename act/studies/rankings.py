@@ -59,7 +59,7 @@ def weight_rankings(
     "The rivals that need no data: the norm of the weight change, absolute and relative to the target's weights."
     return {'weight': weight_scores(target, donor), 'relative weight': weight_scores(target, donor, relative=True)}
 
-
+# %% ../../nbs/56_rankings.ipynb #56-all
 def rankings(
     weights: dict,  # from `weight_rankings`
     own: ChannelScores,  # own change, pooled from `own_items`

@@ -51,9 +51,7 @@ def entity_splits() -> dict:  # (kind, name) -> split
     return out
 
 # %% ../../nbs/40_lab.ipynb #03-016
-def hashed(
-    text: str,
-) -> int:
+def hashed(text: str) -> int:
     "A whole number that depends on the text alone."
     return int(sha256(text)[:12], 16)
 
