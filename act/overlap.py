@@ -11,6 +11,7 @@ import numpy as np
 from fastcore.basics import patch
 from .kit.errors import ActError
 from .masks import ChannelMask
+from .show.heatmap import heatmap
 from .show.pieces import bars, strip
 from .show.results import Shown, table
 
@@ -49,28 +50,17 @@ class Overlap(Shown):
         import pandas as pd
 
         i, j = np.triu_indices(len(self.sizes), 1)
-        names, n, k = list(self.sizes), np.array(list(self.sizes.values())), self.both[i, j]
-        expected = n[i] * n[j] / self.total
-        return pd.DataFrame(
-            dict(
-                a=[names[o] for o in i],
-                b=[names[o] for o in j],
-                size_a=n[i],
-                size_b=n[j],
-                shared=k,
-                expected=expected,
-                enrichment=np.divide(k, expected, out=np.full(len(k), np.nan), where=expected > 0),
-                iou=k / np.maximum(1, n[i] + n[j] - k),
-                overlap=k / np.maximum(1, np.minimum(n[i], n[j])),
-            )
-        )
+        names, n = np.array(list(self.sizes), dtype=object), np.array(list(self.sizes.values()))
+        f = pd.DataFrame(dict(a=names[i], b=names[j], size_a=n[i], size_b=n[j], shared=self.both[i, j]))
+        f['expected'] = f.size_a * f.size_b / self.total
+        f['enrichment'] = f.shared / f.expected.where(f.expected > 0)
+        f['iou'] = f.shared / (f.size_a + f.size_b - f.shared).clip(lower=1)
+        f['overlap'] = f.shared / f[['size_a', 'size_b']].min(axis=1).clip(lower=1)
+        return f
 
     def __repr__(self):
-        o = self.frame().overlap
-        return (
-            f"Overlap: {len(self.sizes)} masks of {self.total:,} channels; two share {o.min():.0%} to {o.max():.0%} of"
-            " the smaller one"
-        )
+        o, masks = self.frame().overlap, f'{len(self.sizes)} masks of {self.total:,} channels'
+        return f'Overlap: {masks}; two share {o.min():.0%} to {o.max():.0%} of the smaller one'
 
 # %% ../nbs/25_overlap.ipynb #11-103
 def compare(
@@ -79,7 +69,7 @@ def compare(
     "Pairwise overlap of several masks."
     masks = masks if isinstance(masks, dict) else {f'mask {i + 1}': m for i, m in enumerate(masks)}
     if len(masks) < 2:
-        raise ActError(f"overlap needs two masks, got {len(masks)}")
+        raise ActError(f"overlap needs two masks, got {len(masks)}: pass another one")
     first = next(iter(masks.values()))
     for m in masks.values():
         if m.map != first.map:
@@ -87,10 +77,9 @@ def compare(
                 f"masks of two different models (or tie policies) cannot be compared: {first.total:,} and {m.total:,}"
                 " channels"
             )
-    flat = torch.stack([m.flat() for m in masks.values()])
-    both = sum(
-        (c @ c.T).round().long() for part in flat.split(1 << 22, 1) for c in [part.float()]
-    )  # float32 counts exactly to 2^24
+    flat, both = torch.stack([m.flat() for m in masks.values()]), 0
+    for part in flat.split(1 << 22, 1):  # float32 counts exactly to 2^24
+        both += (part.float() @ part.float().T).round().long()
     return Overlap(dict(zip(masks, both.diagonal().tolist())), both.numpy(), first.total)
 
 # %% ../nbs/25_overlap.ipynb #11-105
@@ -116,45 +105,17 @@ def plot(
     value: str = 'overlap',  # or iou
 ):
     "Heat map of the pairwise overlap, in percent; returns the axes."
-    import matplotlib.pyplot as plt, seaborn as sns
-
-    grid, n = 100 * square(self.frame(), value), len(self.sizes)
-    if ax is None:
-        _, ax = plt.subplots(figsize=(2 + 0.3 * n, 1.4 + 0.3 * n), constrained_layout=True)
-    sns.heatmap(
-        grid,
-        ax=ax,
-        cmap='viridis',
-        vmin=0,
-        vmax=100,
-        annot=n <= 8,
-        fmt='.0f',
-        linewidths=0.3,
-        cbar_kws=dict(label=f'{value} (%)'),
-        xticklabels=True,
-        yticklabels=True,
-    )
-    ax.set(xlabel='mask', ylabel='mask')
-    ax.tick_params(axis='y', rotation=0)
-    plt.setp(ax.get_xticklabels(), rotation=30, ha='right')
-    return ax
+    grid, options = 100 * square(self.frame(), value), dict(vmin=0, vmax=100, annot=len(self.sizes) <= 8)
+    return heatmap(grid, f'{value} (%)', ax, 'mask', 'mask', xticklabels=True, yticklabels=True, **options)
 
 # %% ../nbs/25_overlap.ipynb #11-107
 @patch
 def _parts(self: Overlap):
     f, names = self.frame(), [f'{i + 1} {n}' for i, n in enumerate(self.sizes)]
-    yield strip(
-        100 * square(f).values, names, range(1, len(names) + 1), 'overlap coefficient', '%', down='mask', across='mask'
-    )
-    pairs = (
-        f[['a', 'b', 'shared', 'expected', 'enrichment', 'iou', 'overlap']]
-        .sort_values('overlap', ascending=False, kind='stable')
-        .head(12)
-        .reset_index(drop=True)
-    )
-    yield table(
-        pairs,
-        'channels that two masks share, and by chance' + (f' (the first 12 of {len(f)})' if len(f) > 12 else ''),
-        dict(iou='{:.2f}'.format, overlap='{:.2f}'.format),
-    )
+    grid = 100 * square(f).values
+    yield strip(grid, names, range(1, len(names) + 1), 'overlap coefficient', '%', down='mask', across='mask')
+    columns = ['a', 'b', 'shared', 'expected', 'enrichment', 'iou', 'overlap']
+    pairs = f[columns].sort_values('overlap', ascending=False, kind='stable').head(12).reset_index(drop=True)
+    label = 'channels that two masks share, and by chance' + (f' (the first 12 of {len(f)})' if len(f) > 12 else '')
+    yield table(pairs, label, dict(iou='{:.2f}'.format, overlap='{:.2f}'.format))
     yield bars({k: v / self.total for k, v in self.sizes.items()}, 'size of each mask', counts=self.sizes)

@@ -18,8 +18,10 @@ def heatmap(
     import matplotlib.pyplot as plt, seaborn as sns
 
     if ax is None:
+        left, below = (0.06 * max(len(str(name)) for name in names) for names in (grid.index, grid.columns))
         height, width = grid.shape
-        _, ax = plt.subplots(figsize=(1.8 + 0.22 * width, 1.4 + 0.18 * height), constrained_layout=True)
+        size = 1.8 + left + 0.25 * width, 1.2 + below + 0.2 * height
+        _, ax = plt.subplots(figsize=size, constrained_layout=True)
     usual = dict(cmap='viridis', linewidths=0.3, fmt='.0f', annot_kws=dict(size=6), cbar=bool(label))
     sns.heatmap(grid, ax=ax, **{**usual, 'cbar_kws': dict(label=label), **kwargs})
     ax.set(xlabel=columns, ylabel=rows)
