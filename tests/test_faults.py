@@ -1,7 +1,8 @@
 "Kills, full or read-only disks, two runs into one place: no wrong or leftover files of transfer, deltas, localisation."
 
-import os, random, subprocess, sys
+import fcntl, itertools, os, random, subprocess, sys
 import pytest, torch
+from act import writer
 from act.abilities import Ability, Item
 from act.loading import channels_of
 from act.writer import save_model
@@ -9,6 +10,7 @@ from act.kit.errors import ActError
 from act.apply import apply_delta
 from act.deltas import make_delta
 from act.localize import localize
+from act.masks import ChannelMask
 from act.scores import ChannelScores
 from act.streaming import transfer_checkpoint
 from conftest import tiny_model
@@ -21,47 +23,71 @@ def made(checkpoint):
     return checkpoint('a', a, max_shard_size='6KB'), checkpoint('b', b, max_shard_size='6KB'), some(a)
 
 
-CODE = """
-import os, signal, sys
+KILL = """
+import itertools, os, signal, sys
 from act import writer
-from act.streaming import transfer_checkpoint
 from act.masks import ChannelMask
-a, b, m, out, kill = sys.argv[1:]
-count, real = 0, writer._changed
-def counted(*args):
-    global count
-    count += 1
-    if count > int(kill): os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args)
-writer._changed = counted
-transfer_checkpoint(a, b, ChannelMask.load(m), .5, out)
-print(count)
+from act.streaming import transfer_checkpoint
+a, b, m, *jobs = sys.argv[1:]
+real = writer._changed
+for out, kill in zip(jobs[::2], jobs[1::2]):
+    if child := os.fork():
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        continue
+    blocks = itertools.count()
+    def changed(*args):
+        if next(blocks) == int(kill):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args)
+    writer._changed = changed
+    transfer_checkpoint(a, b, ChannelMask.load(m), .5, out)
+    os._exit(0)
 """
 
 
+@pytest.fixture
+def counted(monkeypatch):
+    "A list that gets an entry for each block that is written."
+    blocks, real = [], writer._changed
+    monkeypatch.setattr(writer, '_changed', lambda *args: blocks.append(args) or real(*args))
+    return blocks
+
+
 @pytest.mark.slow
-def test_a_killed_transfer_is_not_there_and_goes_on_after_the_last_whole_file(made, tmp_path):
+def test_a_killed_transfer_is_not_there_and_goes_on_after_the_last_whole_file(made, tmp_path, counted):
     a, b, m = made
     m.save(tmp_path / 'm')
-    run = lambda out, kill: subprocess.run(
-        [sys.executable, '-c', CODE, a, b, tmp_path / 'm', tmp_path / out, str(kill)], capture_output=True, text=True
-    )
-    blocks = int(run('whole', 1000).stdout)
-    for kill in random.Random(0).sample(range(blocks), 4):
-        assert run(f'out{kill}', kill).returncode == -9 and not (tmp_path / f'out{kill}').exists()
-        kept = len(list((tmp_path / f'.out{kill}.partial' / 'out').glob('*.safetensors')))
-        again = run(f'out{kill}', 1000)
-        assert files(tmp_path / f'out{kill}') == files(tmp_path / 'whole') and not list(tmp_path.glob('.*'))
-        assert (int(again.stdout) < blocks) == (kept > 0)
+    whole = files(transfer_checkpoint(a, b, m, 0.5, tmp_path / 'whole'))
+    every = len(counted)
+    kills = {tmp_path / f'out{n}': n for n in random.Random(0).sample(range(every), 4)}
+    jobs = [str(o) for job in kills.items() for o in job]
+    killed = subprocess.run([sys.executable, '-c', KILL, a, b, tmp_path / 'm', *jobs], capture_output=True, text=True)
+    assert killed.stdout.split() == ['-9'] * 4, killed.stderr
+    for out in kills:
+        assert not out.exists()
+        kept = len(list((tmp_path / f'.{out.name}.partial' / 'out').glob('*.safetensors')))
+        counted.clear()
+        assert files(transfer_checkpoint(a, b, m, 0.5, out)) == whole
+        assert (len(counted) < every) == (kept > 0)
+    assert not list(tmp_path.glob('.*'))
 
 
-def test_other_inputs_do_not_take_over_what_a_killed_run_left(made, tmp_path, checkpoint):
+def test_other_inputs_do_not_take_over_what_a_killed_run_left(made, tmp_path, monkeypatch):
     a, b, m = made
-    m.save(tmp_path / 'm')
-    assert subprocess.run([sys.executable, '-c', CODE, a, b, tmp_path / 'm', tmp_path / 'out', '12']).returncode == -9
-    assert files(transfer_checkpoint(a, b, m, 0.7, tmp_path / 'out')) == files(
-        transfer_checkpoint(a, b, m, 0.7, tmp_path / 'want')
-    )
+    blocks, real = itertools.count(), writer._changed
+
+    def stopped(*args):
+        if next(blocks) == 12:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, '_changed', stopped)
+        with pytest.raises(KeyboardInterrupt):
+            transfer_checkpoint(a, b, m, 0.5, tmp_path / 'out')
+    assert any((tmp_path / '.out.partial').rglob('*.safetensors'))
+    other = transfer_checkpoint(a, b, m, 0.7, tmp_path / 'out')
+    assert files(other) == files(transfer_checkpoint(a, b, m, 0.7, tmp_path / 'want'))
 
 
 def test_a_disk_that_fills_up(made, small_disk, tmp_path, monkeypatch):
@@ -117,29 +143,14 @@ def test_the_disk_of_waiting_activations_fills_up(checkpoint, small_disk):
         'act_delta --mask {m} --out {out}',
     ],
 )
-@pytest.mark.slow
-def test_a_second_run_into_one_place_is_refused_at_once(command, tmp_path):
+def test_a_second_run_into_one_place_is_refused_at_once(command, tmp_path, run):
     m, out = tmp_path / 'm', tmp_path / 'out'
-    from act.masks import ChannelMask
-
-    cm = channels_of('lab/base')
-    ChannelMask.from_flat(torch.arange(cm.total) % 20 == 0, cm).save(m)
-    name, *args = command.format(m=m, out=out).split()
-    holder = subprocess.Popen(
-        [
-            sys.executable,
-            '-c',
-            f"from act.kit.files import exclusive\nwith exclusive('{out}'): print('in', flush=True); input()",
-        ],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert holder.stdout.readline() == 'in\n'
-    done = subprocess.run(
-        [os.path.join(os.path.dirname(sys.executable), name), '--target', 'lab/maths-en', '--donor', 'lab/base', *args],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and 'another run is writing' in done.stderr and not out.exists()
-    holder.communicate('\n')
+    channels = channels_of('lab/base')
+    ChannelMask.from_flat(torch.arange(channels.total) % 20 == 0, channels).save(m)
+    lock = os.open(tmp_path / '.out.lock', os.O_RDWR | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # as another run holds it
+    code, _, said = run(f'{command.format(m=m, out=out)} --target lab/maths-en --donor lab/base')
+    os.close(lock)
+    assert code == 2
+    assert 'another run is writing' in said
+    assert not out.exists()
