@@ -28,7 +28,7 @@ from act.studies.mergers import MergeCase
 from act.studies.cases import Case
 from act.studies.recovery import Recovery
 from act.tools.plan import load_constants
-from act.show.pieces import _COLOURS, bars, intervals, number, strip, strip_text
+from act.show.pieces import COLOURS, bars, intervals, number, strip
 from act.show.results import facts, folded, page, table
 from act.streaming import TransferReport, transfer_checkpoint
 from conftest import tiny_model
@@ -205,7 +205,7 @@ def test_wide_models_stay_within_a_telephone(layers):
         fits(xml(x._repr_html_()))
         assert max(map(len, x._parts().__next__().text.splitlines())) <= 100
     c = s.cells()
-    up = [l.split()[1] for l in strip_text(c.T.values, c.columns, c.index, 'x').splitlines() if l.startswith('up ')]
+    up = [l.split()[1] for l in strip(c.T.values, c.columns, c.index, 'x').text.splitlines() if l.startswith('up ')]
     assert len(''.join(up)) == layers * (2 if layers < 32 else 1)
 
 
@@ -258,7 +258,7 @@ def test_an_empty_mask_and_a_single_module():
     )
 
 
-@pytest.mark.parametrize('i, colour', list(enumerate(_COLOURS)))
+@pytest.mark.parametrize('i, colour', list(enumerate(COLOURS)))
 def test_numbers_can_be_read_on_their_colours(i, colour):
     light = lambda c: sum(
         k * (v / 12.92 if v <= 0.03928 else ((v + 0.055) / 1.055) ** 2.4)

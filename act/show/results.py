@@ -7,13 +7,13 @@ __all__ = ['table', 'place', 'facts', 'folded', 'page', 'Shown']
 
 # %% ../../nbs/06_results.ipynb #06-imports
 import html
-from .pieces import Part, _cut, _headed, number
+from .pieces import Part, headed, number, shortened
 
 # %% ../../nbs/06_results.ipynb #08-037
 def _grid(df, formats):
     "(head, rows, which columns to align right) as texts; an index that only counts is left out."
     counts = type(df.index).__name__ == 'RangeIndex'
-    show = lambda c, v: formats[c](v) if c in formats and v is not None and v == v else _cut(number(v), 200)
+    show = lambda c, v: formats[c](v) if c in formats and v is not None and v == v else shortened(number(v), 200)
     head = [*([] if counts else [str(df.index.name or '')]), *map(str, df.columns)]
     rows = [
         [*([] if counts else [str(i)]), *(show(c, v) for c, v in zip(df.columns, r))]
@@ -54,7 +54,7 @@ def table(
         '  '.join(f'{v:>{w}}' if r else f'{v:{w}}' for v, w, r in zip(row, wide, right)).rstrip()
         for row in (head, *rows)
     ]
-    return Part(_headed(label, _box(label, body)), '\n'.join([label, *lines]))
+    return Part(headed(label, _box(label, body)), '\n'.join([label, *lines]))
 
 # %% ../../nbs/06_results.ipynb #08-042
 def place(
@@ -82,7 +82,7 @@ def facts(
     label: str = '',  # what they are
 ) -> Part:
     "Entries, one per line."
-    rows = [(_cut(k, 80), _cut(v, 200)) for k, v in _flat(d)]
+    rows = [(shortened(k, 80), shortened(v, 200)) for k, v in _flat(d)]
     if len(rows) > most:
         rows = [*rows[:most], ('...', f'{len(rows) - most} more')]
     body = ''.join(
@@ -93,11 +93,11 @@ def facts(
     left = max((len(k) for k, _ in rows), default=0)
     page = _table(f'<tbody>{body}</tbody>')
     return Part(
-        _headed(label, page) if label else page,
+        headed(label, page) if label else page,
         '\n'.join([*([label] if label else []), *(f'{k:{left}}  {v}' for k, v in rows)]),
     )
 
-
+# %% ../../nbs/06_results.ipynb #06-folded
 def folded(
     summary: str,  # the line that is always visible
     d: dict,  # as in `facts`
