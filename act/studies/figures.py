@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from pathlib import Path
+from ..show.heatmap import heatmap
 
 # %% ../../nbs/49_figures.ipynb #19-031
 WIDTH = 3.4  # column width in inches
@@ -90,26 +91,13 @@ def plot_heat(
     axes=None,  # axes to draw on, one for each grid
 ):
     "One heat map for each grid; returns the axes."
-    import seaborn as sns
-
     if axes is None:
         size = (WIDTH * min(2, len(grids)), 1.1 + 0.16 * len(next(iter(grids.values()))))
         _, axes = plt.subplots(1, len(grids), figsize=size, sharey=True, squeeze=False)
     for ax, (title, grid) in zip(np.ravel(axes), grids.items()):
-        sns.heatmap(
-            grid,
-            ax=ax,
-            cmap='viridis',
-            vmin=limits[0],
-            vmax=limits[1],
-            linewidths=0.2,
-            annot=form is not None,
-            fmt=form or '',
-            annot_kws=dict(size=6),
-            cbar_kws=dict(shrink=0.8, label=label),
-        )
-        ax.set(title=title, xlabel='', ylabel='')
-        ax.tick_params(axis='y', rotation=0)
+        colours = dict(vmin=limits[0], vmax=limits[1], cbar=True, cbar_kws=dict(shrink=0.8, label=label))
+        heatmap(grid, ax=ax, annot=form is not None, fmt=form or '', **colours)
+        ax.set(title=title)
     return np.ravel(axes)
 
 # %% ../../nbs/49_figures.ipynb #49-curves

@@ -14,6 +14,7 @@ from ..kit.errors import ActError
 from ..kit.files import check_absent
 from ..masks import top_p
 from ..sources import short_name
+from ..show.heatmap import heatmap
 from .bench import Method, choose, interval, measure
 from .mergers import MERGERS, MERGES, MERGE_ROWS, MergeBench, MergeCase, claims, conflicts, merge
 from .recover import ready_bench, study_meta
@@ -121,8 +122,6 @@ def plot_interference(
     ax=None,  # axes to draw on
 ):
     "Heat map of the effect of each added specialist (row) on every ability (column); returns the axes."
-    import seaborn as sns
-
     grid = table.pivot(index='added', columns='on', values='difference').loc[table.added.unique(), table.on.unique()]
     sure = (
         table.assign(sure=(table.low > 0) | (table.high < 0))
@@ -133,20 +132,8 @@ def plot_interference(
     if ax is None:
         _, ax = plt.subplots(figsize=(4.5, 2.6), constrained_layout=True)
     top = float(grid.abs().max().max())
-    sns.heatmap(
-        grid,
-        ax=ax,
-        annot=text,
-        fmt='',
-        cmap='PuOr',
-        vmin=-top,
-        vmax=top,
-        annot_kws=dict(size=6),
-        cbar_kws=dict(label=f'difference ({unit})'),
-    )
-    ax.set(xlabel='ability of', ylabel='added')
-    ax.tick_params(axis='y', rotation=0)
-    return ax
+    colours = dict(cmap='PuOr', vmin=-top, vmax=top)
+    return heatmap(grid, f'difference ({unit})', ax, 'added', 'ability of', annot=text, fmt='', **colours)
 
 # %% ../../nbs/65_merge.ipynb #31-034
 def plot_merged(
