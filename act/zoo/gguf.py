@@ -12,6 +12,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 from ..channels import HEAD
+from ..checkpoints import one_line
 from ..fingerprints import is_tied
 from ..headers import POINTER, is_pointer
 from ..kit.errors import ActError
@@ -22,78 +23,59 @@ from ..pairs import check_finite
 from ..writer import save_model
 
 # %% ../../nbs/43_gguf.ipynb #01-302
-def gguf_header(file):
-    "What a GGUF file says about itself, and the type of its weights once unpacked; ActError when it is damaged."
+def _there(file):
+    if not file.is_file():
+        raise ActError(f"there is no file {file}: check the path")
+    return file
+
+
+def gguf_header(
+    file: Path,  # a .gguf file
+) -> tuple:  # (record of what it says, torch type of its weights once unpacked); raises ActError when it is damaged
+    "What a GGUF file says about itself."
     try:
         import gguf
     except ImportError as e:
         raise ActError(f"reading {file.name} needs the package gguf: pip install gguf") from e
-    if not file.is_file():
-        raise ActError(f"there is no file {file}: check the path")
-    if is_pointer(file):
+    if is_pointer(_there(file)):
         raise ActError(POINTER.format(file.name))
     if part := re.search(r'-(\d{5})-of-(\d{5})\.gguf$', file.name, re.I):
         raise ActError(
             f"{file.name} is part {int(part[1])} of {int(part[2])} of one model: join them first (llama-gguf-split"
             " --merge FIRST.gguf WHOLE.gguf)"
         )
-    try:
+    with one_line(f"{file} is not a readable GGUF file", "download it again"):
         r = gguf.GGUFReader(file)
-        says = {
-            k: f.contents()
-            for k in ('general.name', 'general.architecture', 'general.license')
-            if (f := r.fields.get(k))
-        }
+        said = {k: r.fields[f'general.{k}'].contents() for k in _SAYS if f'general.{k}' in r.fields}
         types = Counter(t.tensor_type.name for t in r.tensors)
         matrices = {t.tensor_type.name for t in r.tensors if len(t.shape) > 1}
-    except Exception as e:
-        raise ActError(
-            f"{file} is not a readable GGUF file ({str(e)[:200] or type(e).__name__}): download it again"
-        ) from e
-    dtype = (
-        dict(F32=torch.float32, F16=torch.float16).get(*matrices, torch.bfloat16)
-        if len(matrices) == 1
-        else torch.bfloat16
-    )
-    return (
-        dict(
-            format='act-gguf-1',
-            file=file.name,
-            name=says.get('general.name'),
-            architecture=says.get('general.architecture'),
-            license=says.get('general.license'),
-            types=dict(types),
-        ),
-        dtype,
-    )
+    dtype = {('F32',): torch.float32, ('F16',): torch.float16}.get(tuple(matrices), torch.bfloat16)
+    record = dict(format='act-gguf-1', file=file.name, **{k: said.get(k) for k in _SAYS}, types=dict(types))
+    return record, dtype
+
+
+_SAYS = 'name', 'architecture', 'license'
 
 # %% ../../nbs/43_gguf.ipynb #01-303
 def from_gguf(
     file,  # a .gguf file
     out,  # folder to create
-) -> (
-    Path
-):  # raises ActError for a file that is damaged, incomplete, or of an architecture that transformers does not read
+    # raises ActError for a file that is damaged, incomplete, or of an architecture that transformers does not read
+) -> Path:
     "Unpack a GGUF file into a safetensors folder with its tokenizer and act_gguf.json, a record of its origin."
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     file = Path(os.path.abspath(file))
     record, dtype = gguf_header(file)
-    try:
-        with quiet():
-            net, info = AutoModelForCausalLM.from_pretrained(
-                str(file.parent),
-                gguf_file=file.name,
-                quantization_config=GgufConfig(dequantize=True),
-                dtype=dtype,
-                output_loading_info=True,
-            )
-            tok = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-    except Exception as e:
-        raise ActError(
-            f"{file} is not a model that transformers can read"
-            f" ({str(e).splitlines()[0][:200] if str(e) else type(e).__name__}): get a safetensors copy of it"
-        ) from e
+    with one_line(f"{file} is not a model that transformers can read", "get a safetensors copy of it"), quiet():
+        net, info = AutoModelForCausalLM.from_pretrained(
+            str(file.parent),
+            gguf_file=file.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=dtype,
+            output_loading_info=True,
+        )
+        tok = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     net.tie_weights()
     if lost := [k for k in info['missing_keys'] if not (k == HEAD and is_tied(net))]:
         raise ActError(f"{file} lacks {min(lost)}: download it again")
@@ -105,10 +87,10 @@ def from_gguf(
     return save_model(net, tok, out, {'act_gguf.json': dict(record, dtype=str(dtype).removeprefix('torch.'))})
 
 # %% ../../nbs/43_gguf.ipynb #01-306
-def unpacked(file):
+def unpacked(
+    file: Path,  # a .gguf file
+) -> Path:
     "The cache folder with what a GGUF file holds now."
-    if not file.is_file():
-        raise ActError(f"there is no file {file}: check the path")
-    s = file.stat()
+    s = _there(file).stat()
     out = cache_dir() / 'gguf' / f'{file.stem}-{sha256(os.path.abspath(file), str(s.st_size), str(s.st_mtime_ns))[:12]}'
     return cached(out, partial(from_gguf, file), work=f'unpack {file.name}')
