@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from act.abilities import Ability, Item, read_jsonl
-from act.channels import ChannelMap, ModuleChannels, _row
+from act.channels import ChannelMap, ModuleChannels, table_row
 from act.checkpoints import Checkpoint
 from act.fingerprints import fingerprint
 from act.pairs import check_finite
@@ -644,7 +644,7 @@ def channel_map(tied='embedding', layers=2):
     ]
     out = []
     for p in paths:
-        kind, at, axes = _row(p)
+        kind, at, axes = table_row(p)
         if kind in ('embedding', 'lm_head') and tied and kind != tied:
             continue
         names = tuple((f'{p}.{n}', a) for n, a in axes if n == 'weight' or kind in 'qkv')
