@@ -35,15 +35,12 @@ class ChannelData(Shown):
         meta: dict = None,  # what else is known: model hashes, ability, p
     ):  # raises ActError when paths or widths do not match the map
         self.map, self.meta = map, dict(meta or {})
-        for path in (*map.paths, *data):
-            ours, theirs = (
-                (map[path].width,) if path in map else None,
-                tuple(data[path].shape) if path in data else None,
-            )
-            if ours != theirs:
+        ours, theirs = {m.path: (m.width,) for m in map}, {p: tuple(v.shape) for p, v in data.items()}
+        for path in ours | theirs:
+            if ours.get(path) != theirs.get(path):
                 raise ActError(
-                    f"{self.noun}: module {path} has shape {theirs or 'absent'}, the model has {ours or 'no such module'}"
-                    " there: it was made for another model"
+                    f"{self.noun}: module {path} has shape {theirs.get(path, 'absent')}, in the model"
+                    f" {ours.get(path, 'absent')}: it was made for another model"
                 )
         self.data = {m.path: data[m.path].to(self.dtype) for m in map}
 

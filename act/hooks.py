@@ -12,7 +12,6 @@ import torch
 from functools import partial
 from pathlib import Path
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
 from .channels import ChannelMap
 from .headers import DTYPES
 from .kit.errors import ActError
@@ -23,7 +22,7 @@ from .pairs import check_finite
 
 # %% ../nbs/22_hooks.ipynb #10-014
 def answer_rows(
-    out: torch.Tensor,  # a module's output: (batch, width, channels), with an axis for the heads on either side of width
+    out: torch.Tensor,  # a module's output: (batch, width, channels), perhaps with an axis for heads beside width
     at: tuple,  # (row of each answer token in the flattened batch, width of the batch)
 ) -> torch.Tensor:  # (tokens, channels) or (tokens, heads, channels)
     "Rows of a module's output at the answer positions."
@@ -162,7 +161,7 @@ def weight_dtype(
     dtype='auto',  # as in `load_model`
 ) -> torch.dtype:
     "The type that a model's weights have, or will have in memory."
-    if isinstance(model, PreTrainedModel):
+    if isinstance(model, torch.nn.Module):
         return model.dtype
     if dtype not in (None, 'auto'):
         return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)

@@ -8,7 +8,6 @@ __all__ = ['localize', 'localize_items']
 # %% ../nbs/23_localize.ipynb #23-imports
 import json
 import torch
-from transformers import PreTrainedModel
 from .encoding import batches, check_fits, encode, reads, render
 from .fingerprints import fingerprint, weight_hash
 from .hooks import HOLD, both_fit, check_sums, compare_together, sum_differences, weight_dtype
@@ -46,7 +45,7 @@ def localize(
     save_seconds: float = 30.0,  # seconds between two saves of the sums
 ) -> ChannelScores:  # one float32 score per channel; raises ActError for pairs that do not fit, empty abilities, NaN
     "Stage 1 of ACT: the mean absolute activation difference delta_i of every channel on an ability's answer tokens."
-    models, here = (target, donor), [isinstance(m, PreTrainedModel) for m in (target, donor)]
+    models, here = (target, donor), [isinstance(m, torch.nn.Module) for m in (target, donor)]
     if hold not in ('auto', 'both', 'one'):
         raise ActError(f"hold is {hold!r}: choose 'both', 'one' or 'auto'")
     if hold == 'one' and any(here):
@@ -69,8 +68,8 @@ def localize(
         raise ActError(f"{label_of(target)} and {label_of(donor)} have the same weights: there is nothing to move")
     if tokens < 50:  # two samples of an ability then share less than about half of their channels (see Stability)
         warn(
-            f"{tokens} answer tokens from {len(encoded)} items: the channels found with fewer than 50 depend much on the"
-            " sample, use more items"
+            f"{tokens} answer tokens from {len(encoded)} items: the channels found with fewer than 50 depend much on"
+            " the sample, use more items"
         )
     meta = dict(
         target=label_of(target),

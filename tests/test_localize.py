@@ -90,7 +90,8 @@ def test_a_batch_as_wide_as_the_heads(family, tokenizer):
         hook.remove()
     d = (outs[0] - outs[1]).abs()
     d = d.transpose(1, 2) if d.shape[1] != 7 else d
-    assert torch.allclose(s[path], d[0, 2:4].mean((0, 1)), rtol=1e-4) and torch.equal(s.flat(), both.flat())
+    assert torch.allclose(s[path], d[0, 2:4].mean((0, 1)), rtol=1e-4)
+    assert torch.equal(s.flat(), both.flat())
 
 
 def test_two_models_with_the_same_weights_are_refused(tokenizer):
@@ -294,7 +295,8 @@ def test_two_processes_give_what_one_gives(launch, tmp_path):
         )
         assert done.returncode == 0 and done.stdout.count('ChannelScores') == 1, done.stderr[-2000:]
     one, two = (ChannelScores.load(f).flat() for f in out.values())
-    assert torch.allclose(one, two, rtol=1e-6, atol=0) and out[1].read_bytes() == out[2].read_bytes()
+    assert torch.allclose(one, two, rtol=1e-6, atol=0)
+    assert out[1].read_bytes() == out[2].read_bytes()
 
 
 def test_two_processes_refuse_together(launch, tmp_path):
@@ -303,4 +305,6 @@ def test_two_processes_refuse_together(launch, tmp_path):
             'act_localize',
             *f'--target lab/maths-en --donor lab/base --ability lab/science-zh --out {tmp_path}/s'.split(),
         )
-    assert done.returncode and done.stderr.count('another run is writing') == 1 and not (tmp_path / 's').exists()
+    assert done.returncode
+    assert done.stderr.count('another run is writing') == 1
+    assert not (tmp_path / 's').exists()

@@ -87,7 +87,9 @@ def mask(b):
 @given(bits, bits)
 def test_set_algebra(a, b):
     x, y = mask(a), mask(b)
-    assert ~(x | y) == ~x & ~y and x - y == x & ~y and (x | y).count + (x & y).count == x.count + y.count
+    assert ~(x | y) == ~x & ~y
+    assert x - y == x & ~y
+    assert (x | y).count + (x & y).count == x.count + y.count
     union = sum(i or j for i, j in zip(a, b))
     assert iou(x, y) == (sum(i and j for i, j in zip(a, b)) / union if union else 0)
     if x.count and y.count:
@@ -103,7 +105,8 @@ def test_random_masks_match_in_size_and_repeat_by_seed():
     like = mask([True, False, True, True, False, False])
     for by in ('all', 'module'):
         a = random_mask(like, 1, by)
-        assert a.count == 3 and a == random_mask(like, 1, by)
+        assert a.count == 3
+        assert a == random_mask(like, 1, by)
         assert any(random_mask(like, s, by) != a for s in range(2, 12))
     assert [int(v.sum()) for v in random_mask(like, 5, 'module').data.values()] == [1, 2]
 
@@ -116,7 +119,8 @@ def test_random_masks_are_even():
 
 def test_shares_sum_to_one():
     m = mask([True, False, True, True, False, False])
-    assert m.shares('layer').tolist() == [1 / 3, 2 / 3] and m.fraction == 0.5
+    assert m.shares('layer').tolist() == [1 / 3, 2 / 3]
+    assert m.fraction == 0.5
 
 
 def test_weight_scores_by_hand(family):
@@ -140,8 +144,10 @@ def test_files_come_back_as_they_were(tmp_path):
     m = top_p(s, 0.4)
     s.save(tmp_path / 's')
     m.save(tmp_path / 'm')
-    assert torch.equal(ChannelScores.load(tmp_path / 's').flat(), s.flat()) and ChannelMask.load(tmp_path / 'm') == m
-    assert ChannelMask.load(tmp_path / 'm').meta['p'] == 0.4 and ChannelMask.load(tmp_path / 'm').hash == m.hash
+    assert torch.equal(ChannelScores.load(tmp_path / 's').flat(), s.flat())
+    assert ChannelMask.load(tmp_path / 'm') == m
+    assert ChannelMask.load(tmp_path / 'm').meta['p'] == 0.4
+    assert ChannelMask.load(tmp_path / 'm').hash == m.hash
 
 
 def test_the_mask_file_is_plain_safetensors(tmp_path):
@@ -212,14 +218,16 @@ def test_scores_that_cannot_be_are_refused(files, value):
 
 def test_they_render(files):
     for x in (ChannelScores.load(files[0]), ChannelMask.load(files[1])):
-        assert '<table' in x._repr_html_() and x.plot().get_xlabel()
+        assert '<table' in x._repr_html_()
+        assert x.plot().get_xlabel()
 
 
 def test_a_full_size_vector_is_ranked_exactly():
     n = 17_000_000  # torch.quantile gives up above 16M elements
     cm = ChannelMap([ModuleChannels('lm_head', 'lm_head', None, n, (('lm_head.weight', 0),))], None)
     m = top_p(ChannelScores({'lm_head': torch.arange(n) % 1000 + 0.0}, cm), 0.001)
-    assert m.count == 17_000 and m.flat()[999::1000].all()
+    assert m.count == 17_000
+    assert m.flat()[999::1000].all()
 
 
 def test_a_kind_taken_whole():
@@ -227,7 +235,8 @@ def test_a_kind_taken_whole():
     scores = weight_scores(model, tiny_model('qwen2', 1))
     mask = top_p(scores, 0.1, 'module')
     whole = with_kind(mask)
-    assert whole['model.embed_tokens'].all() and (mask - whole).count == 0
+    assert whole['model.embed_tokens'].all()
+    assert (mask - whole).count == 0
     assert {p for p in mask.data if not torch.equal(mask[p], whole[p])} <= {'model.embed_tokens'}
     with pytest.raises(ActError, match='router'):
         with_kind(mask, 'router')

@@ -145,25 +145,24 @@ def fits(tree):
     "Nothing lies outside its picture, and no picture is wider than a telephone."
     for svg in tree.iter('svg'):
         _, _, w, h = map(float, svg.get('viewBox').split())
-        assert (
-            w <= 340
-            and 'max-width:100%' in svg.get('style')
-            and svg.get('role') == 'img'
-            and svg.get('aria-label') == svg.find('title').text
-        )
+        assert w <= 340
+        assert 'max-width:100%' in svg.get('style')
+        assert svg.get('role') == 'img'
+        assert svg.get('aria-label') == svg.find('title').text
         for r in svg.iter('rect'):
-            assert (
-                float(r.get('x')) >= 0
-                and float(r.get('x')) + float(r.get('width')) <= w + 0.01
-                and float(r.get('y')) + float(r.get('height')) <= h + 0.01
-            )
+            assert float(r.get('x')) >= 0
+            assert float(r.get('x')) + float(r.get('width')) <= w + 0.01
+            assert float(r.get('y')) + float(r.get('height')) <= h + 0.01
         for t in svg.iter('text'):
-            assert 0 <= float(t.get('x')) <= w and 0 <= float(t.get('y')) <= h
+            assert 0 <= float(t.get('x')) <= w
+            assert 0 <= float(t.get('y')) <= h
     for box in tree.iter('table'):
         assert box.find('tbody') is not None
     for box in tree.iter('div'):
         if 'overflow-x' in box.get('style', ''):
-            assert box.get('tabindex') == '0' and box.get('aria-label') and box.get('role')
+            assert box.get('tabindex') == '0'
+            assert box.get('aria-label')
+            assert box.get('role')
 
 
 def test_every_result_shows_itself(tmp_path, checkpoint):
@@ -172,22 +171,20 @@ def test_every_result_shows_itself(tmp_path, checkpoint):
         html, text = x._repr_html_(), x.report()
         tree = xml(html)
         fits(tree)
-        assert (
-            html == x._repr_html_()
-            and text == x.report()
-            and ' id="' not in html
-            and '<style' not in html
-            and type(x).__name__ not in seen
-        )
-        assert (
-            '<script' not in html
-            and len(text.splitlines()) > 3
-            and text.splitlines()[0] == x._title() == tree.find('p').text
-        )
+        assert html == x._repr_html_()
+        assert text == x.report()
+        assert ' id="' not in html
+        assert '<style' not in html
+        assert type(x).__name__ not in seen
+        assert '<script' not in html
+        assert len(text.splitlines()) > 3
+        assert text.splitlines()[0] == x._title() == tree.find('p').text
         seen.add(type(x).__name__)
         if hasattr(x, 'plot'):
             ax = x.plot()
-            assert isinstance(ax, Axes) and ax.get_xlabel() and ax.get_ylabel()
+            assert isinstance(ax, Axes)
+            assert ax.get_xlabel()
+            assert ax.get_ylabel()
             matplotlib.pyplot.close('all')
     assert len(seen) == 13
 
@@ -232,7 +229,9 @@ def test_a_mask_by_hand():
         ['q', '····', '0'],
         ['up', '··██', '12.5'],
     ]
-    assert 'most in up, layer 1' in strip.html and '0 to 25 %' in strip.html and '100.0%      (3)   42.9%' in bars.text
+    assert 'most in up, layer 1' in strip.html
+    assert '0 to 25 %' in strip.html
+    assert '100.0%      (3)   42.9%' in bars.text
     assert most.text.splitlines()[1:] == [
         'path                        chosen  width  share',
         'model.layers.1.mlp.up_proj       3     12  25.0%',
@@ -248,14 +247,13 @@ def test_an_empty_mask_and_a_single_module():
         ChannelScores({'lm_head': torch.tensor([1.0, 2.0, 3.0])}, one),
     ):
         fits(xml(x._repr_html_()))
-        assert x.report() and x.plot().get_xlabel()
+        assert x.report()
+        assert x.plot().get_xlabel()
     nothing = ChannelMask({'lm_head': torch.zeros(3)}, one)
     o = compare([nothing, nothing])
-    assert (
-        o.frame()[['shared', 'expected', 'iou', 'overlap']].values.tolist() == [[0, 0, 0, 0]]
-        and np.isnan(o.frame().enrichment[0])
-        and xml(o._repr_html_()) is not None
-    )
+    assert o.frame()[['shared', 'expected', 'iou', 'overlap']].values.tolist() == [[0, 0, 0, 0]]
+    assert np.isnan(o.frame().enrichment[0])
+    assert xml(o._repr_html_()) is not None
 
 
 @pytest.mark.parametrize('i, colour', list(enumerate(COLOURS)))
@@ -267,7 +265,8 @@ def test_numbers_can_be_read_on_their_colours(i, colour):
     a, b = light(colour), 1.0 if i < 8 else 0.0
     assert (max(a, b) + 0.05) / (min(a, b) + 0.05) >= 4.5
     wide = strip([[float(i), 15.0]], ['a'], 'bc', 'x').html
-    assert f'fill="#{colour}"' in wide and f'fill="#{"fff" if i < 8 else "000"}">{i}<' in wide
+    assert f'fill="#{colour}"' in wide
+    assert f'fill="#{"fff" if i < 8 else "000"}">{i}<' in wide
 
 
 def test_overlap_is_what_iou_and_overlap_say():
@@ -275,11 +274,9 @@ def test_overlap_is_what_iou_and_overlap_say():
     f = compare(masks).frame()
     for r in f.itertuples():
         x, y = masks[r.a], masks[r.b]
-        assert (
-            (r.iou, r.overlap, r.shared) == (iou(x, y), overlap(x, y), (x & y).count)
-            and r.expected == pytest.approx(x.count * y.count / x.total)
-            and r.enrichment == pytest.approx(r.shared / r.expected)
-        )
+        assert (r.iou, r.overlap, r.shared) == (iou(x, y), overlap(x, y), (x & y).count)
+        assert r.expected == pytest.approx(x.count * y.count / x.total)
+        assert r.enrichment == pytest.approx(r.shared / r.expected)
     with pytest.raises(ActError, match='two masks'):
         compare([masks[0]])
     with pytest.raises(ActError, match='two different models'):
@@ -297,7 +294,10 @@ def test_what_a_transfer_says(tmp_path, checkpoint):
     a, b, m = folders(tmp_path, checkpoint)
     r = TransferReport.load(transfer_checkpoint(a, b, m, 0.5, tmp_path / 'moved'))
     f = r.frame()
-    assert f.channels.sum() == m.count and f.total.sum() == m.total and r.moved[0]['lam'] == 0.5 and '\n' not in repr(r)
+    assert f.channels.sum() == m.count
+    assert f.total.sum() == m.total
+    assert r.moved[0]['lam'] == 0.5
+    assert '\n' not in repr(r)
     want = (
         m.frame()
         .assign(layer=lambda d: d.layer.astype(object).where(d.layer.notna(), '-'))
@@ -309,7 +309,8 @@ def test_what_a_transfer_says(tmp_path, checkpoint):
         == want.astype(int).values.tolist()
     )
     by_delta = TransferReport.load(apply_delta(a, make_delta(a, b, m, 0.5, tmp_path / 'd'), tmp_path / 'applied'))
-    assert by_delta.frame().equals(f) and by_delta.meta['delta']
+    assert by_delta.frame().equals(f)
+    assert by_delta.meta['delta']
 
 
 @pytest.mark.parametrize(
@@ -335,9 +336,10 @@ def test_notes_without_places_or_with_odd_ones(tmp_path, where):
         tmp_path / 'act_transfer.json',
     )
     r = TransferReport.load(tmp_path)
-    assert (
-        '<script' not in r._repr_html_() and xml(r._repr_html_()) is not None and r.report() and r.plot().get_ylabel()
-    )
+    assert '<script' not in r._repr_html_()
+    assert xml(r._repr_html_()) is not None
+    assert r.report()
+    assert r.plot().get_ylabel()
 
 
 @pytest.mark.parametrize(
@@ -403,9 +405,8 @@ def test_two_results_must_be_of_the_same_items():
     with pytest.raises(ActError, match='not of the same items'):
         Paired(evaluation(), evaluation(name='c'))
     t = Paired(evaluation(), evaluation(1)).table()
-    assert t.difference.tolist() == pytest.approx((t.a - t.b).tolist()) and (
-        t['only a'] - t['only b']
-    ).tolist() == pytest.approx((t.difference * t['items']).tolist())
+    assert t.difference.tolist() == pytest.approx((t.a - t.b).tolist())
+    assert (t['only a'] - t['only b']).tolist() == pytest.approx((t.difference * t['items']).tolist())
 
 
 def test_numbers_are_short():
@@ -424,7 +425,8 @@ def test_numbers_are_short():
 
 def test_a_report_can_be_long_but_not_endless():
     d = {f'k{i}': 'x' * 1000 for i in range(500)}
-    assert len(folded('all', d).text.splitlines()) == 62 and len(folded('all', d).html) < 40_000
+    assert len(folded('all', d).text.splitlines()) == 62
+    assert len(folded('all', d).html) < 40_000
 
 
 def test_any_value_can_be_an_entry():
@@ -461,7 +463,8 @@ def test_pieces_without_anything():
         facts({}),
         page('x'),
     ):
-        assert xml(p.html) is not None and str(p) is not None
+        assert xml(p.html) is not None
+        assert str(p) is not None
 
 
 def test_to_import_it_is_cheap():
