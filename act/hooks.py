@@ -76,8 +76,8 @@ def subtract_rows(kept, at, add, path, module, args, out):
 
 # %% ../nbs/22_hooks.ipynb #10-018
 def compare_together(
-    target,
-    donor,  # two models in memory
+    target,  # model in memory
+    donor,  # model in memory
     work,  # batches from `batches`
     cm: ChannelMap,  # the modules to compare
     add,  # called as add(path, differences (tokens, channels), item of each token)

@@ -23,8 +23,8 @@ from .sources import load_ability
 # %% ../nbs/23_localize.ipynb #10-019
 @torch.no_grad()
 def localize(
-    target,
-    donor,  # models in memory, or what `load_model` takes
+    target,  # the model that receives: in memory, or what `load_model` takes
+    donor,  # the model that has the ability, likewise
     ability,  # an Ability, or what `load_ability` takes (split localize)
     tokenizer=None,  # needed for models in memory
     positions: str = 'read',  # 'read': where answer tokens are read (default); 'predict': where they are predicted
@@ -116,8 +116,8 @@ def localize(
 # %% ../nbs/23_localize.ipynb #10-031
 @torch.no_grad()
 def localize_items(
-    target,
-    donor,  # models in memory
+    target,  # model in memory
+    donor,  # model in memory
     ability,  # an Ability
     tokenizer,  # of both
     positions: str = 'read',  # 'read' or 'predict', as in `localize`

@@ -17,8 +17,8 @@ from .show.results import Shown, table
 
 # %% ../nbs/25_overlap.ipynb #11-028
 def iou(
-    a: ChannelMask,
-    b: ChannelMask,  # two masks of one model
+    a: ChannelMask,  # a mask
+    b: ChannelMask,  # a mask of the same model
 ) -> float:  # |a & b| / |a | b|, 0 when both are empty
     "Intersection over union of two masks."
     union = (a | b).count
@@ -26,8 +26,8 @@ def iou(
 
 # %% ../nbs/25_overlap.ipynb #11-029
 def overlap(
-    a: ChannelMask,
-    b: ChannelMask,  # two masks of one model
+    a: ChannelMask,  # a mask
+    b: ChannelMask,  # a mask of the same model
 ) -> float:  # |a & b| / min(|a|, |b|), 0 when one is empty
     "Overlap coefficient of two masks."
     small = min(a.count, b.count)

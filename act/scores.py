@@ -107,8 +107,8 @@ class ItemScores(Shown):
 
 # %% ../nbs/21_scores.ipynb #11-038
 def weight_scores(
-    target,
-    donor,  # models, folders or hub ids that fit together
+    target,  # a model, folder or hub id
+    donor,  # another one of the same shapes
     relative: bool = False,  # divide by the norm of the target's own weights
     tied: str = 'embedding',  # tie policy, as in `enumerate_channels`
 ) -> ChannelScores:

@@ -192,14 +192,14 @@ def _strip_words(values, rows, columns, scale, unit, totals, column):
 # %% ../../nbs/05_pieces.ipynb #08-021
 def strip(
     values,  # a list of numbers for each row; None or NaN where there is none
-    rows,
-    columns,  # their names: kinds of module, layers
+    rows,  # their names, such as kinds of module
+    columns,  # their names, such as layers
     label: str,  # what the numbers are
     unit: str = '',  # of the numbers
     totals=None,  # a number for each row, at its end
     log: bool = False,  # use a logarithmic scale
-    down: str = 'kind',
-    across: str = 'layer',  # what rows and columns are
+    down: str = 'kind',  # what the rows are
+    across: str = 'layer',  # what the columns are
 ) -> Part:
     "Coloured cells, rows by columns: at most 340 pixels wide, whatever their number."
     values = [[None if v is None or v != v else float(v) for v in row] for row in values]

@@ -10,28 +10,24 @@ import html
 from .pieces import Part, headed, number, shortened
 
 # %% ../../nbs/06_results.ipynb #08-037
-def _grid(df, formats):
-    "(head, rows, which columns to align right) as texts; an index that only counts is left out."
-    counts = type(df.index).__name__ == 'RangeIndex'
-    show = lambda c, v: formats[c](v) if c in formats and v is not None and v == v else shortened(number(v), 200)
-    head = [*([] if counts else [str(df.index.name or '')]), *map(str, df.columns)]
-    rows = [
-        [*([] if counts else [str(i)]), *(show(c, v) for c, v in zip(df.columns, r))]
-        for i, r in zip(df.index, df.itertuples(index=False, name=None))
-    ]
-    right = [*([] if counts else [False]), *(df[c].dtype.kind in 'iufb' for c in df.columns)]
-    return head, rows, right
-
-
 def _table(inside):
     return f'<table class="dataframe" data-quarto-disable-processing="true">{inside}</table>'
 
 
-def _box(label, table):
-    return (
-        f'<div role="group" aria-label="{html.escape(label)}" tabindex="0"'
-        f' style="overflow-x:auto;max-width:100%;white-space:nowrap">{table}</div>'
-    )
+def _cell(text, right, tag='td', scope=''):
+    scope = f' scope="{scope}"' if scope else ''
+    style = f'text-align:{"right" if right else "left"};padding:.1em .5em'
+    return f'<{tag}{scope} style="{style}">{html.escape(text)}</{tag}>'
+
+
+def _columns(df, formats):
+    "(name, texts, whether to align right) of every column; an index that only counts is left out."
+    if type(df.index).__name__ != 'RangeIndex':
+        yield str(df.index.name or ''), [str(i) for i in df.index], False
+    for name, values in df.items():
+        form = formats.get(name)
+        texts = [form(v) if form and v is not None and v == v else shortened(number(v), 200) for v in values]
+        yield str(name), texts, values.dtype.kind in 'iufb'
 
 # %% ../../nbs/06_results.ipynb #08-038
 def table(
@@ -40,21 +36,22 @@ def table(
     formats: dict = {},  # column -> function that formats a value; `number` by default
 ) -> Part:
     "A plain table."
-    head, rows, right = _grid(df, formats)
-    cell = lambda v, r, tag='td', more='': (
-        f'<{tag}{more} style="text-align:{"right" if r else "left"};padding:.1em .5em">{html.escape(v)}</{tag}>'
+    heads, columns, right = zip(*_columns(df, formats))
+    top = ''.join(_cell(h, r, 'th', 'col') if h else '<td></td>' for h, r in zip(heads, right))
+    body, lines = '', [label]
+    for texts in zip(*columns):
+        first = _cell(texts[0], True) if right[0] else _cell(texts[0], False, 'th', 'row')
+        body += f'<tr>{first}{"".join(map(_cell, texts[1:], right[1:]))}</tr>'
+    widths = [max(map(len, column)) for column in zip(heads, *zip(*columns))]
+    for texts in (heads, *zip(*columns)):
+        cells = [t.rjust(w) if r else t.ljust(w) for t, w, r in zip(texts, widths, right)]
+        lines.append('  '.join(cells).rstrip())
+    box = (
+        f'<div role="group" aria-label="{html.escape(label)}" tabindex="0"'
+        ' style="overflow-x:auto;max-width:100%;white-space:nowrap">'
     )
-    row = lambda o: (
-        cell(o[0], right[0], *([] if right[0] else ['th', ' scope="row"'])) + ''.join(map(cell, o[1:], right[1:]))
-    )
-    top = ''.join(cell(h, r, 'th', ' scope="col"') if h else '<td></td>' for h, r in zip(head, right))
-    body = _table(f'<thead><tr>{top}</tr></thead><tbody>{"".join(f"<tr>{row(o)}</tr>" for o in rows)}</tbody>')
-    wide = [max(map(len, col)) for col in zip(head, *rows)]
-    lines = [
-        '  '.join(f'{v:>{w}}' if r else f'{v:{w}}' for v, w, r in zip(row, wide, right)).rstrip()
-        for row in (head, *rows)
-    ]
-    return Part(headed(label, _box(label, body)), '\n'.join([label, *lines]))
+    inside = _table(f'<thead><tr>{top}</tr></thead><tbody>{body}</tbody>')
+    return Part(headed(label, f'{box}{inside}</div>'), '\n'.join(lines))
 
 # %% ../../nbs/06_results.ipynb #08-042
 def place(
