@@ -59,13 +59,17 @@ def weight_files(
 
 # %% ../nbs/12_checkpoints.ipynb #12-config
 def _config(folder):
-    "The contents of config.json; ActError for adapters and for multimodal models."
+    "The contents of config.json; ActError for adapters, GGUF files and multimodal models."
+    here = (folder / 'config.json').exists()
     if (folder / 'adapter_config.json').exists():
-        raise ActError(_adapter(folder))
-    if not (folder / 'config.json').exists() and (parts := sorted(folder.glob('*.gguf'))):
-        raise ActError(
-            f"{folder.name} holds GGUF files and no checkpoint: pass the file itself, {folder / parts[0].name}"
-        )
+        base = checkpoint_json(folder / 'adapter_config.json').get('base_model_name_or_path')
+        what = f"the folder {folder.name} holds a PEFT adapter (adapter_config.json{f', of {base}' if base else ''})"
+        todo = "and no model: merge it into its base first (merge_and_unload of peft), and pass that folder"
+        if here:
+            todo = "beside a model: remove the adapter's files if it is merged already, otherwise merge it first"
+        raise ActError(f"{what} {todo}")
+    if not here and (parts := sorted(folder.glob('*.gguf'))):
+        raise ActError(f"{folder.name} holds GGUF files and no checkpoint: pass the file itself, {parts[0]}")
     config = checkpoint_json(folder / 'config.json')
     if more := [k for k in ('text_config', 'vision_config', 'audio_config') if isinstance(config.get(k), dict)]:
         raise ActError(
@@ -73,17 +77,6 @@ def _config(folder):
             " of text alone"
         )
     return config
-
-
-def _adapter(folder):
-    base = checkpoint_json(folder / 'adapter_config.json').get('base_model_name_or_path')
-    what = f"the folder {folder.name} holds a PEFT adapter (adapter_config.json{f', of {base}' if base else ''})"
-    if (folder / 'config.json').exists():
-        return (
-            f"{what} beside a model: remove the adapter's files if it is merged already, otherwise merge it first"
-            " (merge_and_unload of peft)"
-        )
-    return f"{what} and no model: merge it into its base first (merge_and_unload of peft), and pass that folder"
 
 
 def _quantised(folder, config):
@@ -99,13 +92,10 @@ def _no_file(folder, name):
     if (folder / name).is_symlink():
         return f"{folder.name}/{name} is a link to a file that is not there: fetch the model again"
     if any(folder.glob('*.bin')):
-        return (
-            f"{folder.name} holds pickled weights (.bin) alone: convert it to safetensors first, pickle is never loaded"
-        )
+        return f"{folder.name} holds pickled weights (.bin) alone: convert it to safetensors, pickle is never loaded"
     if any(folder.glob('consolidated*.safetensors')):
         return (
             f"{folder.name} holds its maker's own format (consolidated.safetensors) alone: get the Hugging Face files"
-            " of the model"
         )
     return f"{folder.name} lacks the weight file {name}: download or copy it again"
 

@@ -107,31 +107,18 @@ def _ids(tokenizer, text, special):
 
 
 def _other_rules(a, b):
-    "The first part in which two tokenizers differ, vocabularies aside; None when there is none."
+    "Parts in which two tokenizers differ, vocabularies aside."
     a, b = (json.loads(t.backend_tokenizer.to_str()) for t in (a, b))
     for rules in (a, b):
         rules['model'].pop('vocab', None)
-    for part in ('model', 'normalizer', 'pre_tokenizer'):
-        if a[part] != b[part]:
-            return 'model (such as its merges)' if part == 'model' else part
+    return [part for part in ('model', 'normalizer', 'pre_tokenizer') if a[part] != b[part]]
 
 
-def _check_vocabularies(a, b):
-    "Raise ActError when entries differ other than added tokens, of which a warning is given."
+def _other_entries(a, b):
+    "Entries of the vocabularies that differ, in order of id, each with its two ids."
     va, vb = a.get_vocab(), b.get_vocab()
     apart = [k for k in va.keys() | vb.keys() if va.get(k) != vb.get(k)]
-    if not apart:
-        return
-    first = min(apart, key=lambda k: (va.get(k, vb.get(k)), k))
-    if not set(apart) <= {*a.get_added_vocab(), *b.get_added_vocab()}:
-        raise ActError(
-            f"the tokenizers differ: {len(va)} and {len(vb)} entries, first difference {first!r} (id {va.get(first)}"
-            f" and {vb.get(first)}): use two models of one family"
-        )
-    warn(
-        f"the tokenizers differ in {len(apart)} added token{'s' * (len(apart) > 1)} that no text here uses, such as"
-        f" {first!r} (id {va.get(first)} in the target, {vb.get(first)} in the donor)"
-    )
+    return {k: (va.get(k), vb.get(k)) for k in sorted(apart, key=lambda k: (va.get(k, vb.get(k)), k))}
 
 
 def _same_files(a, b):
@@ -151,18 +138,29 @@ def check_tokenizers(
     a, b = (load_tokenizer(t) if isinstance(t, (str, Path)) else t for t in (target, donor))
     if odd := _other_ids(a, b, texts or PROBES, special):
         raise ActError(f"the tokenizers give other ids for the same text, {odd}: use two models of one family")
-    if odd := _other_ids(a, b, PROBES, special) or _other_rules(a, b):
-        if not texts and odd.startswith('model'):
-            raise ActError(f"the tokenizers differ in their {odd}: use two models of one family")
-        warn(
-            f"the tokenizers give the same ids for the {len(texts) or len(PROBES)} texts looked at, but may not for"
-            f" others: {odd} differs"
+    differ = _other_rules(a, b)
+    if 'model' in differ and not texts:
+        raise ActError("the tokenizers differ in their model (such as its merges): use two models of one family")
+    if entries := _other_entries(a, b):
+        first, ids = next(iter(entries.items()))
+        if not entries.keys() <= {*a.get_added_vocab(), *b.get_added_vocab()}:
+            raise ActError(
+                f"the tokenizers differ: {len(a)} and {len(b)} entries, first difference {first!r} (id {ids[0]} and"
+                f" {ids[1]}): use two models of one family"
+            )
+        differ.append(
+            f"{len(entries)} added token{'s' * (len(entries) > 1)}, such as {first!r} (id {ids[0]} and {ids[1]})"
         )
-    _check_vocabularies(a, b)
-    named = [k for k in ('bos_token', 'eos_token', 'pad_token') if getattr(a, k) != getattr(b, k)]
-    if named:
-        names = ', '.join(f'{k} ({getattr(a, k)!r} and {getattr(b, k)!r})' for k in named)
-        warn(f"the tokenizers name other tokens as {names}: no id that is read changes; the result keeps the target's")
+    if odd := _other_ids(a, b, PROBES, special):
+        differ.append(f'the ids of {odd}')
+    for k in ('bos_token', 'eos_token', 'pad_token'):
+        if getattr(a, k) != getattr(b, k):
+            differ.append(f'{k} ({getattr(a, k)!r} and {getattr(b, k)!r})')
+    if differ:
+        warn(
+            f"the tokenizers give the same ids for the {len(texts) or len(PROBES)} texts looked at, but differ in"
+            f" {', '.join(differ)}: other texts may get other ids; the result keeps the target's tokenizer"
+        )
 
 # %% ../nbs/15_pairs.ipynb #15-shapes
 def _check_ties(target, donor):
