@@ -28,6 +28,7 @@ from act.studies.mergers import MergeCase
 from act.studies.cases import Case
 from act.studies.recovery import Recovery
 from act.tools.plan import load_constants
+from act.show.heatmap import heatmap
 from act.show.pieces import COLOURS, bars, intervals, number, strip
 from act.show.results import facts, folded, page, table
 from act.streaming import TransferReport, transfer_checkpoint
@@ -467,9 +468,18 @@ def test_pieces_without_anything():
         assert str(p) is not None
 
 
-def test_to_import_it_is_cheap():
-    code = (
-        "import sys, act.transfer; sys.exit(any(m in sys.modules for m in ('pandas', 'matplotlib', 'seaborn',"
-        " 'transformers')))"
-    )
+@pytest.mark.parametrize('module', ['transfer', 'localize', 'overlap', 'masks'])
+def test_to_import_it_is_cheap(module):
+    heavy = 'pandas', 'matplotlib', 'seaborn', 'transformers'
+    code = f"import sys, act.{module}; sys.exit(any(m in sys.modules for m in {heavy}))"
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+
+
+def test_heat_maps_are_labelled():
+    grid = pd.DataFrame([[0.5, 12.0]], ['a'], ['b', 'c'])
+    ax = heatmap(grid, 'chosen (%)', rows='layer', columns='kind', annot=True)
+    assert (ax.get_ylabel(), ax.get_xlabel()) == ('layer', 'kind')
+    assert [t.get_text() for t in ax.texts] == ['0', '12']
+    assert [a.get_ylabel() for a in ax.figure.axes] == ['layer', 'chosen (%)']
+    assert heatmap(grid, ax=matplotlib.pyplot.figure().gca()).figure.axes == [matplotlib.pyplot.gca()]
+    matplotlib.pyplot.close('all')
