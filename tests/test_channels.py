@@ -74,7 +74,8 @@ def test_a_channel_is_what_moves_one_output(family):
             moved = (mods[m.path](*seen['i']) != before).flatten(0, -2).any(0)
             for n, axis in m.params:
                 model.get_parameter(n).select(axis, i).sub_(1)
-        assert moved.shape == (m.width,) and moved.nonzero().flatten().tolist() == [i], m.path
+        assert moved.shape == (m.width,), m.path
+        assert moved.nonzero().flatten().tolist() == [i], m.path
 
 
 def test_model_order_offsets_and_lookup(family):
@@ -83,16 +84,19 @@ def test_model_order_offsets_and_lookup(family):
     assert cm.paths == order
     assert [cm.offsets[p] for p in order] == [sum(m.width for m in cm[:i]) for i in range(len(cm))]
     assert all(cm[p] is cm[i] for i, p in enumerate(order))
-    assert {m.kind for m in cm} <= set(KINDS) and {m.layer for m in cm} == {None, 0, 1}
+    assert {m.kind for m in cm} <= set(KINDS)
+    assert {m.layer for m in cm} == {None, 0, 1}
     f = cm.frame()
-    assert f.width.sum() == cm.total == cm.summary().channels.sum() and len(f) == len(cm)
+    assert f.width.sum() == cm.total == cm.summary().channels.sum()
+    assert len(f) == len(cm)
 
 
 def test_biases_and_head_norms():
     qwen, q3 = enumerate_channels(tiny_config('qwen2')), enumerate_channels(tiny_config('qwen3'))
     bias = {m.kind for m in qwen if any(n.endswith('bias') for n, _ in m.params)}
     assert bias == {'q', 'k', 'v'}
-    assert q3['model.layers.0.self_attn.q_norm'].width == 8 and q3['model.layers.0.self_attn.q_proj'].width == 32
+    assert q3['model.layers.0.self_attn.q_norm'].width == 8
+    assert q3['model.layers.0.self_attn.q_proj'].width == 32
 
 
 def test_map_survives_json(family):
@@ -106,7 +110,8 @@ def test_map_survives_json(family):
 def test_tie_is_read_from_storage_not_from_config():
     model = tiny_model('qwen2')
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
-    assert enumerate_channels(model).tied is None and 'lm_head' in enumerate_channels(model).paths
+    assert enumerate_channels(model).tied is None
+    assert 'lm_head' in enumerate_channels(model).paths
 
 
 def test_unknown_module_is_named():

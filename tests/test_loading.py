@@ -11,9 +11,7 @@ from act.fingerprints import weight_hash
 from act.loading import cached, channels_of, load_model, load_tokenizer, resolve
 from act.writer import copy_extras
 from act.kit.errors import ActError
-from act.commands.way import act_evaluate
-from act.commands.way import act_finetune
-from act.commands.way import act_localize
+from act.commands.way import act_evaluate, act_finetune, act_localize
 from conftest import tiny_model, toy_tokenizer
 
 WEIGHTS = 'model.safetensors'
@@ -337,4 +335,5 @@ def test_an_architecture_that_is_not_covered_is_called_so(tmp_path, kind, word):
     model.save_pretrained(tmp_path / 'model')
     with pytest.raises(ActError, match=word) as e:
         channels_of(tmp_path / 'model')
-    assert 'unknown' in str(e.value) and 'lacks' not in str(e.value)
+    assert 'unknown' in str(e.value)
+    assert 'lacks' not in str(e.value)

@@ -267,7 +267,8 @@ def test_every_way_of_transferring_agrees_to_the_bit(padded, tmp_path, lam):
 def test_rows_that_cannot_move_have_no_score(padded):
     scores = localize(*padded, ABILITY, progress=False)
     n = min(Checkpoint(f).tensors[HEAD].shape[0] for f in padded)
-    assert not scores['lm_head'][n:].any() and scores['lm_head'][:n].all()
+    assert not scores['lm_head'][n:].any()
+    assert scores['lm_head'][:n].all()
 
 
 def test_a_fitted_donor_reads_any_block(padded):
@@ -296,7 +297,8 @@ def heads(folder, seed, equal=False):
 def test_a_stored_head_that_differs_is_untied_in_all_that_is_done(make, tmp_path):
     target, donor = (heads(make(n, tiny_model('qwen2', i)), 5 + i) for i, n in enumerate('td'))
     scores = localize(target, donor, ABILITY, progress=False)
-    assert scores.map == channels_of(target) and scores.map.tied is None
+    assert scores.map == channels_of(target)
+    assert scores.map.tied is None
     mask = top_p(scores, 0.3, 'module')
     assert 0 < mask['lm_head'].sum() < 300
     out = transfer_checkpoint(target, donor, mask, 1.0, tmp_path / 'out')
@@ -307,7 +309,9 @@ def test_a_stored_head_that_differs_is_untied_in_all_that_is_done(make, tmp_path
     assert torch.equal(o[HEAD], torch.where(mask['lm_head'][:, None], d[HEAD], t[HEAD]))
     memory = transfer(load_model(target)[0], load_model(donor)[0], mask).state_dict()
     for k in t:
-        assert torch.equal(o[k], a[k]) and torch.equal(u[k], t[k]) and torch.equal(o[k], memory[k])
+        assert torch.equal(o[k], a[k])
+        assert torch.equal(u[k], t[k])
+        assert torch.equal(o[k], memory[k])
     assert torch.equal(load_model(out)[0].lm_head.weight, o[HEAD])  # transformers reads it as it is written
 
 
@@ -322,7 +326,8 @@ def test_what_the_configuration_leaves_out_transformers_knows(make):  # Gemma is
     for f in (target, donor):
         edit(f, 'config.json', tie_word_embeddings=None)
     check_pair(target, donor)
-    assert Checkpoint(target).tied and Checkpoint(donor).tied
+    assert Checkpoint(target).tied
+    assert Checkpoint(donor).tied
 
 
 def test_an_index_may_name_a_tied_head(tmp_path):
