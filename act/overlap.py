@@ -86,13 +86,12 @@ def compare(
 def square(
     table,  # one row per pair: a, b, and a value
     value: str = 'overlap',  # its column
-    same: float = 1.0,  # value of each with itself
 ):  # a DataFrame
-    "The symmetric matrix of a table of pairs."
+    "The symmetric matrix of a table of pairs, with ones on its diagonal."
     import pandas as pd
 
     names = list(dict.fromkeys([*table.a, *table.b]))
-    grid = pd.DataFrame(same, names, names)
+    grid = pd.DataFrame(1.0, names, names)
     for a, b, v in zip(table.a, table.b, table[value]):
         grid.loc[a, b] = grid.loc[b, a] = v
     return grid

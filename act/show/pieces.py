@@ -220,34 +220,33 @@ def bars(
     label: str,  # what the bars show
     expected: dict = None,  # name -> share by chance
     counts: dict = None,  # name -> number
-    chance: str = 'if spread evenly',  # what `expected` is called
 ) -> Part:
     "Bars with their shares."
-    shares, chances = (
-        {k: float(v) for k, v in values.items()},
-        {k: float(expected[k]) for k in values.keys()} if expected is not None else {},
-    )
+    shares = {str(k): float(v) for k, v in values.items()}
+    chances = {} if expected is None else {str(k): float(expected[k]) for k in values.keys()}
     top = max([*shares.values(), *chances.values()], default=0) or 1
-    (x, body), lines, said, left = _names(list(map(str, shares))), [], [], _longest(map(str, shares))
+    (x, body), lines, said, left = _names(shares), [], [], _longest(shares)
     room = _WIDE - x - (50 if counts is None else 110)
+    counts = {} if counts is None else {str(k): f' ({number(int(counts[k]))})' for k in values.keys()}
     for i, (k, v) in enumerate(shares.items()):
-        n, e = '' if counts is None else f' ({number(int(counts[k]))})', chances.get(k)
+        n, e = counts.get(k, ''), chances.get(k)
         blocks = '█' * int(24 * v / top) + _EIGHTHS[int(192 * v / top) % 8]
         by_chance = '' if e is None else f'{e:8.1%}'
-        lines.append(f'{shortened(str(k)):{left}}  {blocks:24} {v:6.1%}{n:>9}{by_chance}'.rstrip())
-        said.append(f'{k} {v:.1%}{n}' + ('' if e is None else f', {chance} {e:.1%}'))
+        lines.append(f'{shortened(k):{left}}  {blocks:24} {v:6.1%}{n:>9}{by_chance}'.rstrip())
+        said.append(f'{k} {v:.1%}{n}' + ('' if e is None else f', {_CHANCE} {e:.1%}'))
         body += _rect(x, 16 * i + 1, max(room * v / top, 0.5), 11, ' fill="#4b8bb5"')
         if e is not None:
             body += _rect(x + room * e / top - 1, 16 * i - 1, 2, 15, '')
         body += _put(x + room * max(v, e or 0) / top + 5, 16 * i + 11, f'{v:.1%}{n}')
     height = 16 * len(shares) + (18 if chances else 2)
     if chances:
-        body += _rect(x, height - 15, 2, 11, '') + _put(x + 7, height - 6, chance)
-    head = label + f' (last column: {chance})' * bool(chances)
+        body += _rect(x, height - 15, 2, 11, '') + _put(x + 7, height - 6, _CHANCE)
+    head = label + f' (last column: {_CHANCE})' * bool(chances)
     return Part(headed(label, _svg(height, f"{label}: {'; '.join(said)}.", body)), '\n'.join([head, *lines]))
 
 
 _EIGHTHS = ['', *'▏▎▍▌▋▊▉']  # of a character's width
+_CHANCE = 'if spread evenly'  # what `expected` is called
 
 # %% ../../nbs/05_pieces.ipynb #08-032
 def intervals(

@@ -75,13 +75,12 @@ def _flat(d, at=''):
 # %% ../../nbs/06_results.ipynb #08-045
 def facts(
     d: dict,  # entries; nested dicts are flattened
-    most: int = 60,  # show at most this many entries
     label: str = '',  # what they are
 ) -> Part:
-    "Entries, one per line."
+    "Entries, one per line, at most sixty."
     rows = [(shortened(k, 80), shortened(v, 200)) for k, v in _flat(d)]
-    if len(rows) > most:
-        rows = [*rows[:most], ('...', f'{len(rows) - most} more')]
+    if len(rows) > 60:
+        rows = [*rows[:60], ('...', f'{len(rows) - 60} more')]
     body = ''.join(
         f'<tr><th scope="row" style="text-align:left;vertical-align:top;padding:.1em .5em">{html.escape(k)}</th><td'
         f' style="text-align:left;overflow-wrap:anywhere;padding:.1em .5em">{html.escape(v)}</td></tr>'
