@@ -107,15 +107,13 @@ def checkpoint(tmp_path, tokenizer):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(capsys):
     "Run a command as from a shell: (exit code, stdout, stderr)."
     from helpers import function
 
     def _run(line):
         name, *args = line.split()
-        monkeypatch.setattr(sys, 'argv', [name, *args])
-        code = function(name)()
-        return (code or 0, *capsys.readouterr())
+        return function(name).main(args), *capsys.readouterr()
 
     return _run
 

@@ -4,7 +4,7 @@ import configparser
 import importlib
 import shlex
 import torch
-from act.kit import command
+from act.kit.command import check_given
 from act.sources import load_ability
 from act.channels import enumerate_channels
 from act.finetune import finetune
@@ -20,8 +20,9 @@ LM_EVAL = SCRIPTS.pop('act_lm_eval')  # has lm-eval's options; see test_neighbou
 
 def function(name):
     "The function behind a command."
-    module, f = SCRIPTS[name].split(':')
-    return getattr(importlib.import_module(module), f)
+    module, entry = SCRIPTS[name].split(':')
+    assert entry == f'{name}.main'
+    return getattr(importlib.import_module(module), name)
 
 
 def check_call(line):
@@ -29,7 +30,7 @@ def check_call(line):
     name, *args = shlex.split(line)
     options, extra = function(name).parser().parse_known_args(args)
     assert not extra, line
-    command._ask(function(name).__wrapped__, vars(options))
+    check_given(function(name), vars(options))
 
 
 # ---- masks

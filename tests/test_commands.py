@@ -4,7 +4,8 @@ import json, os, shlex, shutil, signal, subprocess, sys, time, pytest
 from pathlib import Path
 from act.fingerprints import weight_hash
 from act.loading import load_model
-from act import core
+from act.kit import processes
+from act.kit.command import command, next_step, options
 from act.kit.processes import bar, quiet
 from act.masks import ChannelMask
 from act.scores import ChannelScores
@@ -25,6 +26,10 @@ def check_next(out):
 
 def tree(folder):
     return sorted((str(p.relative_to(folder)), p.stat().st_size) for p in Path(folder).rglob('*'))
+
+
+def required(name):
+    return [o.name for o in options(function(name)) if o.required]
 
 
 @pytest.mark.parametrize('name', list(SCRIPTS))
@@ -48,13 +53,13 @@ def test_help(name, run, capsys, monkeypatch):
             e.strip() in (name, 'act_recipe list') or ' --' in e or ' act_' not in e
         ), e  # whole, on one line
         check_call(e)
-    for o in core._required(function(name).__wrapped__):
+    for o in required(name):
         assert o == 'action' or text.index('\nrequired:') < text.index(f'\n  --{o} ') < text.index('\noptions:')
 
 
 @pytest.mark.parametrize('name', list(SCRIPTS))
 def test_what_is_missing_or_unknown_is_said_in_one_line(name, run):
-    need = core._required(function(name).__wrapped__)
+    need = required(name)
     if need:
         code, out, err = run(name)
         assert (
@@ -341,7 +346,7 @@ def test_a_dry_run_sees_another_run(files):
         [
             sys.executable,
             '-c',
-            f"from act.core import exclusive\nwith exclusive('{files}/x'): print('in', flush=True); input()",
+            f"from act.kit.files import exclusive\nwith exclusive('{files}/x'): print('in', flush=True); input()",
         ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -407,28 +412,24 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path):
 
 
 def test_interrupted_before_anything_was_done(monkeypatch, capsys, tmp_path):
-    @core.command
+    @command
     def act_x(out: str = 'x'):  # a file
         "Nothing: `act_x`"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys, 'argv', ['act_x'])
-    monkeypatch.setattr(core, '_kept', [])
-    assert (
-        act_x() == 130
-        and capsys.readouterr().err == 'interrupted: nothing is left of this run, the same command starts it again\n'
-    )
+    monkeypatch.setattr('act.kit.command.left_work', [])
+    assert act_x.main([]) == 130
+    assert capsys.readouterr().err == 'interrupted: nothing is left of this run, the same command starts it again\n'
 
 
-def test_what_is_not_expected_keeps_its_traceback(monkeypatch):
-    @core.command
+def test_what_is_not_expected_keeps_its_traceback():
+    @command
     def act_x(n: int = 1):  # a number
         "Nothing: `act_x`"
         return n / 0
 
-    monkeypatch.setattr(sys, 'argv', ['act_x'])
     with pytest.raises(ZeroDivisionError):
-        act_x()
+        act_x.main([])
 
 
 def closed():
@@ -467,8 +468,8 @@ def test_bars(monkeypatch, capsys):
 
     list(bar(range(3), desc='a'))
     assert capsys.readouterr().err == ''  # short
-    late = core._log()
-    monkeypatch.setattr(core, '_log', lambda: late | dict(delay=0, mininterval=0))
+    late = processes.log_options()
+    monkeypatch.setattr(processes, 'log_options', lambda: late | dict(delay=0, mininterval=0))
     list(bar(range(3), desc='a', unit='step'))
     err = capsys.readouterr().err
     assert '\r' not in err and err.splitlines()[-1].startswith('a 3 of 3 step, 00:00')
@@ -486,8 +487,8 @@ def test_bars(monkeypatch, capsys):
 
 def test_all_bars_off():
     code = (
-        "from act import core; log = core._log(); core._log = lambda: log | dict(delay=0, mininterval=0);"
-        " list(core.bar(range(3)))"
+        "from act.kit import processes as p; log = p.log_options();"
+        " p.log_options = lambda: log | dict(delay=0, mininterval=0); list(p.bar(range(3)))"
     )
     err = lambda **env: (
         subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ | env).stderr
@@ -496,7 +497,7 @@ def test_all_bars_off():
 
 
 def test_next_steps_are_quoted_and_known(run, files, capsys):
-    core.next_step('act_mask', scores='a b.s', p=None, out="it's")
+    next_step('act_mask', scores='a b.s', p=None, out="it's")
     assert shlex.split(capsys.readouterr().out.removeprefix('next: ')) == [
         'act_mask',
         '--scores',

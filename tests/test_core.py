@@ -1,11 +1,10 @@
 "Core: output whole or not at all, errors as one line, provenance that can be traced."
 
 import json, os, shutil, subprocess, sys, pytest
-from act import core
 from act.kit.command import command
 from act.kit.errors import ActError
-from act.kit.files import atomic_file, atomic_folder, work_folder
-from act.kit.records import provenance, sha256, write_json
+from act.kit.files import atomic_file, atomic_folder, exclusive, work_folder
+from act.kit.records import git_revision, provenance, sha256, write_json
 
 
 def test_a_file_that_fails_leaves_the_old_one_and_no_debris(tmp_path):
@@ -81,7 +80,7 @@ def test_hashes_of_different_lists_differ():
 
 def test_provenance_names_revision_versions_and_machine():
     p = provenance(seed=3)
-    assert p['git'] == core.git_revision() and p['seed'] == 3
+    assert p['git'] == git_revision() and p['seed'] == 3
     assert {'torch', 'transformers', 'lm-eval', 'python', 'act'} <= set(p['versions']) and p['machine'][
         'cores'
     ] == os.cpu_count()
@@ -99,27 +98,62 @@ def half(
     print(n // 2)
 
 
-def run(monkeypatch, *args):
-    monkeypatch.setattr(sys, 'argv', ['half', *args])
-    return half()
-
-
-def test_a_command_reads_options(monkeypatch, capsys):
-    assert not run(monkeypatch, '--n', '10')
+def test_a_command_reads_options(capsys):
+    assert half.main(['--n', '10']) == 0
     assert capsys.readouterr().out == '5\n'
 
 
-def test_bad_input_is_one_line_and_code_2(monkeypatch, capsys):
-    assert run(monkeypatch, '--n', '3') == 2
+def test_bad_input_is_one_line_and_code_2(capsys):
+    assert half.main(['--n', '3']) == 2
     out, err = capsys.readouterr()
     assert out == '' and err == 'error: n is 3, an odd number: pass an even one\n'
 
 
-def test_help_explains_every_option(monkeypatch, capsys):
+def test_help_explains_every_option(capsys):
     with pytest.raises(SystemExit) as e:
-        run(monkeypatch, '--help')
+        half.main(['--help'])
     text = capsys.readouterr().out
-    assert e.value.code == 0 and 'an even number' in text and 'half --n 4' in text
+    assert e.value.code == 0
+    assert 'an even number' in text
+    assert 'half --n 4' in text
+
+
+def test_the_shell_s_words_are_read_by_main_alone(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['half', '--n', '10'])
+    half()
+    assert capsys.readouterr().out == '2\n'
+    assert half.main() == 0
+    assert capsys.readouterr().out == '5\n'
+
+
+@command
+def traced(
+    action: str,  # what to do
+    out: str = None,  # where
+    deep: bool = False,  # more of it
+):
+    "Print its own record: traced go --out x"
+    half(n=2)
+    print(json.dumps(provenance().get('argv')))
+
+
+@pytest.mark.parametrize(
+    'call',
+    [
+        lambda: traced.main(['go', '--out', 'a b', '--deep']),
+        lambda: traced('go', out='a b', deep=True),
+        lambda: traced('go', 'a b', deep=True),
+    ],
+)
+def test_a_record_holds_the_command_line(call, capsys):
+    call()
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == ['traced', 'go', '--out', 'a b', '--deep']
+
+
+def test_no_command_no_command_line(capsys):
+    assert 'argv' not in provenance()
+    half.main(['--n', '3'])
+    assert 'argv' not in provenance()
 
 
 def test_called_from_python_it_raises():
@@ -129,7 +163,7 @@ def test_called_from_python_it_raises():
 
 def test_a_second_run_into_one_place_is_refused_and_the_first_goes_on(tmp_path):
     code = (
-        f"from act.core import work_folder\nwith work_folder('{tmp_path}/out') as w: (w/'theirs').touch(); print('in',"
+        f"from act.kit.files import work_folder\nwith work_folder('{tmp_path}/out') as w: (w/'theirs').touch(); print('in',"
         " flush=True); input()"
     )
     with subprocess.Popen(
@@ -150,7 +184,7 @@ def test_a_second_run_into_one_place_is_refused_and_the_first_goes_on(tmp_path):
 @pytest.mark.parametrize('key, left', [('k1', True), ('k2', False), (None, False)])
 def test_what_a_killed_run_left_is_found_by_its_like_only(tmp_path, key, left):
     code = (
-        f"import os, signal\nfrom act.core import work_folder\nwith work_folder('{tmp_path}/out', 'k1') as w:"
+        f"import os, signal\nfrom act.kit.files import work_folder\nwith work_folder('{tmp_path}/out', 'k1') as w:"
         " (w/'half').touch(); os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, '-c', code]).returncode == -9
@@ -161,7 +195,7 @@ def test_what_a_killed_run_left_is_found_by_its_like_only(tmp_path, key, left):
 
 def test_files_that_a_killed_run_left_are_swept_away(tmp_path):
     code = (
-        f"import os, signal\nfrom act.core import atomic_file\nwith atomic_file('{tmp_path}/x.json') as t:"
+        f"import os, signal\nfrom act.kit.files import atomic_file\nwith atomic_file('{tmp_path}/x.json') as t:"
         " t.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, '-c', code]).returncode == -9 and len(os.listdir(tmp_path)) == 2
@@ -172,7 +206,7 @@ def test_files_that_a_killed_run_left_are_swept_away(tmp_path):
 def test_a_lock_that_was_just_given_back_is_taken_anew(tmp_path):
     with atomic_file(tmp_path / 'a') as t:
         t.write_text('1')
-    with core.exclusive(tmp_path / 'a'):
+    with exclusive(tmp_path / 'a'):
         with atomic_file(tmp_path / 'a') as t:
             t.write_text('2')  # the same process may
     assert (tmp_path / 'a').read_text() == '2' and os.listdir(tmp_path) == ['a']

@@ -8,8 +8,10 @@ from dataclasses import replace
 from html.parser import HTMLParser
 import numpy as np, pandas as pd, pytest
 from act.channels import enumerate_channels
+from act.commands.studies import act_explore
 from act.kit.errors import ActError
-from act.explorer import *
+from act.studies.grid import *
+from act.studies.explorer import *
 from act.scores import ChannelScores
 from act.studies.cases import CASES, RESULTS
 from act.studies.recovery import Recovery
@@ -132,7 +134,7 @@ def test_recording_is_the_recovery_item_by_item():
     case = replace(CASES['lab'], others=(), n=10, items=16, sft=dict(steps=2, lr=1e-4, batch_size=4))
     bench = Bench(case, progress=False)
     got = record(case, (0.2, 1.0), (1.0,), bench=bench, progress=False)
-    assert got.columns == ['retained', 'recovered', 'mean'] and len(got._points) == 8
+    assert got.columns == ['retained', 'recovered', 'mean'] and len(got.points) == 8
     for s, r in itertools.product((False, True), ('raw', 'module')):
         want = bench.values(bench.model(METHODS['ACT'], 0, s, p=0.2, lam=1.0, rank=r), bench.val)
         v = got.at(0.2, 1.0, r, s).value
@@ -196,7 +198,7 @@ def test_grids_with_holes_are_refused(scores, change, words):
     assert words in str(e.value)
 
 
-def test_points_that_were_not_recorded(scores):
+def testpoints_that_were_not_recorded(scores):
     e = Explorer(grid(), scores)
     with pytest.raises(ActError, match=r'lam 0.7 was not recorded: choose one of 0.5, 1.0'):
         e.at(0.1, 0.7)
@@ -306,10 +308,8 @@ def test_a_heat_map(lab):
 
 def test_the_widget_shows_every_point_and_runs_no_model(lab, monkeypatch):
     pytest.importorskip('ipywidgets')
-    import act.explorer
-
     for name in ('Bench', 'top_p', 'record'):
-        monkeypatch.setattr(act.explorer, name, None)
+        monkeypatch.setattr(f'act.studies.grid.{name}', None)
     w = lab.widget()
     for p, lam, rank, sft in itertools.product((0.01, 0.2, 1.0), lab.lams, lab.ranks, lab.sfts):
         w.p.value, w.lam.value, w.rank.value, w.sft.value = p, lam, rank, sft
@@ -327,7 +327,7 @@ def run(monkeypatch, capsys):
 
     def _run(line):
         monkeypatch.setattr(sys, 'argv', ['act_explore', *line.split()])
-        code = act_explore()
+        code = act_explore.main()
         return (code or 0, *capsys.readouterr())
 
     return _run
@@ -452,7 +452,7 @@ def told(e, p, lam, rank, sft):
     )
 
 
-def test_arrow_keys_step_through_the_recorded_points(visit, lab, text):
+def test_arrow_keys_step_through_the_recordedpoints(visit, lab, text):
     page, wrong = visit(text)
     start = dict(zip(('p', 'lam', 'rank', 'sft'), lab.start))
     assert told(lab, **start) in shown(page) and start['p'] < 1

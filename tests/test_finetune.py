@@ -696,7 +696,7 @@ def test_memory_is_part_of_a_dry_run(checkpoint, items, capsys, monkeypatch, tmp
         sys, 'argv', ['act_finetune', *f'--model {a} --ability {items} --out {tmp_path}/b --dry_run'.split()]
     )
     try:
-        act_finetune()
+        act_finetune.main()
     except SystemExit as e:
         assert not e.code
     out = capsys.readouterr().out

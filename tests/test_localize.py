@@ -252,7 +252,7 @@ def done(sums):
 
 hooks.Sums.done = done
 sys.argv = ['act_localize', *sys.argv[2:]]
-act_localize()
+act_localize.main()
 """
 
 

@@ -253,16 +253,16 @@ def test_the_command(checkpoint, tmp_path, monkeypatch, capsys):
             '--dry_run',
         ],
     )
-    assert not act_mergekit() and not (tmp_path / 'out').exists() and str(t) in capsys.readouterr().out
+    assert not act_mergekit.main() and not (tmp_path / 'out').exists() and str(t) in capsys.readouterr().out
     sys.argv.pop()
     assert (
-        not act_mergekit()
+        not act_mergekit.main()
         and (tmp_path / 'out' / 'model.safetensors').exists()
         and not (tmp_path / 'out' / 'README.md').exists()
         and '->' in capsys.readouterr().out
     )
     monkeypatch.setattr(sys, 'argv', ['act_mergekit', '--config', str(r), '--out', f'{tmp_path}/out'])
-    assert act_mergekit() == 2 and 'exists already' in capsys.readouterr().err
+    assert act_mergekit.main() == 2 and 'exists already' in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -787,7 +787,7 @@ def test_our_model_says_what_is_wrong_in_one_line(monkeypatch, capsys):
 def test_the_tasks_command(tmp_path, monkeypatch, capsys):
     def run(*args):
         monkeypatch.setattr(sys, 'argv', ['act_tasks', *map(str, args)])
-        return act_tasks(), *capsys.readouterr()
+        return act_tasks.main(), *capsys.readouterr()
 
     code, out, _ = run('--ability', 'lab/science-zh', '--n', 4, '--out', tmp_path / 't', '--dry_run')
     assert (

@@ -393,7 +393,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
     def run(line):
         monkeypatch.setattr(sys, 'argv', ['act_plan', *line.split()])
-        return act_plan() or 0, *capsys.readouterr()
+        return act_plan.main() or 0, *capsys.readouterr()
 
     code, out, _ = run(f'--target {a} --donor {b} --mask {mask} --lam 0.5 --constants {tmp_path}/c.json')
     assert code == 0 and repr(plan_transfer(a, b, mask, 0.5)) in out and ') on a cpu, 2 cores' in out
