@@ -39,7 +39,10 @@ class ChannelMask(ChannelData):
     @property
     def hash(self):
         "sha256 of the paths and bits."
-        return sha256(*[x for p in sorted(self.data) for x in (p, self.data[p].to(torch.uint8).numpy().tobytes())])
+        parts = []
+        for path, bits in sorted(self.data.items()):
+            parts += [path, bits.to(torch.uint8).numpy().tobytes()]
+        return sha256(*parts)
 
     def __eq__(self, o):
         same = isinstance(o, ChannelMask) and self.map == o.map

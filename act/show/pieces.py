@@ -7,6 +7,7 @@ __all__ = ['Part', 'number', 'shortened', 'headed', 'strip', 'bars', 'intervals'
 
 # %% ../../nbs/05_pieces.ipynb #05-imports
 import html, math
+from itertools import chain, product
 from numbers import Integral
 
 # %% ../../nbs/05_pieces.ipynb #08-006
@@ -70,7 +71,7 @@ class _Scale:
     @classmethod
     def of(cls, values, log):
         "The scale of a table of numbers: from zero, or from its smallest positive number."
-        known = [v for row in values for v in row if v is not None and (v > 0 or not log)] or [0.0]
+        known = [v for v in chain(*values) if v is not None and (v > 0 or not log)] or [0.0]
         return cls(min(known), max(known), log) if log else cls(min(0.0, *known), max(0.0, *known))
 
     def __call__(self, v):
@@ -171,18 +172,18 @@ def _strip_text(values, rows, columns, scale, totals):
     return out
 
 
-def _ticks(names, wide, free=2):
+def _ticks(names, wide):
     "Column names in a line of text, where there is room."
     line = ''
     for i, name in enumerate(names):
-        if i == 0 or i * wide >= len(line) + (free if wide == 1 else 0) + (len(name) > 1):
+        if i == 0 or i * wide >= len(line) + 2 * (wide == 1) + (len(name) > 1):
             line = line.ljust(i * wide) + name
     return line
 
 
 def _strip_words(values, rows, columns, scale, unit, totals, column):
     "What a strip shows, in words."
-    known = [(v, r, c) for row, r in zip(values, rows) for v, c in zip(row, columns) if v is not None]
+    known = [(v, r, c) for v, (r, c) in zip(chain(*values), product(rows, columns)) if v is not None]
     if not known:
         return ': nothing.'
     low, (high, r, c) = min(k[0] for k in known), max(known, key=lambda k: k[0])
