@@ -108,7 +108,7 @@ def _left_out(without, map):
         )
     return [k for k in kinds if k in here]
 
-# %% ../nbs/24_masks.ipynb #24-algebra
+# %% ../nbs/24_masks.ipynb #24-combined
 @patch
 def _combined(self: ChannelMask, other, op, made):
     if not isinstance(other, ChannelMask):
@@ -121,24 +121,28 @@ def _combined(self: ChannelMask, other, op, made):
     meta = {k: v for k, v in self.meta.items() if other.meta.get(k) == v} | dict(made=f'{made} of two masks')
     return ChannelMask({p: op(v, other[p]) for p, v in self.data.items()}, self.map, meta)
 
-
+# %% ../nbs/24_masks.ipynb #24-algebra
 @patch
 def __or__(self: ChannelMask, o):
+    "Union: the channels of either mask."
     return self._combined(o, torch.logical_or, 'union')
 
 
 @patch
 def __and__(self: ChannelMask, o):
+    "Intersection: the channels of both masks."
     return self._combined(o, torch.logical_and, 'intersection')
 
 
 @patch
 def __sub__(self: ChannelMask, o):
+    "Difference: the channels of this mask that the other lacks."
     return self._combined(o, lambda a, b: a & ~b, 'difference')
 
 
 @patch
 def __invert__(self: ChannelMask):
+    "Complement: all other channels."
     return ChannelMask({p: ~v for p, v in self.data.items()}, self.map, {**self.meta, 'made': 'complement'})
 
 # %% ../nbs/24_masks.ipynb #11-032
