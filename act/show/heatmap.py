@@ -26,4 +26,6 @@ def heatmap(
     sns.heatmap(grid, ax=ax, **{**usual, 'cbar_kws': dict(label=label), **kwargs})
     ax.set(xlabel=columns, ylabel=rows)
     ax.tick_params(axis='y', rotation=0)
+    if max(len(str(name)) for name in grid.columns) > 12:
+        ax.tick_params(axis='x', rotation=90)
     return ax
