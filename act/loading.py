@@ -115,12 +115,12 @@ _WRAPPERS = {  # what training tools add to the names of tensors
 def _renamed(missing, unexpected):
     "(missing name, its name in the files, what to do); None when no unexpected name is a missing one renamed."
     for name in unexpected:
-        wrappers = [w for w in _WRAPPERS if re.search(rf'(?:^|\.){re.escape(w)}', name)]
-        plain = name
+        plain = f'.{name}'
+        wrappers = [w for w in _WRAPPERS if f'.{w}' in plain]
         for w in wrappers:
-            plain = re.sub(rf'(^|\.){re.escape(w)}', r'\1', plain)
-        if wrappers and plain in missing:
-            return plain, name, _unwrap(wrappers)
+            plain = plain.replace(f'.{w}', '.')
+        if wrappers and plain[1:] in missing:
+            return plain[1:], name, _unwrap(wrappers)
         for m in missing:
             if name.endswith(f'.{m}'):
                 return m, name, f"the prefix {name[: -len(m)]} stands before its names: rename its tensors without it"

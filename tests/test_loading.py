@@ -12,7 +12,7 @@ from act.loading import cached, channels_of, load_model, load_tokenizer, resolve
 from act.writer import copy_extras
 from act.kit.errors import ActError
 from act.commands.way import act_evaluate, act_finetune, act_localize
-from conftest import tiny_model, toy_tokenizer
+from conftest import SIZES, tiny_model, toy_tokenizer
 
 WEIGHTS = 'model.safetensors'
 
@@ -321,17 +321,7 @@ def test_a_model_of_the_cache_that_another_run_makes_is_waited_for(tmp_path):
 )
 def test_an_architecture_that_is_not_covered_is_called_so(tmp_path, kind, word):
     "Its files may hold a shared head once, or experts one by one: they fit their configuration all the same."
-    sizes = dict(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        vocab_size=300,
-        max_position_embeddings=64,
-        pad_token_id=0,
-    )
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SIZES, 'num_hidden_layers': 1}))
     model.save_pretrained(tmp_path / 'model')
     with pytest.raises(ActError, match=word) as e:
         channels_of(tmp_path / 'model')
