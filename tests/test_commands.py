@@ -1,6 +1,6 @@
 "Commands: from the lab's models to a recovered, evaluated checkpoint; one clear line for everything that can go wrong."
 
-import json, os, shlex, shutil, signal, subprocess, sys, time, pytest
+import json, os, resource, shlex, shutil, signal, subprocess, sys, time, pytest
 from pathlib import Path
 from act.fingerprints import weight_hash
 from act.loading import load_model
@@ -10,9 +10,10 @@ from act.kit.processes import bar, quiet
 from act.masks import ChannelMask
 from act.scores import ChannelScores
 from conftest import tiny_model
-from helpers import SCRIPTS, check_call, function
+from helpers import SCRIPTS, SETTINGS, check_call, function
 
 BIN = Path(sys.executable).parent
+ROOT = Path(__file__).parent.parent
 
 
 def check_next(out):
@@ -75,6 +76,64 @@ def test_what_is_missing_or_unknown_is_said_in_one_line(name, run):
         assert code == 2 and not out and err.startswith('error: ') and err.count('\n') == 1 and words in err
 
 
+# ---- commands start fast
+
+HEAVY = {'torch', 'transformers', 'datasets', 'pandas', 'matplotlib', 'lm_eval', 'huggingface_hub', 'tqdm'}
+
+
+def seconds(*words):
+    "Processor time of a process."
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([str(w) for w in words], capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@pytest.fixture(scope='module')
+def bare():
+    return seconds(sys.executable, '-c', 'pass')
+
+
+@pytest.mark.parametrize('name', list(SCRIPTS))
+def test_help_takes_no_time(name, bare):
+    assert seconds(BIN / name, '--help') < bare + 0.3
+
+
+@pytest.mark.parametrize('bad', ['--nope', '', '--scores s --out m --p much', '--out'])
+def test_wrong_options_take_no_time(bad, bare):
+    assert seconds(BIN / 'act_mask', *bad.split()) < bare + 0.3
+
+
+def test_a_wrong_choice_takes_no_time(bare):
+    assert seconds(BIN / 'act_mask', *'--scores s --out m --control some'.split()) < bare + 0.3
+    assert seconds(BIN / 'act_recipe', 'jump') < bare + 0.3
+
+
+@pytest.mark.parametrize('module', sorted({where.split(':')[0] for where in SCRIPTS.values()}))
+def test_commands_import_nothing_heavy(module):
+    code = f'import {module}, sys; print(*(n for n in {sorted(HEAVY)} if n in sys.modules))'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.stdout.strip() == '', done.stderr
+
+
+# ---- where help leads
+
+
+@pytest.mark.parametrize('name', list(SCRIPTS))
+def test_help_names_a_page_that_exists(name):
+    address = function(name).parser().epilog.splitlines()[-1].removeprefix('docs: ')
+    site = f"{SETTINGS['DEFAULT']['doc_host']}{SETTINGS['DEFAULT']['doc_baseurl']}"
+    page = address.removeprefix(f'{site}/').removesuffix('.html')
+    assert len(list(ROOT.glob(f'nbs/[0-9][0-9]_{page}.ipynb'))) == 1, address
+
+
+def test_help_tells_the_way_from_studies_and_tools():
+    kinds = {name: function(name).parser().epilog.splitlines()[-3] for name in SCRIPTS}
+    way = [name for name, kind in kinds.items() if kind.startswith('the way: ')]
+    assert sorted(way) == sorted(kinds['act_mask'].removeprefix('the way: ').split(', '))
+    assert {kinds[n].split(' ')[1] for n in SCRIPTS if n not in way} == {'study', 'tool'}
+
+
 def test_the_version(run, capsys):
     with pytest.raises(SystemExit) as e:
         run('act_mask --version')
@@ -128,7 +187,8 @@ def test_the_pipeline(run, tmp_path):
         )[0]
         == 0
     )
-    code, out, _ = run(f'act_evaluate --model {t}/tuned --ability lab/science-zh,{t}/mine.jsonl --n 8 --out {t}/e.json')
+    line = f'act_evaluate --model {t}/tuned --ability lab/science-zh,{t}/mine.jsonl --n 8 --out {t}/e.json'
+    code, out, _ = run(line)
     assert code == 0 and 'science-zh' in out and 'mine' in out
     e = json.loads((t / 'e.json').read_text())
     assert (
@@ -139,6 +199,13 @@ def test_the_pipeline(run, tmp_path):
     a, b = load_model(t / 'moved')[0], load_model(t / 'tuned')[0]
     assert a.dtype == b.dtype and weight_hash(a) != weight_hash(b)
     assert (t / 'tuned' / 'act_transfer.json').read_bytes() == (t / 'moved' / 'act_transfer.json').read_bytes()
+    made = {n: json.loads((t / f).read_text()) for n, f in RECORDS.items()}
+    argv = {n: (d.get('provenance') or d['meta'])['argv'] for n, d in made.items()}
+    assert argv['act_evaluate'] == ['act_evaluate', *line.split()[1:]]
+    assert {n: a[0] for n, a in argv.items()} == {n: n for n in RECORDS}
+
+
+RECORDS = dict(act_transfer='moved/act_transfer.json', act_finetune='tuned/act_finetune.json', act_evaluate='e.json')
 
 
 def test_the_score_matrix_as_json(run):

@@ -9,6 +9,7 @@ __all__ = ['NOTE', 'as_json', 'act_lab', 'act_smollm2', 'act_findings', 'act_rep
 # %% ../../nbs/87_commands_studies.ipynb #87-imports
 import json, math
 from pathlib import Path
+from typing import Literal
 from ..kit.command import command, next_step
 from ..kit.errors import ActError, beside, listed
 from ..kit.files import atomic_file, begin, check_absent
@@ -232,7 +233,7 @@ def _copy(recipe, out):
 # %% ../../nbs/87_commands_studies.ipynb #35-042
 @command(page='68_recipes', note=NOTE)
 def act_recipe(
-    action: str,  # list, copy, run, resume or report
+    action: Literal['list', 'copy', 'run', 'resume', 'report'],  # what to do: list, copy, run, resume or report
     recipe: str = None,  # a name or a YAML file, for copy and run
     out: str = None,  # folder of the run, to create or to resume; for copy the file to write
     device: str = None,  # cpu, cuda, ...
@@ -253,8 +254,6 @@ def act_recipe(
     from act.studies.recipes import read_recipe
     from act.studies.stages import run_recipe
 
-    if action not in ('list', 'copy', 'run', 'resume', 'report'):
-        raise ActError(f"act_recipe cannot {action!r}: choose list, copy, run, resume or report")
     if action == 'list':
         return _list()
     if action in ('copy', 'run') and not recipe:
@@ -304,7 +303,7 @@ def act_explore(
     recovered: str = None,  # abilities to bring back, separated by commas
     retained: str = None,  # abilities to keep
     others: str = None,  # abilities that are only watched
-    metric: str = 'correct',  # correct (share of items) or bits (bits per byte)
+    metric: Literal['correct', 'bits'] = 'correct',  # correct (share of items) or bits (bits per byte)
     n: int = None,  # validation items of each ability; all by default
     ps: str = None,  # shares of the channels, separated by commas
     lams: str = None,  # lambdas, separated by commas

@@ -8,6 +8,7 @@ __all__ = ['NOTE', 'act_delta', 'act_apply', 'act_undo', 'act_plan', 'act_mergek
 # %% ../../nbs/86_commands_tools.ipynb #86-imports
 import sys
 from pathlib import Path
+from typing import Literal
 from ..kit.command import command, next_step
 from ..kit.errors import ActError, beside, listed
 from ..kit.files import begin
@@ -23,7 +24,7 @@ def act_delta(
     mask: str,  # mask file; several separated by commas, one for each donor or all of one
     out: str,  # file to write
     lam: str = '1',  # lambda; one for all or one for each mask
-    rule: str = 'sum',  # where several donors claim a channel: sum (the paper's), mean or sign
+    rule: Literal['sum', 'mean', 'sign'] = 'sum',  # where several donors claim a channel: sum (the paper's), mean or sign
     no_check: bool = False,  # do not compare shapes, weights and hashes first
 ):
     """Write the change of a transfer alone:
@@ -150,7 +151,7 @@ def act_mergekit(
 def act_tasks(
     ability: str,  # names or jsonl files, separated by commas
     out: str,  # folder to create
-    split: str = 'test',  # train, localize, sft, validation, test or all
+    split: Literal['train', 'localize', 'sft', 'validation', 'test', 'all'] = 'test',  # train, localize, sft, validation, test or all
     n: int = None,  # items of each ability; all by default
     write: int = 512,  # tokens that a model may write in the tasks that end in _generate
 ):
