@@ -12,7 +12,7 @@ import numpy as np
 from pathlib import Path
 from fastcore.basics import patch
 from .channels import ChannelMap, KINDS
-from .checkpoints import values_of
+from .checkpoints import rows_of
 from .headers import FILE_TYPES, header_of
 from .kit.errors import ActError
 from .kit.files import atomic_file
@@ -171,7 +171,7 @@ def load(
         if head.get('format') != cls.format:
             raise ValueError(f"its format is {head.get('format')!r:.80}, expected {cls.format!r}")
         map_, meta = parse_json(head.get('map', '')), parse_json(head.get('meta', ''), nan=True)
-        data = {k: values_of(t, t.start, t.end).reshape(t.shape) for k, t in tensors.items()}
+        data = {k: rows_of(t) for k, t in tensors.items()}
         check_contents(data, meta, cls.dtype)
         return cls(data, ChannelMap.from_dict(map_), meta)
     except (OSError, ValueError) as e:

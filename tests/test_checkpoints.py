@@ -43,6 +43,17 @@ def test_rows_are_the_tensors_rows(checkpoint):
     assert ck.rows('model.layers.0.mlp.up_proj.weight', []).shape == (0, w.shape[1])
 
 
+@pytest.mark.parametrize('shape', [(), (0, 4), (5, 0), (1, 300), (7, 11)])
+def test_blocks_are_the_tensor(tmp_path, monkeypatch, shape):
+    monkeypatch.setattr(checkpoints, 'BLOCK', 100)
+    x = torch.randn(shape)
+    save_file({'x': x}, tmp_path / 'x.safetensors')
+    t = read_header(tmp_path / 'x.safetensors')['x']
+    assert torch.equal(checkpoints.rows_of(t), x)
+    blocks = [checkpoints.rows_of(t, *block) for block in checkpoints.blocks_of(t)]
+    assert torch.equal(torch.cat([b.reshape(-1) for b in blocks] or [x.reshape(-1)]), x.reshape(-1))
+
+
 @pytest.mark.parametrize('block', [100, 1 << 20])
 def test_written_like_the_source_it_is_the_source_to_the_byte(checkpoint, tmp_path, monkeypatch, block):
     monkeypatch.setattr(checkpoints, 'BLOCK', block)
