@@ -26,7 +26,10 @@ class ChannelScores(ChannelData):
     format, dtype, noun, column = 'act-scores-1', torch.float32, 'score', 'score'
     cell_label, cell_unit, cell_scale, cell_log, share_label = 'mean score', '', 1.0, True, 'share of the sum of scores'
 
-    def top(self, n=5):
+    def top(
+        self,
+        n: int = 5,  # how many
+    ):  # a DataFrame: module, channel (its number in the module), score
         "The `n` channels with the highest scores."
         import pandas as pd
 
@@ -72,28 +75,42 @@ class ItemScores(Shown):
     def __len__(self):
         return len(self.tokens)
 
-    def pool(self, index=None) -> ChannelScores:
-        "Scores of the items `index` (all by default; repeats count): the mean over their answer tokens."
+    def pool(
+        self,
+        index=None,  # numbers of items, all by default; repeats count
+    ) -> ChannelScores:
+        "Scores of some items: the mean over their answer tokens."
         index = torch.arange(len(self)) if index is None else torch.as_tensor(index)
         times = torch.bincount(index, minlength=len(self)).float()
         n = int((times * self.tokens).sum())
         meta = {**self.meta, 'items': int(times.sum()), 'tokens': n}
         return ChannelScores.from_flat(times @ self.sums / n, self.map, meta)
 
-    def resamples(self, n=20, seed=0):
+    def resamples(
+        self,
+        n: int = 20,  # how many samples
+        seed: int = 0,  # of the draws
+    ):
         "Yield the scores of `n` samples, each of as many items, drawn with replacement."
         g = torch.Generator().manual_seed(seed)
         for _ in range(n):
             yield self.pool(torch.randint(len(self), (len(self),), generator=g))
 
-    def split(self, *sizes, seed=0) -> list:
-        "Scores of disjoint random samples of these sizes."
+    def split(
+        self,
+        *sizes,  # items in each sample
+        seed: int = 0,  # of the draw
+    ) -> list:  # of ChannelScores; raises ActError when there are fewer items
+        "Scores of disjoint random samples."
         if sum(sizes) > len(self):
             raise ActError(f"{' + '.join(map(str, sizes))} items asked of {len(self)}: ask for fewer")
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         return [self.pool(part) for part in order[: sum(sizes)].split(list(sizes))]
 
-    def plot(self, ax=None):
+    def plot(
+        self,
+        ax=None,  # axes to draw on
+    ):
         "The pooled scores as a heat map; returns the axes."
         return self.pool().plot(ax)
 
