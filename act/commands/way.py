@@ -35,7 +35,9 @@ def act_localize(
     device: str = None,  # cpu, cuda, ...
     device_map: str = None,  # auto spreads each model over all devices
     chat: bool = False,  # through the chat template
-    tied: Literal['embedding', 'lm_head'] = 'embedding',  # what tied embedding and lm_head count as: embedding or lm_head
+    tied: Literal[
+        'embedding', 'lm_head'
+    ] = 'embedding',  # what tied embedding and lm_head count as: embedding or lm_head
     no_check: bool = False,  # do not compare the two models first
     hold: Literal['both', 'one', 'auto'] = 'auto',  # both models in memory, one at a time, or auto: both when they fit
     disk_gb: float = None,  # GB that may wait on disk when one model is in memory at a time
@@ -52,16 +54,8 @@ def act_localize(
     from act.sources import load_ability
 
     ability = load_ability(ability, split, n)
-    options = dict(
-        positions=positions,
-        batch_tokens=batch_tokens,
-        max_length=max_length,
-        chat=chat,
-        tied=tied,
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-    )
+    options = dict(positions=positions, batch_tokens=batch_tokens, max_length=max_length, chat=chat, tied=tied)
+    options |= dict(dtype=dtype, device=device, device_map=device_map)
     with contextlib.ExitStack() as stack:
 
         def held():
@@ -70,17 +64,9 @@ def act_localize(
             return stack.enter_context(work_folder(out, key, need))
 
         work = from_first(held)
-        scores = localize(
-            target,
-            donor,
-            ability,
-            check=not no_check,
-            hold=hold,
-            disk=disk_gb and int(disk_gb * 1e9),
-            state=work,
-            save_seconds=save_seconds,
-            **options,
-        )
+        disk = disk_gb and int(disk_gb * 1e9)
+        kept = dict(check=not no_check, hold=hold, disk=disk, state=work, save_seconds=save_seconds)
+        scores = localize(target, donor, ability, **kept, **options)
         if processes()[0]:
             return
         scores.save(out)
@@ -135,7 +121,9 @@ def act_transfer(
     mask: str,  # mask file; several separated by commas, one for each donor or all of one
     out: str,  # folder to create
     lam: str = '1',  # lambda; one for all or one for each mask
-    rule: Literal['sum', 'mean', 'sign'] = 'sum',  # where several donors claim a channel: sum (the paper's), mean or sign
+    rule: Literal[
+        'sum', 'mean', 'sign'
+    ] = 'sum',  # where several donors claim a channel: sum (the paper's), mean or sign
     no_check: bool = False,  # do not compare shapes, weights and hashes first
 ):
     """Move masked channels:
@@ -203,9 +191,8 @@ def act_finetune(
             chosen.map.check(shapes, model)
         lr = lr or safe_rate(_learning(shapes, chosen), bool(lora))
         examples = _examples(data, load_tokenizer(model), chat, max_length, model=ck)
-        memory = _memory_line(
-            training_memory(ck.config, shapes, batch_size * max(len(e['labels']) for e in examples), chosen, lora_r)
-        )
+        longest = max(len(e['labels']) for e in examples)
+        memory = _memory_line(training_memory(ck.config, shapes, batch_size * longest, chosen, lora_r))
         answers = sum(l >= 0 for e in examples for l in e['labels'])
         begin(
             [model, *listed(ability), *([mask] if mask else [])],
@@ -218,25 +205,9 @@ def act_finetune(
         net, tok = _load(model, device)
         check_room(out, ck.nbytes)
         before = None if processes()[0] else bits_per_byte(net, text, tok)
-        report = finetune(
-            net,
-            data,
-            tok,
-            steps,
-            lr,
-            batch_size,
-            chosen,
-            val,
-            seed=seed,
-            max_length=max_length,
-            weight_decay=weight_decay,
-            state=work / 'state',
-            save_steps=save_steps,
-            lora=lora,
-            chat=chat,
-            bf16=bf16,
-            inplace=True,
-        )
+        how = dict(seed=seed, max_length=max_length, weight_decay=weight_decay, lora=lora, chat=chat, bf16=bf16)
+        how |= dict(state=work / 'state', save_steps=save_steps)
+        report = finetune(net, data, tok, steps, lr, batch_size, chosen, val, inplace=True, **how)
         if processes()[0]:
             return
         after, notes = bits_per_byte(report.model, text, tok), {'act_transfer.json': _note(model, 'act_transfer.json')}
@@ -303,16 +274,8 @@ def act_evaluate(
         result.save(out)
     print(f'{result}\n-> {out}' if out else result)
     if not out:
-        next_step(
-            'act_evaluate',
-            model=model,
-            ability=ability,
-            split=split if split != 'test' else None,
-            n=n,
-            chat=chat,
-            generate=generate or None,
-            out=f'{Path(model).name}.json',
-        )
+        given = dict(split=split if split != 'test' else None, n=n, chat=chat, generate=generate or None)
+        next_step('act_evaluate', model=model, ability=ability, **given, out=f'{Path(model).name}.json')
     elif any((Path(model) / f'act_{o}.json').exists() for o in ('transfer', 'finetune')):
         next_step('act_publish', model=model, scores=out, out=beside(out, 'published'))
 
