@@ -13,7 +13,7 @@ import numpy as np
 from functools import cached_property
 from pathlib import Path
 from .channels import EMBEDDING, HEAD
-from .headers import DTYPES, FILE_TYPES, POINTER, is_pointer, read_header
+from .headers import DTYPES, FILE_TYPES, check_pointer, read_header
 from .kit.errors import ActError
 from .kit.processes import quiet
 from .kit.records import parse_json
@@ -29,8 +29,7 @@ def checkpoint_json(
     except FileNotFoundError as e:
         raise ActError(f"{path.parent.name} has no {path.name}: it is not a Hugging Face checkpoint folder") from e
     except (OSError, ValueError) as e:
-        if is_pointer(path):
-            raise ActError(POINTER.format(name)) from e
+        check_pointer(path)
         raise ActError(f"{name} is not JSON ({e}): download it again") from e
     if not isinstance(d, dict):
         raise ActError(f"{name} is not a JSON object: download it again")

@@ -14,7 +14,7 @@ from pathlib import Path
 from textwrap import shorten
 from .channels import BUFFERS, ChannelMap, enumerate_channels, meta_model
 from .checkpoints import Checkpoint, one_line, transformers_config
-from .headers import POINTER, is_pointer
+from .headers import check_pointer
 from .kit.errors import ActError, imported
 from .kit.files import begin, exclusive, is_dry, size_text, writable_parent
 from .kit.processes import quiet
@@ -167,8 +167,7 @@ def load_tokenizer(
 
     folder = resolve(model)
     file = folder / 'tokenizer.json'
-    if is_pointer(file):
-        raise ActError(POINTER.format(f'{folder.name}/{file.name}'))
+    check_pointer(file)
     todo = "copy tokenizer.json and tokenizer_config.json there"
     with one_line(f"{folder.name} has no tokenizer that loads", todo), quiet():
         tok = (PreTrainedTokenizerFast if file.exists() else AutoTokenizer).from_pretrained(folder)

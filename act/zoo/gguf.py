@@ -14,7 +14,7 @@ from pathlib import Path
 from ..channels import HEAD
 from ..checkpoints import one_line
 from ..fingerprints import is_tied
-from ..headers import POINTER, is_pointer
+from ..headers import check_pointer
 from ..kit.errors import ActError
 from ..kit.processes import quiet
 from ..kit.records import sha256
@@ -37,8 +37,7 @@ def gguf_header(
         import gguf
     except ImportError as e:
         raise ActError(f"reading {file.name} needs the package gguf: pip install gguf") from e
-    if is_pointer(_there(file)):
-        raise ActError(POINTER.format(file.name))
+    check_pointer(_there(file))
     if part := re.search(r'-(\d{5})-of-(\d{5})\.gguf$', file.name, re.I):
         raise ActError(
             f"{file.name} is part {int(part[1])} of {int(part[2])} of one model: join them first (llama-gguf-split"
