@@ -10,19 +10,19 @@ import importlib
 from importlib.util import find_spec
 from pathlib import Path
 
-# %% ../../nbs/00_errors.ipynb #09-006
-PACKAGE = Path(find_spec('act').origin).parent
-
 # %% ../../nbs/00_errors.ipynb #09-009
 class ActError(ValueError):
     "What is wrong, where, and what to do about it. The only error that the library raises for bad input."
+
+# %% ../../nbs/00_errors.ipynb #09-006
+PACKAGE = Path(find_spec('act').origin).parent
 
 # %% ../../nbs/00_errors.ipynb #09-600
 def imported(
     where: str,  # 'module:name'
 ):
     "Import what a registry names by a string."
-    module, _, name = where.partition(':')
+    module, name = where.split(':')
     return getattr(importlib.import_module(module), name)
 
 # %% ../../nbs/00_errors.ipynb #09-420
@@ -38,9 +38,13 @@ def listed(
     text: str,  # names or paths, separated by commas
 ) -> list:
     "Split names at commas, but not at a comma inside an existing path."
-    parts, out = (text or '').split(','), []
+    parts, found = (text or '').split(','), []
     while parts:
-        n = next((n for n in range(len(parts), 1, -1) if Path(','.join(parts[:n])).exists()), 1)
-        out.append(','.join(parts[:n]))
+        n = 1
+        for m in range(len(parts), 1, -1):
+            if Path(','.join(parts[:m])).exists():
+                n = m
+                break
+        found.append(','.join(parts[:n]))
         parts = parts[n:]
-    return [o for o in out if o]
+    return [o for o in found if o]
