@@ -34,11 +34,11 @@ def quiet():
 
 # %% ../../nbs/03_processes.ipynb #09-038
 class _Lines:
-    "What tqdm draws, as log lines."
+    "A file for tqdm in which every drawing is a line."
 
-    def write(self, s):
-        if s := s.strip():
-            print(s, file=sys.stderr, flush=True)
+    def write(self, drawn):
+        if drawn.strip():
+            print(drawn.strip(), file=sys.stderr, flush=True)
 
     def flush(self):
         pass
@@ -145,11 +145,9 @@ def warn(
 # %% ../../nbs/03_processes.ipynb #09-508
 def peak_memory() -> int:  # bytes
     "The most memory this process has held so far."
-    try:
-        return 1024 * int(
-            next(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM'))
-        )  # not counting the program that started it
+    try:  # what Linux says, which does not count the program that started this one
+        lines = open('/proc/self/status').read().splitlines()
+        return 1024 * int(next(l.split()[1] for l in lines if l.startswith('VmHWM')))
     except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-            1 if sys.platform == 'darwin' else 1024
-        )  # macOS counts bytes
+        unit = 1 if sys.platform == 'darwin' else 1024  # macOS counts bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
