@@ -163,8 +163,8 @@ def test_called_from_python_it_raises():
 
 def test_a_second_run_into_one_place_is_refused_and_the_first_goes_on(tmp_path):
     code = (
-        f"from act.kit.files import work_folder\nwith work_folder('{tmp_path}/out') as w: (w/'theirs').touch(); print('in',"
-        " flush=True); input()"
+        f"from act.kit.files import work_folder\nwith work_folder('{tmp_path}/out') as w:"
+        " (w/'theirs').touch(); print('in', flush=True); input()"
     )
     with subprocess.Popen(
         [sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -139,6 +139,31 @@ def _unknown(f, word):
     hint = f' (did you mean {near[0]}?)' if near else ''
     return ActError(f'{f.__name__} does not know {word}{hint}: see {f.__name__} --help')
 
+# %% ../../nbs/04_command.ipynb #04-warnings-code
+def _say(text, code):
+    print(text, file=sys.stderr)
+    return code
+
+
+@contextlib.contextmanager
+def _warnings_as_lines():
+    "Print each `ActWarning` once, as a line on standard error."
+    said = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', FutureWarning)  # of libraries, about their own next version
+        warnings.simplefilter('always', ActWarning)
+        other = warnings.showwarning
+
+        def show(message, category, *args, **kwargs):
+            if not issubclass(category, ActWarning):
+                return other(message, category, *args, **kwargs)
+            if str(message) not in said:
+                _say(f'warning: {message}', 0)
+            said.add(str(message))
+
+        warnings.showwarning = show
+        yield
+
 # %% ../../nbs/04_command.ipynb #09-412
 def _run(f, parser, words):
     "Run a command with the words of a command line; returns the exit code."
@@ -174,31 +199,6 @@ def _interrupted(how):
         how = 'nothing is left of this run, the same command starts it again'
     line = '\n' if not closed and sys.stderr.isatty() else ''  # after the terminal's ^C
     return _say(f'{line}interrupted: {how}', 130)
-
-
-def _say(text, code):
-    print(text, file=sys.stderr)
-    return code
-
-# %% ../../nbs/04_command.ipynb #04-warnings-code
-@contextlib.contextmanager
-def _warnings_as_lines():
-    "Print each `ActWarning` once, as a line on standard error."
-    said = set()
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', FutureWarning)  # of libraries, about their own next version
-        warnings.simplefilter('always', ActWarning)
-        other = warnings.showwarning
-
-        def show(message, category, *args, **kwargs):
-            if not issubclass(category, ActWarning):
-                return other(message, category, *args, **kwargs)
-            if str(message) not in said:
-                _say(f'warning: {message}', 0)
-            said.add(str(message))
-
-        warnings.showwarning = show
-        yield
 
 # %% ../../nbs/04_command.ipynb #04-words
 def option_words(

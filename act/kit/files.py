@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['left_work', 'exclusive', 'writing', 'check_room', 'size_text', 'DryRun', 'begin', 'dry', 'is_dry', 'writable_parent',
-           'atomic_file', 'flush', 'check_absent', 'work_folder', 'atomic_folder']
+           'flush', 'atomic_file', 'check_absent', 'work_folder', 'atomic_folder']
 
 # %% ../../nbs/01_files.ipynb #01-imports
 import contextlib, errno, os, shutil, tempfile, time
@@ -15,6 +15,31 @@ try:
     import fcntl
 except ImportError as e:
     raise ImportError("act runs on Linux and macOS, where files can be locked: on Windows, use it inside WSL") from e
+
+# %% ../../nbs/01_files.ipynb #09-102
+_BUSY = "another run is writing {} now: wait until it is done, or choose another name"
+_NO_LOCKS = errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS  # of file systems that have none
+
+
+def _locked(path, until):
+    "(descriptor, file) of the lock of `path`."
+    lock = path.with_name(f'.{path.name}.lock')
+    while True:
+        fd = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), os.stat(lock)):
+                return fd, lock  # else it was another run's, which has just ended
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        except OSError as e:
+            if e.errno in _NO_LOCKS:
+                return fd, lock
+            raise
+        os.close(fd)
+        if time.monotonic() >= until:
+            raise ActError(_BUSY.format(path))
+        time.sleep(0.01)
 
 # %% ../../nbs/01_files.ipynb #09-101
 _held = {}  # locks of this process: path -> how many blocks use it
@@ -47,31 +72,6 @@ def exclusive(
         del _held[path]
         lock.unlink(missing_ok=True)
         os.close(fd)
-
-# %% ../../nbs/01_files.ipynb #09-102
-_BUSY = "another run is writing {} now: wait until it is done, or choose another name"
-_NO_LOCKS = errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS  # of file systems that have none
-
-
-def _locked(path, until):
-    "(descriptor, file) of the lock of `path`."
-    lock = path.with_name(f'.{path.name}.lock')
-    while True:
-        fd = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(fd), os.stat(lock)):
-                return fd, lock  # else it was another run's, which has just ended
-        except (BlockingIOError, FileNotFoundError):
-            pass
-        except OSError as e:
-            if e.errno in _NO_LOCKS:
-                return fd, lock
-            raise
-        os.close(fd)
-        if time.monotonic() >= until:
-            raise ActError(_BUSY.format(path))
-        time.sleep(0.01)
 
 # %% ../../nbs/01_files.ipynb #09-104
 _DISK = 'IoError', 'I/O error', 'PytorchStreamWriter'  # what libraries call a disk error
@@ -216,6 +216,29 @@ def writable_parent(
     except OSError as e:
         raise ActError(f"cannot create the folder {path.parent} ({e.strerror}): choose another output path") from e
 
+# %% ../../nbs/01_files.ipynb #09-014
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def flush(
+    path,  # a file or a folder
+):
+    "Make sure that what was written to `path` is on disk, not only in memory."
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _sweep(path):
+    "Remove the temporary files that killed runs left beside `path`."
+    for f in path.parent.glob(f'.{path.name}.*.tmp'):
+        f.unlink(missing_ok=True)
+
 # %% ../../nbs/01_files.ipynb #09-013
 @contextlib.contextmanager
 def atomic_file(
@@ -239,29 +262,6 @@ def atomic_file(
             flush(path.parent)
         finally:
             Path(tmp).unlink(missing_ok=True)
-
-# %% ../../nbs/01_files.ipynb #09-014
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def flush(
-    path,  # a file or a folder
-):
-    "Make sure that what was written to `path` is on disk, not only in memory."
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _sweep(path):
-    "Remove the temporary files that killed runs left beside `path`."
-    for f in path.parent.glob(f'.{path.name}.*.tmp'):
-        f.unlink(missing_ok=True)
 
 # %% ../../nbs/01_files.ipynb #09-017
 def check_absent(

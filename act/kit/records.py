@@ -12,32 +12,6 @@ from pathlib import Path
 from .errors import ActError, PACKAGE
 from .files import atomic_file
 
-# %% ../../nbs/02_records.ipynb #09-302
-JSON_LIMIT = 16 << 20  # most bytes of one text
-
-
-def parse_json(
-    source,  # a Path, or text as str or UTF-8 bytes
-    nan: bool = False,  # let NaN and infinity pass, as `write_json` writes them
-):  # raises ValueError that says what is wrong; OSError when a file cannot be read
-    "Parse JSON that is not trusted."
-    if isinstance(source, Path):
-        with open(source, 'rb') as f:
-            source = f.read(JSON_LIMIT + 1)
-    if len(source) > JSON_LIMIT:
-        raise ValueError(f'more than {JSON_LIMIT:,} bytes of JSON')
-    text = source if isinstance(source, str) else source.decode()
-    try:
-        numbers = {} if nan else dict(parse_constant=_finite, parse_float=_finite)
-        d = json.loads(text, object_pairs_hook=_once, **numbers)
-    except RecursionError as e:
-        raise ValueError('it nests too deeply') from e
-    if _depth(d) > 100:
-        raise ValueError('it nests too deeply')
-    if '\\u' in text:
-        json.dumps(d, ensure_ascii=False).encode()  # half of a surrogate pair is not a character
-    return d
-
 # %% ../../nbs/02_records.ipynb #09-303
 def _once(pairs):
     "A dict of pairs; ValueError when a key comes twice."
@@ -66,6 +40,32 @@ def _depth(d):
             inner += [x for x in values if isinstance(x, (dict, list))]
         level, n = inner, n + 1
     return n
+
+# %% ../../nbs/02_records.ipynb #09-302
+JSON_LIMIT = 16 << 20  # most bytes of one text
+
+
+def parse_json(
+    source,  # a Path, or text as str or UTF-8 bytes
+    nan: bool = False,  # let NaN and infinity pass, as `write_json` writes them
+):  # raises ValueError that says what is wrong; OSError when a file cannot be read
+    "Parse JSON that is not trusted."
+    if isinstance(source, Path):
+        with open(source, 'rb') as f:
+            source = f.read(JSON_LIMIT + 1)
+    if len(source) > JSON_LIMIT:
+        raise ValueError(f'more than {JSON_LIMIT:,} bytes of JSON')
+    text = source if isinstance(source, str) else source.decode()
+    try:
+        numbers = {} if nan else dict(parse_constant=_finite, parse_float=_finite)
+        d = json.loads(text, object_pairs_hook=_once, **numbers)
+    except RecursionError as e:
+        raise ValueError('it nests too deeply') from e
+    if _depth(d) > 100:
+        raise ValueError('it nests too deeply')
+    if '\\u' in text:
+        json.dumps(d, ensure_ascii=False).encode()  # half of a surrogate pair is not a character
+    return d
 
 # %% ../../nbs/02_records.ipynb #09-023
 def write_json(
