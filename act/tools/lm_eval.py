@@ -6,7 +6,7 @@
 __all__ = ['task_folder']
 
 # %% ../../nbs/80_lm_eval.ipynb #80-imports
-import inspect, json, re
+import importlib, inspect, json, re
 from ..harness import TASKS, task_kind
 from ..kit.errors import ActError
 from ..kit.files import atomic_folder, begin
@@ -24,7 +24,7 @@ def items(file, eos=False, language=None, **_):
     return dict(test=Dataset.from_list([dict(r, eos=eos, language=language) for r in rows]))
 
 '''
-_scoring = inspect.getmodule(task_kind)
+_scoring = importlib.import_module('act.answers')
 _NAMES, _SCORES = (
     ('DECIMAL_POINT', 'DECIMAL_COMMA'),
     (
@@ -55,7 +55,7 @@ def _task_yaml(name, kind, a, write):
         (TASKS / f'act_{kind}.yaml')
         .read_text(encoding='utf-8')
         .replace('act.harness.task_items', 'act_items.items')
-        .replace('act.evaluate.', 'act_items.')
+        .replace('act.answers.', 'act_items.')
     )
     file = (
         f'  file: {name.removesuffix("_generate")}.jsonl\n'
