@@ -39,20 +39,20 @@ def test_help(name, run, capsys, monkeypatch):
     with pytest.raises(SystemExit) as e:
         run(f'{name} --help')
     text = capsys.readouterr().out
-    assert (
-        e.value.code == 0
-        and text.startswith(f'usage: {name} ')
-        and 'exit codes: 0 done, 2 wrong input, 130 interrupted\n' in text
-        and '\ndocs: https://' in text
-        and '--dry_run' in text
-        and 'None' not in text
-    )
+    assert e.value.code == 0
+    assert text.startswith(f'usage: {name} ')
+    assert 'exit codes: 0 done, 2 wrong input, 130 interrupted\n' in text
+    assert '\ndocs: https://' in text
+    assert '--dry_run' in text
+    assert 'None' not in text
     purpose, examples = text.split('\n\n')[1], text.split('\nexample:\n')[1].split('\n\n')[0].splitlines()
-    assert purpose and '`' not in text and '  ' not in purpose and examples
+    assert purpose
+    assert '`' not in text
+    assert '  ' not in purpose
+    assert examples
     for e in examples:
-        assert e.startswith(f'  {name}') and (
-            e.strip() in (name, 'act_recipe list') or ' --' in e or ' act_' not in e
-        ), e  # whole, on one line
+        assert e.startswith(f'  {name}'), e
+        assert e.strip() in (name, 'act_recipe list') or ' --' in e or ' act_' not in e, e  # whole, on one line
         check_call(e)
     for o in required(name):
         assert o == 'action' or text.index('\nrequired:') < text.index(f'\n  --{o} ') < text.index('\noptions:')
@@ -63,17 +63,19 @@ def test_what_is_missing_or_unknown_is_said_in_one_line(name, run):
     need = required(name)
     if need:
         code, out, err = run(name)
-        assert (
-            code == 2
-            and not out
-            and err.startswith(f'error: {name} needs ')
-            and err.endswith(f': see {name} --help\n')
-            and all(o in err for o in need)
-            and err.count('\n') == 1
-        )
+        assert code == 2
+        assert not out
+        assert err.startswith(f'error: {name} needs ')
+        assert err.endswith(f': see {name} --help\n')
+        assert all(o in err for o in need)
+        assert err.count('\n') == 1
     for bad, words in (('--dry-run', '(did you mean --dry_run?)'), ('--qqq 3', 'does not know --qqq: see')):
         code, out, err = run(f'{name} {bad}')
-        assert code == 2 and not out and err.startswith('error: ') and err.count('\n') == 1 and words in err
+        assert code == 2
+        assert not out
+        assert err.startswith('error: ')
+        assert err.count('\n') == 1
+        assert words in err
 
 
 # ---- commands start fast
@@ -139,17 +141,16 @@ def test_the_version(run, capsys):
         run('act_mask --version')
     from act import __version__
 
-    assert e.value.code == 0 and capsys.readouterr().out == f'act {__version__}\n'
+    assert e.value.code == 0
+    assert capsys.readouterr().out == f'act {__version__}\n'
 
 
 def test_a_value_of_the_wrong_type(run):
     code, out, err = run('act_mask --scores s --out m --p much')
-    assert (
-        code == 2
-        and not out
-        and err.count('\n') == 1
-        and "--p: invalid float value: 'much': see act_mask --help" in err
-    )
+    assert code == 2
+    assert not out
+    assert err.count('\n') == 1
+    assert "--p: invalid float value: 'much': see act_mask --help" in err
 
 
 def test_the_pipeline(run, tmp_path):
@@ -169,17 +170,16 @@ def test_the_pipeline(run, tmp_path):
         == 0
     )
     m, r = (ChannelMask.load(t / f'{n}.safetensors') for n in 'mr')
-    assert (
-        m.count == r.count == round(0.1 * m.total)
-        and m != r
-        and ChannelMask.load(t / 'w.safetensors')['model.embed_tokens'].all()
-        and ChannelScores.load(t / 's.safetensors').meta['items'] == 40
-    )
+    assert m.count == r.count == round(0.1 * m.total)
+    assert m != r
+    assert ChannelMask.load(t / 'w.safetensors')['model.embed_tokens'].all()
+    assert ChannelScores.load(t / 's.safetensors').meta['items'] == 40
     code, out, _ = run(
         f'act_transfer --target lab/maths-en --donor lab/base --mask {t}/m.safetensors --lam 0.5 --out {t}/moved'
     )
     assert check_next(out) == [f'act_finetune --model {t}/moved --ability ABILITY --out {t}/tuned']
-    assert code == 0 and f'{m.count:,} of {m.total:,} channels from lab/base, lam 0.5' in out
+    assert code == 0
+    assert f'{m.count:,} of {m.total:,} channels from lab/base, lam 0.5' in out
     assert (
         run(
             f'act_finetune --model {t}/moved --ability lab/science-zh,{t}/mine.jsonl --mask {t}/m.safetensors --steps 2'
@@ -189,15 +189,16 @@ def test_the_pipeline(run, tmp_path):
     )
     line = f'act_evaluate --model {t}/tuned --ability lab/science-zh,{t}/mine.jsonl --n 8 --out {t}/e.json'
     code, out, _ = run(line)
-    assert code == 0 and 'science-zh' in out and 'mine' in out
+    assert code == 0
+    assert 'science-zh' in out
+    assert 'mine' in out
     e = json.loads((t / 'e.json').read_text())
-    assert (
-        e['meta']['weights'] == weight_hash(t / 'tuned')
-        and e['meta']['provenance' if 'provenance' in e['meta'] else 'git']
-        and len(e['items']['id']) == 16
-    )
+    assert e['meta']['weights'] == weight_hash(t / 'tuned')
+    assert e['meta']['provenance' if 'provenance' in e['meta'] else 'git']
+    assert len(e['items']['id']) == 16
     a, b = load_model(t / 'moved')[0], load_model(t / 'tuned')[0]
-    assert a.dtype == b.dtype and weight_hash(a) != weight_hash(b)
+    assert a.dtype == b.dtype
+    assert weight_hash(a) != weight_hash(b)
     assert (t / 'tuned' / 'act_transfer.json').read_bytes() == (t / 'moved' / 'act_transfer.json').read_bytes()
     made = {n: json.loads((t / f).read_text()) for n, f in RECORDS.items()}
     argv = {n: (d.get('provenance') or d['meta'])['argv'] for n, d in made.items()}
@@ -211,7 +212,10 @@ RECORDS = dict(act_transfer='moved/act_transfer.json', act_finetune='tuned/act_f
 def test_the_score_matrix_as_json(run):
     code, out, _ = run('act_lab --json')
     d = json.loads(out)
-    assert code == 0 and d['base']['science-zh'] >= 0.9 and len(d) == 5 and len(d['maths-en']) == 24
+    assert code == 0
+    assert d['base']['science-zh'] >= 0.9
+    assert len(d) == 5
+    assert len(d['maths-en']) == 24
     assert 'maths-en' in run('act_lab --models maths-en')[1]
 
 
@@ -332,7 +336,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, files, line, words):
     (t / 'cut' / 'model.safetensors').write_bytes(raw[:-64])
     before = tree(t)
     code, out, err = run(line.format(t=t))
-    assert code == 2 and err.count('\n') == 1 and err.startswith('error: ') and words in err
+    assert code == 2
+    assert err.count('\n') == 1
+    assert err.startswith('error: ')
+    assert words in err
     assert tree(t) == before
     assert (
         run(f'{line.format(t=t)} --dry_run') == (2, out, err) or line.startswith('act_recipe') and 'dry_run' in line
@@ -377,13 +384,12 @@ def test_a_dry_run_checks_and_says_and_leaves_nothing(run, files, line, monkeypa
     before, here = tree(t), sorted(os.listdir('.'))
     code, out, err = run(f'{line.format(t=t)} --dry_run')
     assert (code, err) == (0, ''), err
-    assert (
-        'dry run, nothing was written\n' in out
-        and '\nwork: ' in out
-        and ('\nwrites: ' in out) == ('--out' in line or 'in_place' in line or 'measure' in line or 'smollm2' in line)
-        and 'next: ' not in out
-    )
-    assert tree(t) == before and sorted(os.listdir('.')) == here
+    assert 'dry run, nothing was written\n' in out
+    assert '\nwork: ' in out
+    assert ('\nwrites: ' in out) == ('--out' in line or 'in_place' in line or 'measure' in line or 'smollm2' in line)
+    assert 'next: ' not in out
+    assert tree(t) == before
+    assert sorted(os.listdir('.')) == here
 
 
 def test_what_a_dry_run_expects_is_about_what_comes(run, files):
@@ -404,7 +410,8 @@ def test_what_a_dry_run_expects_is_about_what_comes(run, files):
             for p in [Path(line.format(t=t).split()[-1])]
             for f in (p.glob('*.safetensors') if p.is_dir() else [p])
         )
-        assert code == 0 and 0.5 < float(number) * dict(bytes=1, kB=1e3, MB=1e6)[unit] / size < 2, line
+        assert code == 0, line
+        assert 0.5 < float(number) * dict(bytes=1, kB=1e3, MB=1e6)[unit] / size < 2, line
 
 
 @pytest.mark.slow
@@ -425,7 +432,8 @@ def test_a_dry_run_sees_another_run(files):
         f'act_mask --scores {files}/s --out {files}/x',
     ):
         done = subprocess.run([BIN / line.split()[0], *line.split()[1:], '--dry_run'], capture_output=True, text=True)
-        assert done.returncode == 2 and 'another run is writing' in done.stderr
+        assert done.returncode == 2
+        assert 'another run is writing' in done.stderr
     holder.communicate('\n')
     assert holder.returncode == 0
 
@@ -450,7 +458,9 @@ def test_a_dry_run_fetches_no_model(run, tmp_path, monkeypatch):
         ),
     )
     code, out, err = run(f'act_evaluate --model some/model --ability lab/science-zh --out {tmp_path}/x --dry_run')
-    assert (code, err) == (0, '') and 'fetch 3 GB of some/model' in out and not os.listdir(tmp_path)
+    assert (code, err) == (0, '')
+    assert 'fetch 3 GB of some/model' in out
+    assert not os.listdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, 'model_info', lambda *_, **__: 1 / 0)
     assert 'could not be fetched' in run(f'act_evaluate --model some/model --ability lab/science-zh --dry_run')[2]
 
@@ -472,10 +482,10 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path):
         time.sleep(0.1)
     p.send_signal(signal.SIGINT)
     out, err = p.communicate(timeout=120)
-    assert (
-        p.returncode == 130 and err == 'interrupted: give the same command again to go on\n'
-    )  # one line: no bar, no traceback
-    assert out.startswith('memory: about ') and out.count('\n') == 1
+    assert p.returncode == 130
+    assert err == 'interrupted: give the same command again to go on\n'  # one line: no bar, no traceback
+    assert out.startswith('memory: about ')
+    assert out.count('\n') == 1
 
 
 def test_interrupted_before_anything_was_done(monkeypatch, capsys, tmp_path):
@@ -510,7 +520,8 @@ def closed():
 def test_a_pipe_that_nobody_reads(files):
     for args in (['--scores', files / 's', '--out', files / 'x'], ['--help']):
         done = subprocess.run([BIN / 'act_mask', *args], stdout=closed(), stderr=subprocess.PIPE, text=True)
-        assert done.stderr == '' and done.returncode in (141, 0 if '--help' in args else 141)
+        assert done.stderr == ''
+        assert done.returncode in (141, 0 if '--help' in args else 141)
     assert ChannelMask.load(files / 'x').count  # printing comes after writing
 
 
@@ -521,13 +532,11 @@ def test_piped_output_holds_results_alone(files):
         capture_output=True,
         text=True,
     )
-    assert (
-        done.returncode == 0
-        and done.stderr == ''
-        and '\r' not in done.stdout
-        and 'science-zh' in done.stdout
-        and f'-> {files}/e.json' in done.stdout
-    )
+    assert done.returncode == 0
+    assert done.stderr == ''
+    assert '\r' not in done.stdout
+    assert 'science-zh' in done.stdout
+    assert f'-> {files}/e.json' in done.stdout
 
 
 def test_bars(monkeypatch, capsys):
@@ -539,7 +548,8 @@ def test_bars(monkeypatch, capsys):
     monkeypatch.setattr(processes, 'log_options', lambda: late | dict(delay=0, mininterval=0))
     list(bar(range(3), desc='a', unit='step'))
     err = capsys.readouterr().err
-    assert '\r' not in err and err.splitlines()[-1].startswith('a 3 of 3 step, 00:00')
+    assert '\r' not in err
+    assert err.splitlines()[-1].startswith('a 3 of 3 step, 00:00')
     list(bar(range(3), False, desc='a'))
     assert capsys.readouterr().err == ''
 
@@ -560,7 +570,8 @@ def test_all_bars_off():
     err = lambda **env: (
         subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ | env).stderr
     )
-    assert err() and not err(TQDM_DISABLE='1')
+    assert err()
+    assert not err(TQDM_DISABLE='1')
 
 
 def test_next_steps_are_quoted_and_known(run, files, capsys):
@@ -581,4 +592,5 @@ def test_next_steps_are_quoted_and_known(run, files, capsys):
         'act_evaluate --model lab/base --ability lab/science-zh --n 4',
     ):
         code, out, err = run(line.format(t=t))
-        assert code == 0 and len(check_next(out)) == 1, (out, err)
+        assert code == 0, (out, err)
+        assert len(check_next(out)) == 1, (out, err)

@@ -13,7 +13,8 @@ def test_a_file_that_fails_leaves_the_old_one_and_no_debris(tmp_path):
         with atomic_file(tmp_path / 'x.json') as tmp:
             tmp.write_text('half')
             raise RuntimeError
-    assert json.loads((tmp_path / 'x.json').read_text()) == {'a': 1} and os.listdir(tmp_path) == ['x.json']
+    assert json.loads((tmp_path / 'x.json').read_text()) == {'a': 1}
+    assert os.listdir(tmp_path) == ['x.json']
 
 
 def test_a_folder_that_fails_never_appears(tmp_path):
@@ -37,7 +38,8 @@ def test_a_folder_that_appears_meanwhile_is_kept(tmp_path):
             (tmp / 'a').write_text('ours')
             (tmp_path / 'out').mkdir()
             (tmp_path / 'out' / 'b').write_text('theirs')
-    assert os.listdir(tmp_path / 'out') == ['b'] and os.listdir(tmp_path) == ['out']
+    assert os.listdir(tmp_path / 'out') == ['b']
+    assert os.listdir(tmp_path) == ['out']
 
 
 def test_no_room_on_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
@@ -71,7 +73,8 @@ def test_files_get_the_usual_permissions(tmp_path):
             os.chmod(tmp / 'a', 0o600)
     finally:
         os.umask(old)
-    assert (tmp_path / 'o').stat().st_mode & 0o777 == 0o755 and (tmp_path / 'o' / 'a').stat().st_mode & 0o777 == 0o644
+    assert (tmp_path / 'o').stat().st_mode & 0o777 == 0o755
+    assert (tmp_path / 'o' / 'a').stat().st_mode & 0o777 == 0o644
 
 
 def test_hashes_of_different_lists_differ():
@@ -80,10 +83,10 @@ def test_hashes_of_different_lists_differ():
 
 def test_provenance_names_revision_versions_and_machine():
     p = provenance(seed=3)
-    assert p['git'] == git_revision() and p['seed'] == 3
-    assert {'torch', 'transformers', 'lm-eval', 'python', 'act'} <= set(p['versions']) and p['machine'][
-        'cores'
-    ] == os.cpu_count()
+    assert p['git'] == git_revision()
+    assert p['seed'] == 3
+    assert {'torch', 'transformers', 'lm-eval', 'python', 'act'} <= set(p['versions'])
+    assert p['machine']['cores'] == os.cpu_count()
     json.dumps(p)
 
 
@@ -106,7 +109,8 @@ def test_a_command_reads_options(capsys):
 def test_bad_input_is_one_line_and_code_2(capsys):
     assert half.main(['--n', '3']) == 2
     out, err = capsys.readouterr()
-    assert out == '' and err == 'error: n is 3, an odd number: pass an even one\n'
+    assert out == ''
+    assert err == 'error: n is 3, an odd number: pass an even one\n'
 
 
 def test_help_explains_every_option(capsys):
@@ -198,7 +202,8 @@ def test_files_that_a_killed_run_left_are_swept_away(tmp_path):
         f"import os, signal\nfrom act.kit.files import atomic_file\nwith atomic_file('{tmp_path}/x.json') as t:"
         " t.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
     )
-    assert subprocess.run([sys.executable, '-c', code]).returncode == -9 and len(os.listdir(tmp_path)) == 2
+    assert subprocess.run([sys.executable, '-c', code]).returncode == -9
+    assert len(os.listdir(tmp_path)) == 2
     write_json(1, tmp_path / 'x.json')
     assert os.listdir(tmp_path) == ['x.json']
 
@@ -209,4 +214,5 @@ def test_a_lock_that_was_just_given_back_is_taken_anew(tmp_path):
     with exclusive(tmp_path / 'a'):
         with atomic_file(tmp_path / 'a') as t:
             t.write_text('2')  # the same process may
-    assert (tmp_path / 'a').read_text() == '2' and os.listdir(tmp_path) == ['a']
+    assert (tmp_path / 'a').read_text() == '2'
+    assert os.listdir(tmp_path) == ['a']

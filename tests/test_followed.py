@@ -125,7 +125,8 @@ def test_the_installed_package_is_the_wheels(installed, tmp_path):
         ' sep="\\n")',
         tmp_path,
     )
-    assert done.returncode == 0 and [Path(l).resolve() for l in done.stdout.splitlines()] == [
+    assert done.returncode == 0, done.stderr
+    assert [Path(l).resolve() for l in done.stdout.splitlines()] == [
         (installed.own / 'act/__init__.py').resolve(),
         installed.own.resolve(),
     ], done.stderr
@@ -134,9 +135,8 @@ def test_the_installed_package_is_the_wheels(installed, tmp_path):
 
 def test_all_data_is_in_the_wheel(installed):
     data = {p.relative_to(ROOT) for p in (ROOT / 'act').rglob('*') if p.is_file() and '__pycache__' not in p.parts}
-    assert not [str(p) for p in data if not (installed.own / p).exists()] and any(
-        p.suffix == '.yaml' and 'recipe' in str(p) for p in data
-    )
+    assert not [str(p) for p in data if not (installed.own / p).exists()]
+    assert any(p.suffix == '.yaml' and 'recipe' in str(p) for p in data)
 
 
 def test_what_a_package_index_shows(installed):
@@ -144,19 +144,21 @@ def test_what_a_package_index_shows(installed):
         meta = email.message_from_bytes(z.read(next(n for n in z.namelist() if n.endswith('.dist-info/METADATA'))))
     text = meta.get_payload(decode=True).decode()
     links = re.findall(r'\]\(([^)\s]+)\)', text)
-    assert len(links) > 30 and not [l for l in links if not l.startswith('https://')]
+    assert len(links) > 30
+    assert not [l for l in links if not l.startswith('https://')]
     pictures = re.findall(r'!\[[^\]]*\]\(([^)\s]+)\)', text)
-    assert len(pictures) == 2 and all(
+    assert len(pictures) == 2
+    assert all(
         re.fullmatch(r'https://raw\.githubusercontent\.com/act-companion/act/main/nbs/images/\w+\.(svg|png)', p)
         for p in pictures
     )
     assert all((ROOT / p.split('/main/')[1]).exists() for p in pictures)
     ours = [l for l in links if l.startswith('https://act-companion.github.io/act/')]
     pages = {re.sub(r'^\d+_', '', p.stem) for p in (ROOT / 'nbs').glob('*.ipynb')}
-    assert ours and not [l for l in ours if l.split('/act/')[1].split('.html')[0] not in pages]
-    assert meta['Description-Content-Type'] == 'text/markdown' and '](nbs/' in (ROOT / 'README.md').read_text(
-        encoding='utf-8'
-    )  # which stays as it is
+    assert ours
+    assert not [l for l in ours if l.split('/act/')[1].split('.html')[0] not in pages]
+    assert meta['Description-Content-Type'] == 'text/markdown'
+    assert '](nbs/' in (ROOT / 'README.md').read_text(encoding='utf-8')  # which stays as it is
 
 
 # ---- the pages
@@ -189,9 +191,8 @@ def guide(names):
     "The guide's code with other names in its one cell of names, and at the end what came out as a line of JSON."
     code = [source(c) for c in cells('90_guide') if c['cell_type'] == 'code']
     given = [i for i, c in enumerate(code) if c.startswith('target, donor = ')]
-    assert len(given) == 1 and set(names) == {
-        n.id for n in ast.walk(ast.parse(code[given[0]])) if isinstance(n, ast.Name)
-    }
+    assert len(given) == 1
+    assert set(names) == {n.id for n in ast.walk(ast.parse(code[given[0]])) if isinstance(n, ast.Name)}
     code[given[0]] = '\n'.join(f'{k} = {v!r}' for k, v in names.items())
     end = (
         'import json\nprint(json.dumps(dict(mask=mask.meta, tried=len(grid), test={n: row(m) for n, m in'
@@ -251,7 +252,8 @@ def test_the_guide_with_other_models(started, name, ability):
     code, said = process.wait(), (at / 'out').read_text()
     assert code == 0, said[-3000:]
     end = json.loads(said.splitlines()[-1])
-    assert end['mask']['ability'] == ability and end['tried'] == 8
+    assert end['mask']['ability'] == ability
+    assert end['tried'] == 8
     assert [*end['test']] == ['target', 'target + SFT', 'random mask + SFT', 'ACT without SFT', 'ACT']
     assert all([*row] == ['retained', 'recovered'] for row in end['test'].values())
 
@@ -264,9 +266,8 @@ def test_nothing_else_in_the_guide_names_models_or_abilities():
     ]
     named = re.sub(r'#\| tbl-cap: .*', '', '\n'.join(code))  # of a recorded table
     lines = '\n'.join(l for l, _, _ in PAGES['guide'] if not re.match('(target|recovered)=', l))
-    assert not re.search(r'lab/|maths|science|multiplication', named) and not re.search(
-        r'lab/|maths|science|multiplication', lines
-    )
+    assert not re.search(r'lab/|maths|science|multiplication', named)
+    assert not re.search(r'lab/|maths|science|multiplication', lines)
 
 
 @pytest.mark.parametrize('name', PAGES)
@@ -326,11 +327,9 @@ def test_a_copied_notebook_leaves_the_package_alone(installed, tmp_path):
         tmp_path,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert (
-        {p: p.stat().st_mtime_ns for d in (ROOT / 'act', installed.own / 'act') for p in d.glob('*.py')} == before
-        and not (tmp_path / 'act').exists()
-        and not (tmp_path.parent / 'act').exists()
-    )
+    assert {p: p.stat().st_mtime_ns for d in (ROOT / 'act', installed.own / 'act') for p in d.glob('*.py')} == before
+    assert not (tmp_path / 'act').exists()
+    assert not (tmp_path.parent / 'act').exists()
 
 
 def test_no_notebook_exports():
@@ -345,7 +344,8 @@ def test_windows_gets_a_sentence(tmp_path):
     "Without fcntl the package says where it runs, instead of a missing module."
     code = "import sys; sys.modules['fcntl'] = None\ntry: import act.kit.files\nexcept ImportError as e: print(e)"
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
-    assert 'on Windows, use it inside WSL' in done.stdout and done.returncode == 0
+    assert 'on Windows, use it inside WSL' in done.stdout
+    assert done.returncode == 0
 
 
 def test_peak_memory_is_in_bytes_everywhere(monkeypatch):

@@ -21,7 +21,8 @@ def test_every_name_is_there():
     from act import Ability, ChannelMask, evaluate, finetune, load_ability, load_model, localize, top_p, transfer
 
     assert all(callable(f) for f in (Ability, ChannelMask, evaluate, finetune, load_ability, load_model))
-    assert localize.__module__ == 'act.localize' and transfer.__module__ == 'act.transfer'
+    assert localize.__module__ == 'act.localize'
+    assert transfer.__module__ == 'act.transfer'
     assert top_p is act.top_p
 
 
