@@ -637,7 +637,7 @@ def lm_eval(tmp_path):
 
 
 OURS, THEIRS = (
-    'from act.evaluate import act_lm_eval; sys.exit(act_lm_eval())',
+    'from act.commands.tools import act_lm_eval; sys.exit(act_lm_eval())',
     'from lm_eval.__main__ import cli_evaluate; cli_evaluate()',
 )
 
