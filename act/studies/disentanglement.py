@@ -64,7 +64,9 @@ def plot_overlap(
     "Clustered heat map of the pairwise overlap of masks, in percent; returns the figure."
     import seaborn as sns
 
-    with plt.rc_context({'figure.constrained_layout.use': False}):  # clustermap does its own layout
+    layout = plt.rcParams['figure.constrained_layout.use']
+    plt.rcParams['figure.constrained_layout.use'] = False  # clustermap does its own layout
+    try:
         g = sns.clustermap(
             100 * square(table, value),
             figsize=(WIDTH + 0.6, WIDTH + 0.6),
@@ -77,6 +79,8 @@ def plot_overlap(
             xticklabels=True,
             yticklabels=True,
         )
+    finally:
+        plt.rcParams['figure.constrained_layout.use'] = layout
     g.ax_cbar.set_title(f'{value} (%)', size=7)
     return g.figure
 
