@@ -145,7 +145,7 @@ def _lie(pub):
 
 
 def _alt(mask):
-    cells = mask._cells()
+    cells = mask.cells()
     layer, kind = cells.stack().idxmax()
     return (
         f'Heat map of layers by kinds of module, the share of channels that moved. Most in {kind}'
@@ -503,7 +503,7 @@ def _index(self: Publication):
     for a in t.index:
         data = dict(
             task_type='text-generation',
-            dataset_type=SOURCES.get(skill_language(a)[0], dict(hub=('act-transfer',)))['hub'][0],
+            dataset_type=SOURCES[skill].hub[0] if (skill := skill_language(a)[0]) in SOURCES else 'act-transfer',
             dataset_name=a,
             dataset_config=a,
             dataset_split=(_spec(a, about[a]['source']) or (0, None))[1],
