@@ -24,15 +24,16 @@ class EncodedItem:
     name: str = ''  # the item's name in error messages
 
 # %% ../nbs/19_encoding.ipynb #02-031
+_SENTINEL = 'qxzjvkw'  # a word that no text holds
+
+
 def render(
-    item: Item,
-    tokenizer,  # what to render, and for which model
+    item: Item,  # what to render
+    tokenizer,  # of the model that will read it
     chat: bool = False,  # through the tokenizer's chat template
     name: str = None,  # the item's name in error messages; its id by default
-    # (text before the answer, the answer as rendered, text after it); raises ActError when the template does not keep
-    # the answer
-) -> tuple:
-    "The three strings whose concatenation the model sees."
+) -> tuple:  # (text before the answer, the answer as rendered, text after it)
+    "The three strings whose concatenation the model sees; ActError when the template does not keep the answer."
     if not chat:
         return item.prompt, item.answer, ''
     mark = _SENTINEL
@@ -49,9 +50,6 @@ def render(
         raise _template_error(tokenizer, item, name, 'drops or changes the prompt')
     return before, answer, after
 
-# %% ../nbs/19_encoding.ipynb #02-203
-_SENTINEL = 'qxzjvkw'
-
 
 def _chat(tokenizer, item, name, answer=None):
     "The conversation as text: with an answer, or up to the point where the model answers."
@@ -62,10 +60,8 @@ def _chat(tokenizer, item, name, answer=None):
         turns.append(dict(role='assistant', content=answer))
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None)
-    except Exception as e:
-        raise _template_error(
-            tokenizer, item, name, f"fails ({' '.join(str(e).split())[:200]})"
-        ) from e  # whatever a template raises
+    except Exception as e:  # whatever a template raises
+        raise _template_error(tokenizer, item, name, f"fails ({' '.join(str(e).split())[:200]})") from e
 
 
 def _template_error(tokenizer, item, name, what):
@@ -77,8 +73,8 @@ def _template_error(tokenizer, item, name, what):
 
 # %% ../nbs/19_encoding.ipynb #02-032
 def encode(
-    ability,
-    tokenizer,  # an Ability or a list of items; a fast tokenizer
+    ability,  # an Ability or a list of items
+    tokenizer,  # a fast tokenizer
     positions: str = 'read',  # 'read': where answer tokens are read; 'predict': where they are predicted
     chat: bool = False,  # through the chat template
     max_length: int = None,  # cut longer texts
@@ -86,20 +82,18 @@ def encode(
     cut: str = 'right',  # 'right', or 'left': the prompt loses its beginning and the answer loses nothing
 ) -> list:  # of EncodedItem; items without a position left are dropped; ActError when no item is left
     "Token ids and answer positions of every item, by character offsets."
-    if positions not in ('read', 'predict'):
-        raise ActError(f"positions is {positions!r}: choose 'read' or 'predict'")
-    if cut not in ('right', 'left'):
-        raise ActError(f"cut is {cut!r}: choose 'right' or 'left'")
-    _check_fast(tokenizer)
-    names = _names(ability)
+    for name, value, choices in (('positions', positions, ('read', 'predict')), ('cut', cut, ('right', 'left'))):
+        if value not in choices:
+            raise ActError(f"{name} is {value!r}: choose {choices[0]!r} or {choices[1]!r}")
+    names, out = _names(ability), []
     parts = [render(o, tokenizer, chat, name) for o, name in zip(ability, names)]
-    enc = tokenizer([''.join(p) for p in parts], return_offsets_mapping=True, add_special_tokens=not chat)
-    out = []
-    for i, ((before, text, _), name) in enumerate(zip(parts, names)):
-        ids, spans = _kept(enc, i, tokenizer)
-        answer = _covering(spans, len(before), len(before) + len(text))
+    tokens = _tokens([''.join(p) for p in parts], tokenizer, chat)
+    for (before, text, _), (ids, spans), name in zip(parts, tokens, names):
+        end = len(before) + len(text)
+        # the tokens that cover a character of the answer; a lone space may have an empty span, at its end
+        answer = [i for i, (a, b) in enumerate(spans) if b > len(before) and (a < end or b == end)]
         if eos:
-            ids, answer = _with_end(ids, spans, answer, len(before) + len(text), tokenizer, chat)
+            ids, answer = _with_end(ids, spans, answer, end, tokenizer, chat)
         if answer[:1] == [0]:
             raise ActError(
                 f"{name}: its answer begins at the first token, which nothing predicts: give it a prompt, or use a"
@@ -110,20 +104,10 @@ def encode(
         if where:
             out.append(EncodedItem(ids, where, answer, text, name))
     if not out:
-        raise ActError(
-            f"{f'ability {ability.name}' if hasattr(ability, 'name') else ', '.join(names[:3])} has no answer tokens"
-            " left"
-            + (f" after cutting at {max_length} tokens: raise max_length" if max_length else ": check its answers")
-        )
+        what = f'ability {ability.name}' if hasattr(ability, 'name') else ', '.join(names[:3])
+        why = f' after cutting at {max_length} tokens: raise max_length' if max_length else ': check its answers'
+        raise ActError(f"{what} has no answer tokens left{why}")
     return out
-
-# %% ../nbs/19_encoding.ipynb #02-206
-def _check_fast(tokenizer):
-    if not getattr(tokenizer, 'is_fast', False):
-        raise ActError(
-            "answer tokens are found by character offsets, which needs a fast tokenizer: load the model with its"
-            " tokenizer.json"
-        )
 
 
 def _names(ability):
@@ -132,25 +116,27 @@ def _names(ability):
     return [f'item {o.id or i}{of}' for i, o in enumerate(ability)]
 
 
-def _kept(enc, i, tokenizer):
-    "Ids and character spans of a text, without what the tokenizer appended by itself."
-    ids, own = enc['input_ids'][i], [o is None for o in enc.sequence_ids(i)]
-    n = len(ids)
-    while n and own[n - 1] and ids[n - 1] != tokenizer.bos_token_id:
-        n -= 1
-    return ids[:n], enc['offset_mapping'][i][:n]
-
-
-def _covering(spans, start, end):
-    "The tokens that cover a character from `start` to `end`; a lone space may have an empty span, at its end."
-    return [i for i, (a, b) in enumerate(spans) if b > start and (a < end or b == end)]
+def _tokens(texts, tokenizer, chat):
+    "(ids, character spans) of every text, without what the tokenizer appends by itself."
+    if not getattr(tokenizer, 'is_fast', False):
+        raise ActError(
+            "answer tokens are found by character offsets, which needs a fast tokenizer: load the model with its"
+            " tokenizer.json"
+        )
+    enc = tokenizer(texts, return_offsets_mapping=True, add_special_tokens=not chat)
+    for i, (ids, spans) in enumerate(zip(enc['input_ids'], enc['offset_mapping'])):
+        added, n = [o is None for o in enc.sequence_ids(i)], len(ids)
+        while n and added[n - 1] and ids[n - 1] != tokenizer.bos_token_id:
+            n -= 1
+        yield ids[:n], spans[:n]
 
 
 def _with_end(ids, spans, answer, end, tokenizer, chat):
     "Add the token that ends the text, or the turn, to the answer's."
     if chat:
         special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
-        return ids, answer + [i for i, (a, _) in enumerate(spans) if a >= end and ids[i] in special][:1]
+        ends = [i for i, (a, _) in enumerate(spans) if a >= end and ids[i] in special]
+        return ids, answer + ends[:1]
     if tokenizer.eos_token_id is None:
         return ids, answer
     if ids[-1] != tokenizer.eos_token_id:
@@ -174,19 +160,16 @@ def _cut(ids, answer, max_length, side, tokenizer, name):
 
 # %% ../nbs/19_encoding.ipynb #02-208
 def encode_prompts(
-    ability,
-    tokenizer,  # an Ability or a list of items; a fast tokenizer
+    ability,  # an Ability or a list of items
+    tokenizer,  # a fast tokenizer
     chat: bool = False,  # through the chat template
     max_length: int = None,  # cut longer prompts on the left
 ) -> list:  # of EncodedItem without an answer
     "Token ids of prompts, for a model to continue."
-    _check_fast(tokenizer)
-    names = _names(ability)
+    names, out = _names(ability), []
     texts = [_chat(tokenizer, o, name) if chat else o.prompt for o, name in zip(ability, names)]
-    enc = tokenizer(texts, return_offsets_mapping=True, add_special_tokens=not chat)
-    out = []
-    for i, name in enumerate(names):
-        ids, _ = _cut(_kept(enc, i, tokenizer)[0], [], max_length, 'left', tokenizer, name)
+    for (ids, _), name in zip(_tokens(texts, tokenizer, chat), names):
+        ids, _ = _cut(ids, [], max_length, 'left', tokenizer, name)
         if not ids:
             raise ActError(
                 f"{name}: its prompt is empty, and nothing can go on from nothing: give it one, or use a tokenizer that"
@@ -202,17 +185,14 @@ def reads(
     "The limits of what a model can read."
     config = model.config if isinstance(model.config, dict) else model.config.to_dict()
     config = {**config, **(config.get('text_config') or {})}
-    context, scaling = (
-        config.get('max_position_embeddings') or config.get('n_positions'),
-        config.get('rope_scaling') or config.get('rope_parameters') or {},
-    )
-    if context:
-        context = max(
-            context, int((scaling.get('original_max_position_embeddings') or context) * (scaling.get('factor') or 1))
-        )  # scaled positions reach further
+    context = config.get('max_position_embeddings') or config.get('n_positions')
+    if context:  # scaled positions reach further
+        scaling = config.get('rope_scaling') or config.get('rope_parameters') or {}
+        original = scaling.get('original_max_position_embeddings') or context
+        context = max(context, int(original * (scaling.get('factor') or 1)))
     return config.get('vocab_size'), context
 
-
+# %% ../nbs/19_encoding.ipynb #19-fits
 def check_fits(
     encoded: list,  # from `encode`
     rows: int,  # of the embedding; None when unknown
@@ -226,19 +206,16 @@ def check_fits(
                 f"{e.name}: token id {max(e.input_ids)} is outside the model's vocabulary of {rows} ({what}): use the"
                 " model's own tokenizer"
             )
-        if not context or len(e.input_ids) <= context:
-            continue
-        way = (
-            f'pass max_length={context}, which cuts it'
-            if len(e.answer) < context
-            else 'its answer alone is too long, leave it out'
-        )
-        raise ActError(f"{e.name} is {len(e.input_ids):,} tokens long and {what} reads {context:,}: {way}")
+        if context and len(e.input_ids) > context:
+            way = f'pass max_length={context}, which cuts it'
+            if len(e.answer) >= context:
+                way = 'its answer alone is too long, leave it out'
+            raise ActError(f"{e.name} is {len(e.input_ids):,} tokens long and {what} reads {context:,}: {way}")
 
 # %% ../nbs/19_encoding.ipynb #02-035
 def batches(
-    encoded: list,
-    tokenizer,  # from `encode`
+    encoded: list,  # from `encode`
+    tokenizer,  # whose padding token fills the rows
     batch_tokens: int = 4096,  # most tokens in a batch, padding included
     padding_side: str = 'right',  # 'right' or 'left'
     alike: float = 7 / 8,  # an item shorter than this share of the longest starts a new batch, to limit padding
@@ -248,29 +225,21 @@ def batches(
 
     input_ids, attention_mask, position_ids and positions (bool) are (batch, width); index holds the item numbers.
     """
-    order = sorted(
-        range(len(encoded)), key=lambda i: (-len(encoded[i].input_ids), encoded[i].input_ids, i)
-    )  # independent of the order in the file
+    lengths = [len(e.input_ids) for e in encoded]
+    order = sorted(range(len(encoded)), key=lambda i: (-lengths[i], encoded[i].input_ids, i))  # not that of the file
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     while order:
-        width = len(encoded[order[0]].input_ids)
+        width = lengths[order[0]]
         most = max(1, min(batch_tokens // width, batch_size or len(order)))
-        n = max(1, sum(len(encoded[i].input_ids) >= alike * width for i in order[:most]))
-        take, order = order[:n], order[n:]
-        ids, mask, where = (
-            torch.full((len(take), width), pad),
-            torch.zeros(len(take), width, dtype=torch.long),
-            torch.zeros(len(take), width, dtype=torch.bool),
-        )
-        for row, i in enumerate(take):
-            e, n = encoded[i], len(encoded[i].input_ids)
-            off = width - n if padding_side == 'left' else 0
-            ids[row, off : off + n], mask[row, off : off + n] = torch.tensor(e.input_ids), 1
-            where[row, [off + j for j in e.positions]] = True
-        yield dict(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-            positions=where,
-            index=take,
-        )
+        n = max(1, sum(lengths[i] >= alike * width for i in order[:most]))
+        index, order = order[:n], order[n:]
+        ids = torch.full((n, width), pad)
+        mask = torch.zeros(n, width, dtype=torch.long)
+        positions = torch.zeros(n, width, dtype=torch.bool)
+        for row, i in enumerate(index):
+            start = width - lengths[i] if padding_side == 'left' else 0
+            ids[row, start : start + lengths[i]] = torch.tensor(encoded[i].input_ids)
+            mask[row, start : start + lengths[i]] = 1
+            positions[row, [start + j for j in encoded[i].positions]] = True
+        numbers = (mask.cumsum(1) - 1).clamp(min=0)
+        yield dict(input_ids=ids, attention_mask=mask, position_ids=numbers, positions=positions, index=index)
