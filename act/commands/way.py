@@ -246,20 +246,18 @@ def act_evaluate(
     `act_evaluate --model lab/base --ability lab/multiplication-en,lab/science-zh --out base.json`
     """
     from act.encoding import check_fits, reads
-    from act.evaluate import _check_names, _encoded, _warn_of_trained, evaluate
+    from act.evaluate import ability_list, encode_test, evaluate, warn_of_trained
     from act.fingerprints import weight_hash
-    from act.harness import task_kind
     from act.loading import check_use, load_model, load_tokenizer, opened
     from act.sources import load_ability
 
-    abilities = [load_ability(a, split, n) for a in listed(ability)]
-    _check_names(abilities)
+    abilities = ability_list(load_ability(a, split, n) for a in listed(ability))
     check_use(dtype, device)
     # everything that can be wrong is checked before anything is loaded
     headers, first, tok = opened(model), not processes()[0], load_tokenizer(model)
-    encoded = [e for a in abilities for e in _encoded(a, tok, task_kind(a, generate), a.eos, chat, max_length)]
+    encoded = [e for a in abilities for e in encode_test(a, tok, generate, None, chat, max_length)]
     check_fits(encoded, *reads(headers), model)
-    _warn_of_trained(model, abilities)
+    warn_of_trained(model, abilities)
     begin(
         [model, *listed(ability)],
         {out: 1000 + 80 * len(encoded)} if out else {},

@@ -11,7 +11,7 @@ import pandas as pd
 from dataclasses import dataclass
 from transformers import AutoConfig
 from ..channels import enumerate_channels, meta_model
-from ..harness import TaskKey, cached_task, silent, task_kind
+from ..harness import ability_task, silent, task_kind
 from ..kit.errors import ActError
 from ..loading import is_here, resolve
 from ..pairs import check_pair
@@ -163,11 +163,7 @@ def _resolve_data(recipe, problems):
             ability = load_ability(a, split, n if split != 'localize' else None)  # each seed draws n of them
             kind = task_kind(ability, recipe.case.generate)
             with silent():
-                task = (
-                    cached_task(TaskKey(ability.name, ability), kind, '', recipe.case.generate)
-                    if split in ('validation', 'test')
-                    else None
-                )
+                task = ability_task(ability, recipe.case.generate) if split in ('validation', 'test') else None
             size = lambda o: len((o.prompt + ''.join(o.choices or [o.answer])).encode())
             rows.append(
                 dict(
