@@ -171,6 +171,7 @@ def act_lm_eval():
 
     `act_lm_eval run --model act --model_args pretrained=lab/base,chat=False --tasks TASK --include_path FOLDER`
     """
+    import act.harness  # lm-eval knows the model act from there
     from lm_eval.__main__ import cli_evaluate
 
     try:
