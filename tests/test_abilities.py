@@ -24,29 +24,35 @@ def text_at(tok, encoded, item):
 
 def test_answer_tokens_spell_the_answer(tokenizer):
     for o, e in zip(ITEMS, encode(ITEMS, tokenizer)):
-        assert text_at(tokenizer, e, o) == o.answer and e.positions == e.answer
+        assert text_at(tokenizer, e, o) == o.answer
+        assert e.positions == e.answer
 
 
 def test_by_hand_one_byte_a_token(tokenizer):
     e = encode([Item('xyz', 'wv')], tokenizer)[0]
-    assert len(e.input_ids) == 5 and e.positions == [3, 4]
+    assert len(e.input_ids) == 5
+    assert e.positions == [3, 4]
     assert encode([Item('xyz', 'wv')], tokenizer, positions='predict')[0].positions == [2, 3]
 
 
 def test_a_token_across_the_border_counts_as_answer(tokenizer):
     whole = tokenizer('two plus')['input_ids']
     e = encode([Item('two pl', 'us')], tokenizer)[0]
-    assert e.input_ids == whole and e.answer[-1] == len(whole) - 1 and len(e.answer) >= 1
+    assert e.input_ids == whole
+    assert e.answer[-1] == len(whole) - 1
+    assert len(e.answer) >= 1
 
 
 def test_nothing_is_inserted_between_prompt_and_answer(tokenizer):
     e = encode([Item('abc', 'def')], tokenizer)[0]
-    assert e.input_ids == tokenizer('abcdef')['input_ids'] and tokenizer.eos_token_id not in e.input_ids
+    assert e.input_ids == tokenizer('abcdef')['input_ids']
+    assert tokenizer.eos_token_id not in e.input_ids
 
 
 def test_the_end_of_text_is_added_when_asked(tokenizer):
     e = encode([Item('abc', 'd')], tokenizer, eos=True)[0]
-    assert e.input_ids[-1] == tokenizer.eos_token_id and e.answer == [3, 4]
+    assert e.input_ids[-1] == tokenizer.eos_token_id
+    assert e.answer == [3, 4]
 
 
 @pytest.mark.parametrize('side', ['left', 'right'])
@@ -188,13 +194,15 @@ def test_a_small_file_is_used_whole_and_says_so(tmp_path):
 
 def test_hashes_of_items():
     a = Ability('x', [Item('p', 'a', id='1'), Item('p', 'b')])
-    assert a.item_hashes == [sha256('p', 'a')[:12], sha256('p', 'b')[:12]] and all(len(h) == 12 for h in a.item_hashes)
+    assert a.item_hashes == [sha256('p', 'a')[:12], sha256('p', 'b')[:12]]
+    assert all(len(h) == 12 for h in a.item_hashes)
 
 
 def test_jsonl_round_trip(tmp_path):
     a = Ability('maths-sw', ITEMS)
     b = load_ability(str(a.save(tmp_path / 'maths-sw.jsonl')), 'all')
-    assert a.hash == b.hash and (b.skill, b.language, b.eos) == ('maths', 'sw', False)
+    assert a.hash == b.hash
+    assert (b.skill, b.language, b.eos) == ('maths', 'sw', False)
 
 
 def test_an_ability_without_items_or_answers():
@@ -206,7 +214,9 @@ def test_an_ability_without_items_or_answers():
 
 def test_samples_repeat_and_know_their_limits():
     a = Ability('x', [Item(str(i), 'b') for i in range(20)], eos=True)
-    assert a.sample(5, 1).hash == a.sample(5, 1).hash != a.sample(5, 2).hash and a.sample(5).eos and a[:3].eos
+    assert a.sample(5, 1).hash == a.sample(5, 1).hash != a.sample(5, 2).hash
+    assert a.sample(5).eos
+    assert a[:3].eos
     with pytest.raises(ActError, match='21 items asked'):
         a.sample(21)
 
@@ -273,7 +283,9 @@ def test_parallel_paragraphs_share_a_split(mirror):
 
 def test_worked_answers_lose_their_calculator_notes(mirror):
     o = load_ability('gsm8k/en')[0]
-    assert o.answer.startswith(' So ') and '<<' not in o.answer and '####' in o.answer
+    assert o.answer.startswith(' So ')
+    assert '<<' not in o.answer
+    assert '####' in o.answer
 
 
 def test_no_data_names_both_ways(monkeypatch, tmp_path):

@@ -95,7 +95,8 @@ def test_the_answer_alone_counts_in_every_template(name, answer):
 
 def test_an_empty_think_block_belongs_to_the_prompt():
     before, _, rest = render(Item('21+21?', '42'), byte_tokenizer(template=QWEN3), chat=True)
-    assert before.endswith('<think>\n\n</think>\n\n') and rest == '<|im_end|>\n'
+    assert before.endswith('<think>\n\n</think>\n\n')
+    assert rest == '<|im_end|>\n'
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,8 @@ def test_a_template_that_does_not_keep_the_answer_is_named(template, item, words
     tok = byte_tokenizer(template=template)
     with pytest.raises(ActError, match=words) as e:
         encode(Ability('sums', [item]), tok, chat=True)
-    assert 'leave chat off' in str(e.value) and '/somewhere' not in str(e.value)
+    assert 'leave chat off' in str(e.value)
+    assert '/somewhere' not in str(e.value)
 
 
 def test_a_prompt_that_holds_the_sentinel():
@@ -159,11 +161,9 @@ def test_what_a_tokenizer_appends_is_left_out_unless_asked_for(bos, chat):
     assert encode_prompts(items, tok, chat=chat) == encode_prompts(items, plain, chat=chat)
     if not chat:
         e = encode(items, tok, eos=True)[1]
-        assert (
-            e.input_ids[-1] == tok.eos_token_id
-            and e.input_ids[-2] != tok.eos_token_id
-            and e.answer[-1] == len(e.input_ids) - 1
-        )
+        assert e.input_ids[-1] == tok.eos_token_id
+        assert e.input_ids[-2] != tok.eos_token_id
+        assert e.answer[-1] == len(e.input_ids) - 1
         assert (encode(items, tok)[0].input_ids[0] == tok.bos_token_id) == bos
 
 
@@ -178,7 +178,8 @@ def test_blank_prompts(prompt):
     item = Item(prompt, 'drum', id='x:1')
     tok = byte_tokenizer(bos=True, merges=False)
     (e,) = encode([item], tok)
-    assert spelt(tok, e) == 'drum' and e.input_ids[0] == 1
+    assert spelt(tok, e) == 'drum'
+    assert e.input_ids[0] == 1
     assert encode_prompts([item], tok)[0].input_ids == e.input_ids[: e.answer[0]]
     bare = byte_tokenizer(merges=False)
     if prompt:
@@ -214,11 +215,9 @@ def test_cut_on_the_left_keeps_the_answer(bos):
     tok = byte_tokenizer(bos, merges=False)
     (whole,) = encode([Item('abcdefgh', 'xyz')], tok)
     (e,) = encode([Item('abcdefgh', 'xyz')], tok, max_length=6, cut='left')
-    assert (
-        len(e.input_ids) == 6
-        and spelt(tok, e) == 'xyz'
-        and e.input_ids[-5 if bos else -6 :] == whole.input_ids[-5 if bos else -6 :]
-    )
+    assert len(e.input_ids) == 6
+    assert spelt(tok, e) == 'xyz'
+    assert e.input_ids[-5 if bos else -6 :] == whole.input_ids[-5 if bos else -6 :]
     assert (e.input_ids[0] == tok.bos_token_id) == bos
     assert encode([Item('abcdefgh', 'xyz')], tok, max_length=4, cut='left')[0].answer == [
         1,
@@ -438,7 +437,8 @@ def test_choices_in_chat_are_scored_one_by_one(model):
 def test_a_prompt_that_is_cut_keeps_its_answer(model):
     tok, ability = byte_tokenizer(bos=True), Ability('sums-en', ITEMS)
     whole, short = (evaluate(model, ability, tok, max_length=n, progress=False).items for n in (None, 8))
-    assert short.tokens.tolist() == whole.tokens.tolist() and short.loglik.tolist() != whole.loglik.tolist()
+    assert short.tokens.tolist() == whole.tokens.tolist()
+    assert short.loglik.tolist() != whole.loglik.tolist()
     assert short.loglik.tolist() == pytest.approx(by_hand(model, tok, ability, max_length=8, cut='left'), abs=1e-4)
     with pytest.raises(ActError, match='does not fit'):
         evaluate(model, ability, tok, max_length=2, progress=False)
@@ -528,8 +528,10 @@ def test_stop_strings_end_a_text(model):
     ask = lambda **how: free.generate_until([Instance('generate_until', {}, ('two plus', how), 0, ('x', 0, 1))])[0]
     whole = ask(max_gen_toks=12)
     stop = whole[4:6]
-    assert len(whole) > 8 and free.at_limit['x', 0]
-    assert ask(max_gen_toks=12, until=[stop]) == whole[: whole.index(stop)] and not free.at_limit['x', 0]
+    assert len(whole) > 8
+    assert free.at_limit['x', 0]
+    assert ask(max_gen_toks=12, until=[stop]) == whole[: whole.index(stop)]
+    assert not free.at_limit['x', 0]
     assert ask(max_gen_toks=12, until=stop) == whole[: whole.index(stop)]
     with pytest.raises(ActError, match='writes greedily'):
         ask(do_sample=True)
@@ -546,7 +548,8 @@ def test_never_more_is_written_than_fits(model):
     assert seen[0] + len(seen) - 1 <= 20  # the prompt, cut to 12, and 8 tokens
     seen.clear()
     ask('q' * 15, 4)
-    assert seen[0] == 15 and len(seen) <= 4
+    assert seen[0] == 15
+    assert len(seen) <= 4
     hook.remove()
 
 
@@ -559,7 +562,8 @@ def test_results_with_and_without_texts_come_back(model, tmp_path):
     r = evaluate(model, [pick, sums], tok, generate=4, progress=False)
     again = EvalResult.load(r.save(tmp_path / 'r.json'))
     assert again.items.text.tolist() == r.items.text.tolist() == [None, r.items.text[1]]
-    assert again.items.limit.tolist() == r.items.limit.tolist() and again.items.read.tolist() == r.items.read.tolist()
+    assert again.items.limit.tolist() == r.items.limit.tolist()
+    assert again.items.read.tolist() == r.items.read.tolist()
     scored = evaluate(model, pick, tok, progress=False)
     assert not {'text', 'read', 'limit'} & set(scored.items)
     assert not {'text', 'read', 'limit'} & json.loads(scored.save(tmp_path / 's.json').read_text())['items'].keys()

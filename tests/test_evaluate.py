@@ -8,8 +8,8 @@ from act.kit.processes import ActWarning
 from act.answers import compare_answers, read_answer, read_number
 from act.commands.way import act_evaluate
 from act.evaluate import EvalResult, evaluate
-from act.harness import TASKS
-from act.stats import bootstrap_ci, holm, mcnemar, paired_bootstrap
+from act.harness import TASKS, write_tasks
+from act.stats import METRICS, bootstrap_ci, holm, interval_text, mcnemar, paired_bootstrap, two_sided_p
 from conftest import tiny_model
 
 ABILITY = Ability('toy-en', [Item('two plus two is', ' four'), Item('cuatro y', ' cuatro son'), Item('x', 'y')])
@@ -29,7 +29,8 @@ def test_loglikelihoods_by_hand(family, tokenizer, eos):
     items = evaluate(model, ABILITY, tokenizer, eos=eos, progress=False).items
     for o, ll, ok in zip(ABILITY, items.loglik, items.correct):
         want = by_hand(model, tokenizer, o, tokenizer.eos_token if eos else '')
-        assert abs(ll - want[0]) < 1e-3 and ok == want[1]
+        assert abs(ll - want[0]) < 1e-3
+        assert ok == want[1]
 
 
 def test_the_lab_agrees_with_greedy_decoding():
@@ -50,17 +51,19 @@ def test_generation_reads_the_last_number():
 
     model, tok = load_model('lab/base', dtype='float32')
     r = evaluate(model, lab_ability('arithmetic-en', n=4), tok, generate=True, progress=False)
-    assert r.items.correct.mean() == 1 and math.isnan(r.table().bits_per_byte.iloc[0]) and r.bits.isna().all()
-    assert compare_answers(dict(answer=' 1,200'), ['it is 1200.00']) == dict(exact_match=1) and compare_answers(
-        dict(answer='blue'), ['blue sky']
-    ) == dict(exact_match=0)
+    assert r.items.correct.mean() == 1
+    assert math.isnan(r.table().bits_per_byte.iloc[0])
+    assert r.bits.isna().all()
+    assert compare_answers(dict(answer=' 1,200'), ['it is 1200.00']) == dict(exact_match=1)
+    assert compare_answers(dict(answer='blue'), ['blue sky']) == dict(exact_match=0)
 
 
 def test_the_table_by_hand(tokenizer):
     model = tiny_model()
     r = evaluate(model, ABILITY, tokenizer, progress=False)
     t = r.table().loc['toy-en']
-    assert t['items'] == 3 and t.accuracy == r.items.correct.mean()
+    assert t['items'] == 3
+    assert t.accuracy == r.items.correct.mean()
     assert t.bits_per_byte == pytest.approx(
         -r.items.loglik.sum() / math.log(2) / sum(len(o.answer.encode()) for o in ABILITY)
     )
@@ -73,9 +76,8 @@ def test_several_abilities_keep_their_items_apart(tokenizer):
     b = Ability('toy-es', [Item('cuatro', ' ocho')])
     both = evaluate(tiny_model(), [ABILITY, b], tokenizer, progress=False).items
     alone = evaluate(tiny_model(), b, tokenizer, progress=False).items
-    assert both.ability.tolist() == ['toy-en'] * 3 + ['toy-es'] and both.loglik.iloc[3] == pytest.approx(
-        alone.loglik[0], abs=1e-4
-    )
+    assert both.ability.tolist() == ['toy-en'] * 3 + ['toy-es']
+    assert both.loglik.iloc[3] == pytest.approx(alone.loglik[0], abs=1e-4)
     with pytest.raises(ActError, match='share a name'):
         evaluate(tiny_model(), [ABILITY, ABILITY], tokenizer)
     with pytest.raises(ActError, match='no abilities'):
@@ -103,12 +105,10 @@ def tiny_model_cached(_m=[]):
 def test_results_come_back(tokenizer, tmp_path):
     r = evaluate(tiny_model(), ABILITY, tokenizer, progress=False)
     again = EvalResult.load(r.save(tmp_path / 'r.json'))
-    assert (
-        again.table().round(4).equals(r.table().round(4))
-        and again.meta == r.meta
-        and again.meta['abilities']['toy-en']['hash'] == ABILITY.hash
-        and again.meta['lm_eval']
-    )
+    assert again.table().round(4).equals(r.table().round(4))
+    assert again.meta == r.meta
+    assert again.meta['abilities']['toy-en']['hash'] == ABILITY.hash
+    assert again.meta['lm_eval']
     (tmp_path / 'r.json').write_text('{"format": "other"}')
     with pytest.raises(ActError, match='not of the format act-eval-1'):
         EvalResult.load(tmp_path / 'r.json')
@@ -271,10 +271,12 @@ def test_several_processes_return_what_one_does(tmp_path, launch):
         tmp_path / 'three.json',
         n=3,
     )
-    assert done.returncode == 0 and done.stdout.count('science-zh') == 1, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count('science-zh') == 1, done.stderr[-2000:]
     act_evaluate(model=model, ability=names, out=tmp_path / 'one.json', device_map='auto', **kw)
     one, three = (EvalResult.load(tmp_path / f'{n}.json') for n in ('one', 'three'))
-    assert one.items.equals(three.items) and one.meta['weights'] == three.meta['weights']
+    assert one.items.equals(three.items)
+    assert one.meta['weights'] == three.meta['weights']
 
 
 def test_items_that_were_trained_on_are_named(checkpoint, tmp_path, capsys):
@@ -294,8 +296,10 @@ def test_items_that_were_trained_on_are_named(checkpoint, tmp_path, capsys):
 def test_bootstrap_interval_of_a_known_case():
     x = np.r_[np.ones(50), np.zeros(50)]
     low, high = bootstrap_ci(x)
-    assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.012) and high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.012)
-    assert bootstrap_ci(x) == (low, high) and bootstrap_ci([0, 0, 0]) == (0, 0)
+    assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.012)
+    assert high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.012)
+    assert bootstrap_ci(x) == (low, high)
+    assert bootstrap_ci([0, 0, 0]) == (0, 0)
     with pytest.raises(ActError):
         bootstrap_ci([])
 
@@ -305,7 +309,9 @@ def test_paired_bootstrap_uses_the_pairs():
     hard = rng.normal(size=200) * 10
     a, b = hard + 0.5 + rng.normal(size=200) * 0.1, hard
     r = paired_bootstrap(a, b)
-    assert r['low'] > 0.45 and r['high'] < 0.55 and r['p'] < 0.002
+    assert r['low'] > 0.45
+    assert r['high'] < 0.55
+    assert r['p'] < 0.002
     assert paired_bootstrap(b, b)['p'] == 1
     with pytest.raises(ActError, match='cannot be paired'):
         paired_bootstrap([1], [1, 2])
@@ -318,11 +324,40 @@ def test_mcnemar_by_hand():
         mcnemar([1], [1, 0])
 
 
+def test_a_p_value_counts_the_rarer_side():
+    samples = np.r_[0.5, np.full(90, 1.0), np.full(9, -1.0)]
+    assert two_sided_p(samples) == pytest.approx(2 * (9 + 1) / 100)
+    assert two_sided_p(np.zeros(100)) == 1
+
+
+def test_one_text_for_an_estimate():
+    assert interval_text((0.5, 0.25, 0.75)) == '0.50 [0.25, 0.75]'
+    assert interval_text(dict(value=0.5, low=-0.25, high=0.75), 100, 1, signed=True) == '+50.0 [-25.0, +75.0]'
+
+
+def test_metrics_know_which_way_is_better():
+    correct, bits = METRICS['correct'], METRICS['bits']
+    assert [correct.side(0.1, 0.2), correct.side(-0.2, -0.1), correct.side(-0.1, 0.1)] == ['better', 'worse', 'tie']
+    assert [bits.side(0.1, 0.2), bits.side(-0.2, -0.1), bits.side(0, 0.1)] == ['worse', 'better', 'tie']
+    assert correct.text((0.5, 0.25, 0.75)) == '50.0 [25.0, 75.0]'
+    assert bits.text((0.5, 0.25, 0.75), signed=True) == '+0.500 [+0.250, +0.750]'
+    assert [m.label() for m in (correct, bits)] == ['% of test items', 'bits per byte, lower is better']
+
+
+def test_the_shipped_tasks_are_what_write_tasks_writes(tmp_path):
+    from act.zoo.lab import lab_abilities
+
+    names = write_tasks(tmp_path, lab_abilities())
+    shipped = {p.stem: p.read_text() for p in TASKS.glob('act_*_*.yaml')}
+    assert {name: (tmp_path / f'{name}.yaml').read_text() for name in names} == shipped
+
+
 def test_progress_off_means_silence(tokenizer, capfd, monkeypatch):
     monkeypatch.delenv('TQDM_DISABLE', raising=False)
     evaluate(tiny_model(), ABILITY, tokenizer, progress=False)
     out, err = capfd.readouterr()
-    assert out == '' and '%|' not in err
+    assert out == ''
+    assert '%|' not in err
 
 
 def test_holm_by_hand_and_in_any_order():
@@ -330,8 +365,6 @@ def test_holm_by_hand_and_in_any_order():
     assert holm(ps).tolist() == pytest.approx(
         [0.03, 0.06, 0.06, 0.02]
     )  # .005 x 4, .01 x 3, .03 x 2, then never falling
-    assert (
-        holm(ps[::-1]).tolist() == holm(ps)[::-1].tolist()
-        and holm([0.9, 0.8]).tolist() == [1, 1]
-        and len(holm([])) == 0
-    )
+    assert holm(ps[::-1]).tolist() == holm(ps)[::-1].tolist()
+    assert holm([0.9, 0.8]).tolist() == [1, 1]
+    assert len(holm([])) == 0

@@ -501,13 +501,8 @@ def scores():
 def test_tables_come_back(scores, tmp_path):
     mask = top_p(scores, 0.2)
     table = scores.to_pandas(mask)
-    assert list(table) == ['module', 'kind', 'layer', 'channel', 'score', 'chosen'] and list(mask.to_pandas()) == [
-        'module',
-        'kind',
-        'layer',
-        'channel',
-        'chosen',
-    ]
+    assert list(table) == ['module', 'kind', 'layer', 'channel', 'score', 'chosen']
+    assert list(mask.to_pandas()) == ['module', 'kind', 'layer', 'channel', 'chosen']
     row = table.iloc[scores.map.offsets['model.layers.1.mlp.up_proj'] + 5]
     assert (row.module, row.kind, row.layer, row.channel, row.score, row.chosen) == (
         'model.layers.1.mlp.up_proj',
@@ -529,10 +524,8 @@ def test_tables_come_back(scores, tmp_path):
         tmp_path / 't.parquet',
         str(tmp_path / 't.parquet'),
     ):
-        assert (
-            torch.equal(ChannelScores.from_table(t, scores.map).flat(), scores.flat())
-            and ChannelMask.from_table(t, scores.map) == mask
-        )
+        assert torch.equal(ChannelScores.from_table(t, scores.map).flat(), scores.flat())
+        assert ChannelMask.from_table(t, scores.map) == mask
     assert ChannelMask.from_table(table, scores.map, dict(made='by hand')).meta == dict(made='by hand')
 
 
@@ -586,9 +579,8 @@ def test_millions_of_channels_are_not_looked_at_one_by_one():
         None,
     )
     s, start = ChannelScores.from_flat(torch.arange(cm.total).float(), cm), time.process_time()
-    assert (
-        torch.equal(ChannelScores.from_table(s.to_pandas(), cm).flat(), s.flat()) and time.process_time() - start < 10
-    )
+    assert torch.equal(ChannelScores.from_table(s.to_pandas(), cm).flat(), s.flat())
+    assert time.process_time() - start < 10
 
 
 @pytest.fixture
@@ -690,7 +682,8 @@ def test_lm_eval_with_our_model_gives_our_numbers(tasks, lm_eval, dtype):
         want = written[written.ability == a.name]
         assert [int(o['exact_match']) for o in samples(task)] == want.correct.tolist()
         assert [o['resps'][0][0] for o in samples(task)] == want.text.tolist()
-    assert 0 < given[given.ability == 'science-zh'].correct.sum() and 0 < written.correct.sum()
+    assert 0 < given[given.ability == 'science-zh'].correct.sum()
+    assert 0 < written.correct.sum()
 
 
 @pytest.mark.slow
@@ -781,7 +774,8 @@ def test_our_model_says_what_is_wrong_in_one_line(monkeypatch, capsys):
         ),
     ]:
         code, err = run(*args)
-        assert code == 2 and re.search(words, err)
+        assert code == 2
+        assert re.search(words, err)
 
 
 def test_the_tasks_command(tmp_path, monkeypatch, capsys):
@@ -790,20 +784,17 @@ def test_the_tasks_command(tmp_path, monkeypatch, capsys):
         return act_tasks.main(), *capsys.readouterr()
 
     code, out, _ = run('--ability', 'lab/science-zh', '--n', 4, '--out', tmp_path / 't', '--dry_run')
-    assert (
-        not code
-        and not list(tmp_path.iterdir())
-        and 'act_science_zh_generate.yaml' in out
-        and 'nothing was written' in out
-    )
+    assert not code
+    assert not list(tmp_path.iterdir())
+    assert 'act_science_zh_generate.yaml' in out
+    assert 'nothing was written' in out
     code, out, _ = run('--ability', 'lab/science-zh', '--n', 4, '--out', tmp_path / 't', '--write', 9)
+    assert not code
     assert (
-        not code
-        and 'next: act_lm_eval run --model act --model_args pretrained=MODEL'
-        f' --tasks act_science_zh,act_science_zh_generate --include_path {tmp_path}/t'
-        in out
-        and 'max_gen_toks: 9\n' in (tmp_path / 't' / 'act_science_zh_generate.yaml').read_text()
+        'next: act_lm_eval run --model act --model_args pretrained=MODEL'
+        f' --tasks act_science_zh,act_science_zh_generate --include_path {tmp_path}/t' in out
     )
+    assert 'max_gen_toks: 9\n' in (tmp_path / 't' / 'act_science_zh_generate.yaml').read_text()
     assert (
         load_ability(tmp_path / 't' / 'act_science_zh.jsonl').hash == load_ability('lab/science-zh', n=4).hash
     )  # the items are an ability file again
@@ -814,7 +805,9 @@ def test_the_tasks_command(tmp_path, monkeypatch, capsys):
         (('--ability', 'lab/science-zh', '--write', 0, '--out', tmp_path / 'u'), 'one token at least'),
     ]:
         code, _, err = run(*args)
-        assert code == 2 and words in err and os.listdir(tmp_path) == ['t']
+        assert code == 2
+        assert words in err
+        assert os.listdir(tmp_path) == ['t']
 
 
 @mergekit
