@@ -82,9 +82,7 @@ class Ability(Shown):
         "Items from a seeded shuffle."
         if not 0 < n <= len(self):
             raise ActError(f"{n} items asked of ability {self.name}, which has {len(self)}: ask for fewer")
-        return self._some(
-            random.Random(seed).sample(self.items, n), f'{self.source}, {n} of {len(self)}, seed {seed}'
-        )
+        return self._some(random.Random(seed).sample(self.items, n), f'{self.source}, {n} of {len(self)}, seed {seed}')
 
     def save(
         self,

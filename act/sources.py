@@ -130,28 +130,16 @@ _EXAMS = Source(
 )
 SOURCES = {
     'gsm8k': Source(
-        ('openai/gsm8k', 'main'),
-        'gsm8k/{file}.jsonl',
-        _gsm8k,
-        dict(test='test', other='train'),
-        group='question',
+        ('openai/gsm8k', 'main'), 'gsm8k/{file}.jsonl', _gsm8k, dict(test='test', other='train'), group='question'
     ),
     'mgsm': Source(
-        ('juletxara/mgsm', '{lang}'),
-        'mgsm/{lang}.jsonl',
-        _mgsm,
-        dict(test='test', other='test'),
-        shares=_FEW,
+        ('juletxara/mgsm', '{lang}'), 'mgsm/{lang}.jsonl', _mgsm, dict(test='test', other='test'), shares=_FEW
     ),
     'xquad': _XQUAD,
     'xquad-text': replace(_XQUAD, item=_text, once=True, splits='xquad'),
     'exams': _EXAMS,
     'msvamp': Source(
-        ('Mathoctopus/MSVAMP', '{lang}'),
-        'msvamp/{lang}.jsonl',
-        _msvamp,
-        dict(test='test', other='test'),
-        shares=_FEW,
+        ('Mathoctopus/MSVAMP', '{lang}'), 'msvamp/{lang}.jsonl', _msvamp, dict(test='test', other='test'), shares=_FEW
     ),
     'arc': Source(
         ('alexandrainst/m_arc', '{lang}'),
