@@ -224,7 +224,12 @@ def test_a_recipe_makes_its_own_specialist(tmp_path):
 @pytest.mark.slow
 def test_the_command(tmp_path):
     cli = lambda *a: subprocess.run(
-        [sys.executable, '-c', 'import sys; from act.commands.studies import act_recipe; sys.exit(act_recipe.main())', *map(str, a)],
+        [
+            sys.executable,
+            '-c',
+            'import sys; from act.commands.studies import act_recipe; sys.exit(act_recipe.main())',
+            *map(str, a),
+        ],
         capture_output=True,
         text=True,
         env=os.environ | dict(OMP_NUM_THREADS='1'),

@@ -12,7 +12,6 @@ import matplotlib.pyplot as plt
 from collections import namedtuple
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from fastcore.basics import patch
 from ..finetune import finetune
 from ..kit.errors import ActError, PACKAGE
 from .baselines import BASELINES, BASELINE_ROWS
@@ -59,6 +58,13 @@ class Recipe:
     shapes: dict  # hub id -> entries of its config.json
     text: str  # the file
 
+    @property
+    def models(self):
+        "The models that the case compares: target and donor, or base and specialists."
+        if self.kind == 'recover':
+            return self.case.target, self.case.donor
+        return self.case.base, *self.case.specialists
+
 # %% ../../nbs/68_recipes.ipynb #35-010
 def _write_merged(rec, bench, out):
     write_tables(rec, out)
@@ -77,13 +83,12 @@ _OURS = 'ACT (module-normalised)'  # the row that reports compare with the other
 
 
 def _frozen(v):
-    return (
-        tuple(map(_frozen, v))
-        if isinstance(v, list)
-        else {k: _frozen(x) for k, x in v.items()}
-        if isinstance(v, dict)
-        else v
-    )
+    "Lists as tuples, at every depth."
+    if isinstance(v, list):
+        return tuple(map(_frozen, v))
+    if isinstance(v, dict):
+        return {k: _frozen(x) for k, x in v.items()}
+    return v
 
 
 def _only(d, known, where, bad, need=()):
@@ -150,9 +155,3 @@ def read_recipe(
     if lost := [m for m in recipe.models if m.startswith('train/') and m[6:] not in train]:
         raise bad(f"case names {lost[0]}, which is not under train")
     return recipe
-
-# %% ../../nbs/68_recipes.ipynb #35-012
-@patch(as_prop=True)
-def models(self: Recipe):
-    "The models that the case compares: target and donor, or base and specialists."
-    return (self.case.target, self.case.donor) if self.kind == 'recover' else (self.case.base, *self.case.specialists)

@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from ..finetune import finetune
 from ..fingerprints import weight_hash
-from ..kit.errors import ActError, PACKAGE
+from ..kit.errors import ActError
 from ..kit.files import atomic_file, atomic_folder
 from ..kit.records import provenance, read_json, sha256, version_of, write_json
 from ..loading import load_model, resolve
@@ -84,16 +84,11 @@ class Store:
         return done['value']
 
 # %% ../../nbs/70_stages.ipynb #35-031
-_CODE = (
-    'channels checkpoints abilities localize masks transfer finetune evaluate weights recover baselines merge'.split()
-)
+LIBRARIES = 'act-transfer torch transformers peft lm-eval mergekit'.split()  # a new release may change a result
 
 
-def _code():
-    return dict(
-        act=sha256(*[(PACKAGE / f'{m}.py').read_text(encoding='utf-8') for m in _CODE])[:16],
-        **{o: version_of(o) for o in ('torch', 'transformers', 'peft', 'lm-eval', 'mergekit')},
-    )
+def _versions():
+    return {name: version_of(name) for name in LIBRARIES}
 
 
 def _identity(store, model):
@@ -175,7 +170,7 @@ def _trained(recipe, store, device):
             items={a.name: a.hash for a in items},
             options=o,
             dtype=recipe.case.dtype,
-            code=_code(),
+            code=_versions(),
         )
 
         def make(path):
@@ -213,7 +208,7 @@ def run_recipe(
         kind = KINDS_OF_STUDY[recipe.kind]
         bench = type(f'Staged{kind.bench.__name__}', (Staged, kind.bench), {})(recipe.case, device, progress)
         bench.places, bench.check = places, check
-        bench.keep(store, dict(models={m: _identity(store, places.get(m, m)) for m in recipe.models}, code=_code()))
+        bench.keep(store, dict(models={m: _identity(store, places.get(m, m)) for m in recipe.models}, code=_versions()))
         rec = kind.study(
             recipe.case,
             None,
