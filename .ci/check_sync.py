@@ -18,14 +18,14 @@ def check():
                 '.git', '.venv', 'runs', '_docs', '_proc', '*.egg-info', '__pycache__', '.*cache'
             ),
         )
-        for f in (copy / 'act').glob('*.py'):
+        for f in (copy / 'act').rglob('*.py'):
             if f.name != '__init__.py':
                 f.unlink()
         for cmd in ('nbdev_export', 'nbdev_clean'):
             done = subprocess.run([str(BIN / cmd)], cwd=copy, capture_output=True, text=True)
             if done.returncode:
                 return [f'{cmd} failed:\n{done.stderr[-2000:]}']
-        names = {p.relative_to(r) for r in (ROOT, copy) for pat in ('act/*.py', 'nbs/*.ipynb') for p in r.glob(pat)}
+        names = {p.relative_to(r) for r in (ROOT, copy) for pat in ('act/**/*.py', 'nbs/*.ipynb') for p in r.glob(pat)}
         same = lambda n: (ROOT / n).exists() and (copy / n).exists() and filecmp.cmp(ROOT / n, copy / n, shallow=False)
         return [f'{n} is out of step: run nbdev_export and nbdev_clean' for n in sorted(names) if not same(n)]
 
