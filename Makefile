@@ -21,7 +21,7 @@ reproduce: setup  ## the main job on the embedded lab family: table, figures and
 
 test: setup check  ## the checks: sync of act/ and README.md, every notebook, the quick tests
 	PYTHONWARNINGS=ignore TQDM_DISABLE=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: setup  ## tests that start processes, kill them, open a browser, train or install
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m slow

@@ -748,3 +748,14 @@ def test_the_table_of_verdicts_has_every_finding():
     assert set(zip(t.finding, t.family)) == {(n, f) for n in STUDIES for f in FAMILIES}
     assert set(t.judgement) <= set(JUDGEMENTS)
     assert (t.here.str.len() > 20).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', STUDIES)
+def test_the_lab_measured_again_gives_what_was_recorded(name):
+    old, new = recorded(name, 'lab'), find_study(name).run('lab')
+    assert new.judgement == old.judgement
+    assert set(new.tables) == set(old.tables)
+    for key, table in new.tables.items():
+        numbers = table.select_dtypes('number')
+        assert np.allclose(numbers, old.tables[key][numbers.columns], atol=0.02, rtol=0.02, equal_nan=True), key
