@@ -12,9 +12,14 @@ from html import escape
 from pathlib import Path
 from fastcore.basics import patch
 from ..channels import KINDS
-from ..kit.errors import ActError, PACKAGE
+from ..kit.errors import PACKAGE
 from ..kit.files import atomic_file
-from .grid import AXES, Explorer, RANKED, percent, said
+from ..stats import interval_text
+from .grid import Explorer, RANKED, percent, said
+
+# %% ../../nbs/72_explorer.ipynb #37-056
+_CSS = (PACKAGE / 'data' / 'explorer.css').read_text(encoding='utf-8').strip()
+_JS = (PACKAGE / 'data' / 'explorer.js').read_text(encoding='utf-8').strip()
 
 # %% ../../nbs/72_explorer.ipynb #37-040
 @patch
@@ -78,6 +83,45 @@ def _map(self, p, rank, id):
         f' id="{id}-map">{escape(_map_title(self, p, rank))}</title>{"".join(out)}</svg>'
     )
 
+# %% ../../nbs/72_explorer.ipynb #37-050
+@patch(as_prop=True)
+def unit(self: Explorer):
+    if self.lower:
+        return f'{self.metric.unit}, lower is better'
+    return f"% of {self.meta['split']} items" if 'split' in self.meta else '% of items'
+
+
+@patch(as_prop=True)
+def most(self: Explorer):
+    "The right end of the bars."
+    if not self.lower:
+        return 100
+    rows = (*self.points.values(), *self.given.values())
+    return 1.05 * self.scale * max(max(interval) for row in rows for interval in row.values())
+
+
+@patch(as_prop=True)
+def span(self: Explorer):
+    "Ends of the axes for retained and recovered; the better end is at the right and at the top."
+
+    def ends(c):
+        x = [self.scale * x for o in (*self.points.values(), *self.given.values()) for x in o[c]]
+        step = 10 ** math.floor(math.log10(max(1e-9, max(x) - min(x))))
+        a, b = step * math.floor(min(x) / step + 1e-9), step * math.ceil(max(x) / step - 1e-9)
+        a, b = round(a, 9), round(b if b > a else a + step, 9)
+        return (b, a) if self.lower else (a, b)
+
+    return ends('retained'), ends('recovered')
+
+
+@patch(as_prop=True)
+def title(self: Explorer):
+    return (
+        f"{self.case['target']} from {self.case['donor']}"
+        if {'target', 'donor'} <= self.case.keys()
+        else 'A recorded grid'
+    )
+
 # %% ../../nbs/72_explorer.ipynb #37-045
 _SHAPES = (
     'M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z',
@@ -97,7 +141,7 @@ def _icon(i, style=''):
 
 
 def _text(self, v):
-    return f'{v[0]:.{self.digits}f} [{v[1]:.{self.digits}f}, {v[2]:.{self.digits}f}]'
+    return interval_text(v, digits=self.digits)
 
 
 def _scaled(self, o):
@@ -188,49 +232,6 @@ def _view(self, key, id):
 <figure><figcaption><b>The trade</b>: the line is this p, its dots are λ from small to large, the ring is here; \
 faint lines are other p</figcaption>{_trade(self, key, id)}</figure></div>'''
 
-# %% ../../nbs/72_explorer.ipynb #37-050
-@patch(as_prop=True)
-def unit(self: Explorer):
-    return (
-        'bits per byte, lower is better'
-        if self.lower
-        else f"% of {self.meta.get('split', '')} items".replace('  ', ' ')
-    )
-
-
-@patch(as_prop=True)
-def most(self: Explorer):
-    "The right end of the bars."
-    return (
-        1.05
-        * max(self.scale * x for o in (*self.points.values(), *self.given.values()) for v in o.values() for x in v)
-        if self.lower
-        else 100
-    )
-
-
-@patch(as_prop=True)
-def span(self: Explorer):
-    "Ends of the axes for retained and recovered; the better end is at the right and at the top."
-
-    def ends(c):
-        x = [self.scale * x for o in (*self.points.values(), *self.given.values()) for x in o[c]]
-        step = 10 ** math.floor(math.log10(max(1e-9, max(x) - min(x))))
-        a, b = step * math.floor(min(x) / step + 1e-9), step * math.ceil(max(x) / step - 1e-9)
-        a, b = round(a, 9), round(b if b > a else a + step, 9)
-        return (b, a) if self.lower else (a, b)
-
-    return ends('retained'), ends('recovered')
-
-
-@patch(as_prop=True)
-def title(self: Explorer):
-    return (
-        f"{self.case['target']} from {self.case['donor']}"
-        if {'target', 'donor'} <= self.case.keys()
-        else 'A recorded grid'
-    )
-
 # %% ../../nbs/72_explorer.ipynb #37-053
 def _about(self):
     "What was measured, on what, and where the numbers come from."
@@ -289,10 +290,6 @@ def _controls(self, key, id):
 {_slider(id, 'lam', 'How far they move, λ', [f'{o:g}' for o in self.lams], self.lams.index(lam))}
 <div class="picks"><fieldset><legend>Ranked</legend>{radios}</fieldset>\
 <fieldset><legend>Afterwards</legend>{box}</fieldset></div></div>'''
-
-# %% ../../nbs/72_explorer.ipynb #37-056
-_CSS = (PACKAGE / 'data' / 'explorer.css').read_text(encoding='utf-8').strip()
-_JS = (PACKAGE / 'data' / 'explorer.js').read_text(encoding='utf-8').strip()
 
 # %% ../../nbs/72_explorer.ipynb #37-058
 def _data(self):
@@ -357,47 +354,3 @@ def write_page(
 
 
 _PAGE = (PACKAGE / 'data' / 'explorer.html').read_text(encoding='utf-8')
-
-# %% ../../nbs/72_explorer.ipynb #37-065
-@patch
-def widget(self: Explorer):  # ipywidgets box; its attributes p, lam, rank, sft and view are the parts
-    "Sliders over the recorded points."
-    try:
-        import ipywidgets as w
-    except ImportError as e:
-        raise ActError(
-            "ipywidgets is not installed: pip install ipywidgets, or show the explorer itself, which needs nothing"
-        ) from e
-    static, style = self.html, dict(description_width='11em')
-
-    class Box(w.VBox):
-        def _repr_mimebundle_(self, **kw):
-            return {**(super()._repr_mimebundle_(**kw) or {}), 'text/html': static()}
-
-    p, lam, rank, sft = self.start
-    slide = lambda text, options, value: w.SelectionSlider(
-        description=text, options=options, value=value, style=style, layout=dict(width='min(100%, 30em)')
-    )
-    parts = dict(
-        p=slide('share of channels, p', [(percent(o), o) for o in self.ps], p),
-        lam=slide('how far, λ', [(f'{o:g}', o) for o in self.lams], lam),
-        rank=w.ToggleButtons(
-            description='ranked', options=[(RANKED.get(o, o), o) for o in self.ranks], value=rank, style=style
-        ),
-        sft=w.Checkbox(description='fine-tune lightly (stage 3)', value=sft, disabled=len(self.sfts) < 2),
-        view=w.HTML(),
-    )
-
-    def show(_=None):
-        parts['view'].value = (
-            f"<div class='act-x'><style>{_CSS}</style>"
-            f"{_view(self, tuple(parts[k].value for k in AXES), f'act-w{id(box)}')}</div>"
-        )
-
-    box = Box(list(parts.values()))
-    for k, o in parts.items():
-        setattr(box, k, o)
-        if k != 'view':
-            o.observe(show, 'value')
-    show()
-    return box

@@ -260,7 +260,7 @@ def about(
         **settings,
     )
 
-# %% ../../nbs/50_findings.ipynb #19-024
+# %% ../../nbs/50_findings.ipynb #6c68fd57
 @dataclass(repr=False)
 class Finding:
     "What a study measured on one family; its verdict is generated from the numbers."

@@ -19,6 +19,7 @@ from ..kit.records import provenance, read_json, write_json
 from ..masks import top_p
 from ..scores import ChannelScores
 from ..sources import load_ability
+from ..stats import METRICS
 from ..show.heatmap import heatmap
 from .bench import Bench, METHODS, group_samples, interval
 from .cases import CASES, Case, RESULTS
@@ -109,7 +110,7 @@ AXES = ['p', 'lam', 'rank', 'sft']  # of a point
 
 # %% ../../nbs/71_grid.ipynb #37-019
 class Explorer:
-    "A recorded grid to explore: shows itself with sliders; `.widget()` in a live notebook, `.save()` to a file."
+    "A recorded grid to explore: shows itself with sliders; `.save()` writes a page."
 
     def __init__(
         self,
@@ -130,8 +131,9 @@ class Explorer:
                     f" {len(self.modules)} modules: make them with chosen_counts"
                 )
         self.case = self.meta.get('case') or {}
-        self.lower = self.case.get('metric', 'correct') != 'correct'  # lower is better
-        self.scale, self.digits = (1, 3) if self.lower else (100, 1)
+        self.metric = METRICS[self.case.get('metric', 'correct')]
+        self.lower = self.metric.sign < 0  # lower is better
+        self.scale, self.digits = self.metric.scale, self.metric.digits
 
     def _known(self, p, lam, rank, sft):
         key = p, lam, rank, bool(sft)
@@ -217,7 +219,7 @@ def find_case(case) -> Case:
         raise ActError(f"no case is called {case!r}: choose one of {', '.join(CASES)}")
     return CASES[case]
 
-
+# %% ../../nbs/71_grid.ipynb #37-made
 def _made(case, bench, items, seed, seconds):
     "Where a grid comes from."
     used = {o.prompt for a in (bench.sample(seed), *bench.sft) for o in a}
@@ -260,7 +262,7 @@ def output_kind(path) -> str:  # page or grid
         raise ActError(f"cannot tell what to write to {path}: end its name in .html for the page or .json for the grid")
     return kind
 
-
+# %% ../../nbs/71_grid.ipynb #37-save
 @patch
 def save(
     self: Explorer,

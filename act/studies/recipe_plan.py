@@ -155,7 +155,7 @@ def _abilities(recipe):
             out[a, t.get('split', 'train')] = t.get('n')
     return out
 
-
+# %% ../../nbs/69_recipe_plan.ipynb #69-data
 def _resolve_data(recipe, problems):
     rows = []
     for (a, split), n in _abilities(recipe).items():
@@ -178,7 +178,7 @@ def _resolve_data(recipe, problems):
             problems.append(str(e))
     return pd.DataFrame(rows, columns=['ability', 'split', 'items', 'tokens', 'task'])
 
-
+# %% ../../nbs/69_recipe_plan.ipynb #69-tries
 def _tries(recipe):
     "Whether each setting to try is fine-tuned; a setting that several rows share counts once."
     kind = KINDS_OF_STUDY[recipe.kind]

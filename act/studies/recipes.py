@@ -81,7 +81,7 @@ KINDS_OF_STUDY = dict(
 )
 _OURS = 'ACT (module-normalised)'  # the row that reports compare with the others
 
-
+# %% ../../nbs/68_recipes.ipynb #68-frozen
 def _frozen(v):
     "Lists as tuples, at every depth."
     if isinstance(v, list):
@@ -99,7 +99,7 @@ def _only(d, known, where, bad, need=()):
     if miss := [k for k in need if d.get(k) in (None, [], {}, '')]:
         raise bad(f'{where} lacks {miss[0]!r}')
 
-
+# %% ../../nbs/68_recipes.ipynb #68-grid
 def _check_grid(grid, bad):
     _only(grid, ('ps', 'lams', 'sft'), 'grid', bad)
     for k, ok in dict(ps=lambda v: 0 < v <= 1, lams=lambda v: abs(v) < 100).items():

@@ -90,7 +90,7 @@ LIBRARIES = 'act-transfer torch transformers peft lm-eval mergekit'.split()  # a
 def _versions():
     return {name: version_of(name) for name in LIBRARIES}
 
-
+# %% ../../nbs/70_stages.ipynb #70-identity
 def _identity(store, model):
     "Hash of weights and tokenizer; weights are read once for each state of their files."
     folder = resolve(model)
