@@ -15,7 +15,7 @@ from .checkpoints import BLOCK, all_finite, rows_of
 from .headers import DTYPES, FILE_TYPES, header_of
 from .kit.errors import ActError
 from .kit.files import atomic_file, begin
-from .kit.records import origin, parse_json, sha256
+from .kit.records import called_as, origin, parse_json, sha256
 from .loading import opened
 from .masks import ChannelMask
 from .pairs import check_pair, fitted
@@ -75,7 +75,8 @@ def make_delta(
     ours, theirs, mask = opened(target), [opened(d) for d, _, _ in jobs], jobs[0][1]
     for _, m, _ in jobs[1:]:
         mask = mask | m
-    slices, meta = mask_slices(mask), dict(transfer_record(target, jobs, rule, hashes), **origin())
+    called = dict(argv=called_as()) if called_as() else {}
+    slices, meta = mask_slices(mask), dict(transfer_record(target, jobs, rule, hashes), **origin(), **called)
     bits = {
         f'bits.{n}': (TYPE_NAMES[INTEGERS[DTYPES[t.dtype]]], stored(t.shape, *s))
         for n, s in slices.items()

@@ -6,7 +6,7 @@ Every method makes a model; hypervolume and winners by hand.
 import sys
 import numpy as np, pandas as pd, pytest, torch
 from dataclasses import replace
-from act import baselines as b
+from act.studies import baselines as b
 from act.studies.baselines import (
     BASELINES,
     BASELINE_ROWS,

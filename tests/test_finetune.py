@@ -4,16 +4,16 @@ import importlib, json, math, os, subprocess, sys, pytest, torch
 from pathlib import Path
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
-from act import checkpoints, core
 from act.abilities import Ability, Item
 from act.encoding import encode
 from act.sources import load_ability
 from act.channels import enumerate_channels
 from act.fingerprints import weight_hash
 from act.loading import load_model
-from act.kit.errors import ActError
+from act.kit.errors import PACKAGE, ActError
 from act.kit.processes import ActWarning
-from act.kit.records import sha256
+from act.kit.records import read_json, sha256
+from act.pairs import check_tokenizers
 from act.commands.way import act_finetune
 from act.finetune import _collate, _examples, finetune, item_hashes
 from act.finetune_cost import bits_per_byte, neutral_text, safe_rate, training_memory
@@ -208,7 +208,7 @@ from act.masks import ChannelMask
 from helpers import HARD, hard
 to, mask = sys.argv[1], ChannelMask.load(sys.argv[1] + '/mask.safetensors')
 def save(kind, name, **kw):
-    model, tok = ft._load('lab/maths-en', None)
+    model, tok = importlib.import_module('act.training')._load('lab/maths-en', None)
     report = hard(model.float(), tok, mask, kind, **kw)
     assert (report.model is None) == bool(processes()[0])
     if report.model is not None: save_file({{k: p.detach() for k, p in report.model.named_parameters()}}, f'{{to}}/{{name}}.safetensors', dict(steps=str(len(report.losses)), best=str(report.best_step)))
@@ -267,10 +267,10 @@ KILLS = dict(
         3,
     ),
     state=(
-        "settle = ft._settle; ft._settle = lambda new, done: die() if done.name.endswith('-6') else settle(new, done)",
+        "t = importlib.import_module('act.training'); settle = t._settle; t._settle = lambda new, done: die() if done.name.endswith('-6') else settle(new, done)",
         3,
     ),
-    model=("ft.write_json = die", 6),
+    model=("importlib.import_module('act.saving').write_json = die", 6),
 )
 
 
@@ -280,7 +280,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch, moment):
     code, start = KILLS[moment]
     code = (
         "import importlib, os, signal\nft = importlib.import_module('act.finetune')\ndef die(*_, **k): os.kill(os.getpid(),"
-        f" signal.SIGKILL)\n{code}\nft.act_finetune(**{SMALL}, out={str(tmp_path / 'out')!r})"
+        f" signal.SIGKILL)\n{code}\nimportlib.import_module('act.commands.way').act_finetune(**{SMALL}, out={str(tmp_path / 'out')!r})"
     )
     assert subprocess.run([sys.executable, '-c', code], capture_output=True).returncode == -9
     assert set(os.listdir(tmp_path)) <= {'.out.partial', '.out.lock'}
@@ -314,8 +314,10 @@ def test_another_setting_starts_anew(tokenizer, tmp_path, monkeypatch):
 
 
 def test_a_second_run_is_refused_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(ft, 'load_model', lambda *_, **k: pytest.fail('too late'))
-    code = f"from act.core import work_folder\nwith work_folder('{tmp_path}/out'): print('in', flush=True); input()"
+    monkeypatch.setattr('act.training.load_model', lambda *_, **k: pytest.fail('too late'))
+    code = (
+        f"from act.kit.files import work_folder\nwith work_folder('{tmp_path}/out'): print('in', flush=True); input()"
+    )
     with subprocess.Popen(
         [sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as first:
@@ -332,8 +334,8 @@ def test_a_disk_that_fills_up(small_disk, monkeypatch, kw, size):
     with pytest.raises(ActError, match='no room on disk'):
         act_finetune(**{**SMALL, **kw}, out=disk / 'out')
     assert os.listdir(disk) == []
-    for m in (core, ft):
-        monkeypatch.setattr(m, 'check_room', lambda *_: None)
+    for m in ('commands.way', 'training', 'kit.files'):
+        monkeypatch.setattr(f'act.{m}.check_room', lambda *_: None)
     with pytest.raises(ActError, match='cannot write .*No space left'):
         act_finetune(**{**SMALL, **kw}, out=disk / 'out')
     assert os.listdir(disk) == []
@@ -503,7 +505,7 @@ def test_a_legacy_llama_tokenizer_is_not_rewritten(checkpoint, items, tmp_path):
     )
     b = tune(a, items, tmp_path / 'b')
     assert all((b / f).read_bytes() == (a / f).read_bytes() for f in ('tokenizer.json', 'tokenizer_config.json'))
-    checkpoints.check_tokenizers(a, b)
+    check_tokenizers(a, b)
 
 
 def test_each_weight_in_memory_gets_its_own_type_back(tokenizer):
@@ -539,8 +541,8 @@ def test_the_default_rate_falls_with_the_weights_that_learn():
 
 
 def test_the_default_rate_was_safe_wherever_it_was_measured():
-    runs = core.read_json(
-        core.PACKAGE / 'results' / 'finetune-rates.json',
+    runs = read_json(
+        PACKAGE / 'results' / 'finetune-rates.json',
         'act-finetune-rates-1',
         'table of rates',
         'benchmarks/finetune_rates.py',
@@ -635,7 +637,7 @@ def test_a_neutral_text_of_ones_own(checkpoint, items, tmp_path, capsys, recwarn
 )
 def test_bad_settings_end_before_anything_is_loaded(checkpoint, items, tmp_path, monkeypatch, kw, word):
     a = checkpoint('a')
-    monkeypatch.setattr(ft, 'load_model', lambda *_, **k: pytest.fail('too late'))
+    monkeypatch.setattr('act.training.load_model', lambda *_, **k: pytest.fail('too late'))
     with pytest.raises(ActError, match=word):
         tune(a, items, tmp_path / 'b', **kw)
     assert not (tmp_path / 'b').exists()

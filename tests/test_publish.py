@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest, torch, yaml
 from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForCausalLM
-from act import checkpoints, publish as P
+from act.tools import card, history as H, publish as P
 from act.sources import load_ability
 from act.fingerprints import weight_hash
 from act.loading import channels_of, load_model, load_tokenizer, resolve
 from act.zoo.gguf import from_gguf
+from act.commands.tools import act_delta
+from act.commands.way import act_evaluate, act_localize, act_mask, act_transfer
 from act.kit.errors import ActError
 from act.kit.processes import quiet
 from act.apply import apply_delta
@@ -22,7 +24,7 @@ from act.evaluate import EvalResult, evaluate
 from act.localize import localize
 from act.masks import ChannelMask, top_p
 from act.tools.card import Card
-from act.tools.history import history, licence_of
+from act.tools.history import Step, history, licence_of
 from act.tools.publish import prepare, publish, push
 from act.streaming import transfer_checkpoint
 from act.transfer import transfer
@@ -42,10 +44,15 @@ def scored(model, n=12, ability='lab/science-zh'):
 def made(tmp_path_factory):
     "A transfer between two lab models as the commands write it: (folder, mask, folder of the result, results)."
     t = tmp_path_factory.mktemp('made')
-    mask = top_p(localize(*LAB, load_ability('lab/science-zh', 'localize', 24), progress=False), 0.1, 'module')
-    mask.save(t / 'm.safetensors')
-    moved = transfer_checkpoint(*LAB, mask, 0.5, t / 'moved')
-    return t, mask, moved, [scored(m) for m in (moved, *LAB)]
+    scores, mask, moved = t / 'scores.safetensors', t / 'm.safetensors', t / 'moved'
+    act_localize(*LAB, ability='lab/science-zh', out=scores, n=24)
+    act_mask(scores=scores, p=0.1, rank='module', out=mask)
+    act_transfer(*LAB, mask=mask, lam=0.5, out=moved)
+    results = []
+    for i, model in enumerate((moved, *LAB)):
+        act_evaluate(model=model, ability='lab/science-zh', n=12, out=t / f'{i}.json')
+        results.append(EvalResult.load(t / f'{i}.json'))
+    return t, ChannelMask.load(mask), moved, results
 
 
 @pytest.fixture(scope='module')
@@ -192,48 +199,47 @@ def test_without_mask_and_scores_the_card_says_so_and_invents_nothing(made):
     for m in old.last.record['moved']:
         del m['where']
     assert 'The mask file is not part of this folder' in old.card().text
-    lines = bash(prepare(made[2]).card())
-    assert (
-        lines[0].startswith('# scores.safetensors: act_localize of lab/maths-en and lab/base on science-zh')
-        and 'act_localize --' not in text
-    )
-    assert lines[1:] == [
-        'act_mask --scores scores.safetensors --p 0.1 --rank module --out mask.safetensors',
-        'act_transfer --target lab/maths-en --donor lab/base --mask mask.safetensors --lam 0.5 --out moved',
+    assert bash(prepare(made[2]).card()) == [
+        'act_transfer --target lab/maths-en --donor lab/base --mask m.safetensors --out moved --lam 0.5'
+    ]
+    assert 'act_localize --' not in text
+
+
+def mask_lines(mask):
+    return card._of_mask(mask)
+
+
+def test_a_mask_that_a_command_made_has_its_two_commands(made):
+    assert mask_lines(made[1]) == [
+        'act_localize --target lab/maths-en --donor lab/base --ability lab/science-zh --out scores.safetensors --n 24',
+        'act_mask --scores scores.safetensors --out m.safetensors --p 0.1 --rank module',
     ]
 
 
-def test_masks_of_other_makings_have_the_commands_that_made_them(made):
+def test_what_was_done_to_a_mask_in_python_is_added(made):
+    assert mask_lines(~made[1])[2:] == ['# then, in Python: complement']
+
+
+def test_a_mask_without_commands_has_its_settings(made):
+    (line,) = mask_lines(ChannelMask(made[1].data, made[1].map, dict(made[1].meta, commands=None)))
+    assert line.startswith(f'# mask {made[1].hash[:12]}: target lab/maths-en, donor lab/base, ability science-zh')
+    assert 'p 0.1, rank module' in line
+
+
+@pytest.mark.parametrize('words', [None, 'act_mask', [], [1], ['act_mask', None]])
+def test_what_is_no_command_line_is_left_out(words):
+    assert card._line(words) == ''
+
+
+def test_a_command_line_loses_its_folders_and_its_line_breaks():
+    words = ['act_transfer', '--mask=/home/ann/a.safetensors', '--donor', '/home/ann/x,lab/base', '--out', 'a`\nb']
+    assert card._line(words) == "act_transfer --mask=a.safetensors --donor x,lab/base --out 'a'\"'\"' b'"
+
+
+def test_a_step_from_python_has_its_settings(made):
     step = history(made[2])[0]
-
-    def lines(**more):
-        return P._moves(P.Step('transfer', 'x', dict(step.record, moved=[dict(step.record['moved'][0], **more)])), {})
-
-    assert (
-        '--control random --seed 3' in lines(made='random, matched by all, seed 3')[1]
-        and '--whole embedding' in lines(made='with all of embedding')[1]
-    )
-    assert (
-        lines(made='union of two masks')[1].startswith('# mask.safetensors: the mask')
-        and 'union of two masks' in lines(made='union of two masks')[1]
-    )
-    two = P._moves(
-        P.Step(
-            'transfer',
-            'x',
-            dict(
-                step.record,
-                rule='mean',
-                moved=[dict(m, lam=l) for m in step.record['moved'] * 2 for l in (1.0, 0.25)][:2],
-            ),
-        ),
-        {},
-    )
-    assert (
-        two[-1]
-        == 'act_transfer --target lab/maths-en --donor lab/base,lab/base --mask mask-1.safetensors,mask-2.safetensors'
-        ' --lam 1,0.25 --rule mean --out x'
-    )
+    without = step._replace(record={k: v for k, v in step.record.items() if k != 'provenance'})
+    assert card._of_step(without) == '# moved, transfer from Python: target lab/maths-en, rule sum'
 
 
 # what must not get out
@@ -248,12 +254,15 @@ def test_nothing_of_this_machine_gets_out(made, tmp_path):
             json.dumps(dict(json.loads((home / 'mine' / f).read_text()), **{k: str(home / 'mine')}))
         )
     (home / 'q.jsonl').write_text('\n'.join(json.dumps(dict(prompt=f'{i}+1=', answer=f' {i + 1}')) for i in range(8)))
-    mask = top_p(localize(home / 'mine', home / 'theirs', load_ability(home / 'q.jsonl'), progress=False), 0.05)
-    moved = transfer_checkpoint(home / 'mine', home / 'theirs', mask, 1.0, home / 'moved')
-    delta = make_delta(home / 'mine', home / 'theirs', mask, 1.0, home / 'd.safetensors')
-    r = scored(moved, 4)
+    pair = home / 'mine', home / 'theirs'
+    scores, mask, moved, delta, result = (home / n for n in ('s.st', 'm.st', 'moved', 'd.safetensors', 'r.json'))
+    act_localize(*pair, ability=home / 'q.jsonl', split='all', out=scores)
+    act_mask(scores=scores, p=0.05, out=mask)
+    act_transfer(*pair, mask=mask, out=moved)
+    act_delta(*pair, mask=mask, out=delta)
+    act_evaluate(model=moved, ability='lab/science-zh', n=4, out=result)
     for what, name in ((moved, 'a'), (delta, 'b')):
-        o = publish(what, tmp_path / name, scores=r, mask=mask)
+        o = publish(what, tmp_path / name, scores=result, mask=mask)
         for f, data in files(o).items():
             assert (
                 b'ann-private' not in data
@@ -266,7 +275,12 @@ def test_nothing_of_this_machine_gets_out(made, tmp_path):
     assert (tmp_path / 'a' / 'model.safetensors').read_bytes() == (
         moved / 'model.safetensors'
     ).read_bytes() and 'notes.txt' not in files(tmp_path / 'a')
-    assert '--target mine --donor theirs --ability q.jsonl' in bash(Card.load(tmp_path / 'a' / 'README.md'))[0]
+    assert bash(Card.load(tmp_path / 'a' / 'README.md')) == [
+        'act_localize --target mine --donor theirs --ability q.jsonl --out s.st --split all',
+        'act_mask --scores s.st --out m.st --p 0.05',
+        'act_transfer --target mine --donor theirs --mask m.st --out moved',
+        'act_evaluate --model moved --ability lab/science-zh --out r.json --n 4',
+    ]
 
 
 @pytest.mark.parametrize(
@@ -286,7 +300,7 @@ def test_nothing_of_this_machine_gets_out(made, tmp_path):
     ],
 )
 def test_names(given, want):
-    assert P._shown(given) == want
+    assert H._shown(given) == want
 
 
 def test_strange_records_do_not_break_the_card(made, tmp_path):
@@ -361,12 +375,12 @@ def test_parents_have_to_agree_or_somebody_to_decide(tmp_path, t, d, id, words, 
 
 
 def test_hub_ids_are_not_looked_up_offline(monkeypatch):
-    monkeypatch.setattr(P.ModelCard, 'load', lambda *a, **k: 1 / 0)
-    assert licence_of('Qwen/Qwen2.5-1.5B') == P.Licence(
+    monkeypatch.setattr(H.ModelCard, 'load', lambda *a, **k: 1 / 0)
+    assert licence_of('Qwen/Qwen2.5-1.5B') == H.Licence(
         None, 'not stated by Qwen/Qwen2.5-1.5B on this machine, and the hub is switched off: look before you share'
     )
     monkeypatch.setenv('HF_HUB_OFFLINE', '0')
-    monkeypatch.setattr(P.ModelCard, 'load', lambda *a, **k: ModelCard('---\nlicense: mit\n---\n'))
+    monkeypatch.setattr(H.ModelCard, 'load', lambda *a, **k: ModelCard('---\nlicense: mit\n---\n'))
     assert licence_of('Qwen/Qwen2.5-1.5B')[:2] == ('mit', 'model card of Qwen/Qwen2.5-1.5B')
 
 
@@ -390,11 +404,9 @@ def test_a_tuned_model_tells_both_steps(made, run, tmp_path, monkeypatch):
         'finetune',
     ]
     lines = bash(Card.load(o / 'README.md'))
-    assert (
-        lines[3]
-        == 'act_finetune --model moved --ability lab/science-zh --mask mask.safetensors'
-        ' --steps 2 --lr 0.0001 --batch_size 4 --out tuned'
-        and not any('bf16' in l for l in lines)
+    assert lines[3] == (
+        'act_finetune --model moved --ability lab/science-zh --steps 2 --lr 1e-4 --batch_size 4 --mask m.safetensors'
+        ' --out tuned'
     )
     assert 'fine-tuned on `science-zh` (2 steps, learning rate 0.0001)' in (o / 'README.md').read_text()
     assert ModelCard.load(o / 'README.md').data.base_model_relation == 'merge'
@@ -438,9 +450,11 @@ def test_models_of_one_name_and_models_changed_in_place_keep_their_parents(made,
     assert [l.id for _, l in prepare(t).licences] == [None, 'gpl']
 
 
-def test_a_delta_is_published_with_what_it_is_for(made, tmp_path):
+def test_a_delta_is_published_with_what_it_is_for(made, tmp_path, monkeypatch):
     t, mask, moved, results = made
-    delta = make_delta(*LAB, mask, 0.5, tmp_path / 'd.safetensors')
+    monkeypatch.chdir(t)
+    act_delta(*LAB, mask='m.safetensors', lam=0.5, out='d.safetensors')
+    delta = t / 'd.safetensors'
     o = publish(delta, tmp_path / 'o', scores=results, mask=mask, name='me/science')
     assert set(files(o)) == {'README.md', 'channels.png', 'delta.safetensors', 'act/mask.safetensors'}
     assert (
@@ -460,8 +474,8 @@ def test_a_delta_is_published_with_what_it_is_for(made, tmp_path):
         'act_apply --target lab/maths-en --delta me/science/delta.safetensors --out recovered' in card.text
         and Delta.load(delta).hash in card.text
     )
-    assert bash(Card.load(o / 'README.md'))[2].startswith(
-        'act_delta --target lab/maths-en --donor lab/base --mask mask.safetensors --lam 0.5'
+    assert bash(Card.load(o / 'README.md'))[2] == (
+        'act_delta --target lab/maths-en --donor lab/base --mask m.safetensors --out d.safetensors --lam 0.5'
     )
     with pytest.raises(ActError, match='is none of'):
         prepare(delta, scores=scored('lab/swahili', 2))
@@ -524,13 +538,8 @@ def test_two_masks_of_one_donor_are_found_as_their_union(made, tmp_path):
         'act/mask-1.safetensors',
         'act/mask-2.safetensors',
     } and ChannelMask.load(many / 'act' / 'mask-2.safetensors') == b
-    assert (
-        card.data.base_model == [*LAB, 'lab/swahili']
-        and bash(card)[-1]
-        == 'act_transfer --target lab/maths-en --donor lab/base,lab/swahili --mask'
-        ' mask-1.safetensors,mask-2.safetensors --lam 1,0.5 --rule mean --no_check --out many'
-        and '--donor lab/swahili --ability' not in card.text
-    )
+    assert card.data.base_model == [*LAB, 'lab/swahili']
+    assert bash(card)[-1] == '# many, transfer from Python: target lab/maths-en, rule mean'
     assert (
         prepare(tmp_path / 'many', mask=[a, b]).mask == a | b
         and 'Where several donors claim a channel, the rule is `mean`' in card.text
@@ -599,7 +608,7 @@ def test_a_dry_run_shows_the_card_and_leaves_nothing(made, run, tmp_path):
     [
         lambda m: m.setattr(P, '_write_picture', lambda *a: 1 / 0),
         lambda m: m.setattr(Card, 'save', lambda *a: (_ for _ in ()).throw(OSError(28, 'No space left on device'))),
-        lambda m: m.setattr(checkpoints, 'all_finite', lambda t: False),
+        lambda m: m.setattr('act.writer.all_finite', lambda t: False),
     ],
 )
 def test_a_write_that_fails_leaves_nothing(made, tmp_path, monkeypatch, break_):

@@ -3,7 +3,10 @@
 import json, numpy as np, pandas as pd, pytest
 from dataclasses import asdict, replace
 from act.kit.errors import ActError
-from act.recover import *
+from act.studies.bench import *
+from act.studies.cases import CASES, Case
+from act.studies.recover import *
+from act.studies.recovery import *
 from act.studies.cases import RESULTS
 
 

@@ -6,7 +6,6 @@ Plans count what a transfer reads and changes, to the byte.
 import os, sys, pytest, torch
 from pathlib import Path
 from safetensors.torch import load_file, save_file
-from act import scale
 from act.channels import meta_model, enumerate_channels
 from act.checkpoints import Checkpoint
 from act.loading import channels_of, load_model, load_tokenizer
@@ -17,6 +16,7 @@ from act import hooks, localize
 from act.masks import random_mask
 from act.studies.recipes import read_recipe, recipe_names
 from act.commands.tools import act_plan
+from act.tools import machine
 from act.tools.machine import measure_constants, trial
 from act.tools.plan import even_mask, load_constants, plan_localize, plan_transfer, predict, scale_table
 from act.tools.shapes import SHAPES, config_of, layout, sparse_checkpoint
@@ -130,7 +130,7 @@ def test_nothing_is_left_of_a_checkpoint_that_fails(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(scale, '_write_file', full)
+    monkeypatch.setattr('act.tools.shapes.write_sparse', full)
     with pytest.raises(ActError, match='No space left'):
         sparse_checkpoint(TINY, tmp_path / 'm')
     assert not list(tmp_path.iterdir())
@@ -306,7 +306,7 @@ def test_localising_counts_channels_and_operations(family):
 
 @pytest.mark.parametrize('hold', ['both', 'one'])
 def test_what_is_kept_and_what_waits_is_what_localising_keeps(hold, monkeypatch):
-    (ability, counts), kept, waited = scale._ability(load_tokenizer('lab/base'), 4), [], []
+    (ability, counts), kept, waited = machine._ability(load_tokenizer('lab/base'), 4), [], []
     size, real = lambda store: sum(v.nbytes for v in store.values()), (hooks.subtract_rows, hooks.save_file)
     subtract = lambda store, *a, **k: kept.append(size(store)) or real[0](store, *a, **k)
     save = lambda store, *a, **k: waited.append(size(store)) or real[1](store, *a, **k)
@@ -352,17 +352,17 @@ def test_the_recorded_constants_say_where_they_come_from():
 @pytest.mark.slow
 def test_measuring_leaves_nothing_and_a_prediction_can_be_held_against_it(tmp_path, monkeypatch):
     for rates in ('_localize_rates', '_matmul_rates'):
-        monkeypatch.setattr(scale, rates, lambda *a: {'bfloat16': FAST['copy']})
+        monkeypatch.setattr(machine, rates, lambda *a: {'bfloat16': FAST['copy']})
     c = measure_constants(tmp_path, size=1 << 20, runs=1)
     assert not list(tmp_path.iterdir()) and all(c[k]['median'] > 0 for k in FAST)
-    real, shape = scale._timed, TINY | dict(vocab_size=len(load_tokenizer('lab/base')))
+    real, shape = machine._timed, TINY | dict(vocab_size=len(load_tokenizer('lab/base')))
     monkeypatch.setattr(
-        scale,
+        machine,
         '_timed',
         lambda module, name, *args: (
             real(module, name, *args)
             if name == 'transfer_checkpoint'
-            else (scale._localize(*args), dict(seconds=2.0, peak=3))[1]
+            else (machine._localize(*args), dict(seconds=2.0, peak=3))[1]
         ),
     )
     rows = trial(c, tmp_path, shape, runs=1, items=2)
@@ -383,7 +383,7 @@ def test_measuring_leaves_nothing_and_a_prediction_can_be_held_against_it(tmp_pa
 @pytest.mark.slow
 def test_what_fails_while_timed_says_why(tmp_path):
     with pytest.raises(ActError, match='Checkpoint, which was to be timed, failed.*no config.json'):
-        scale._timed('checkpoints', 'Checkpoint', tmp_path / 'no folder')
+        machine._timed('checkpoints', 'Checkpoint', tmp_path / 'no folder')
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from ..kit.command import command, next_step
 from ..kit.errors import ActError, beside, listed
 from ..kit.files import begin, check_absent, check_room, work_folder
 from ..kit.processes import from_first, processes, warn
-from ..kit.records import sha256
+from ..kit.records import called_as, sha256
 
 Split = Literal['train', 'localize', 'sft', 'validation', 'test', 'all']
 Dtype = Literal['auto', 'float32', 'bfloat16', 'float16']
@@ -69,6 +69,7 @@ def act_localize(
         scores = localize(target, donor, ability, **kept, **options)
         if processes()[0]:
             return
+        scores.meta['commands'] = [called_as()]
         scores.save(out)
     print(f'{scores}; {HOLD[scores.hold]} -> {out}')
     print(scores.top(10).to_string(index=False))
@@ -94,12 +95,14 @@ def act_mask(
     from act.masks import by_kind, one_sided, random_mask, top_p, with_kind
     from act.scores import ChannelScores
 
-    mask = top_p(ChannelScores.load(scores), p, rank, without)
+    measured = ChannelScores.load(scores)
+    mask = top_p(measured, p, rank, without)
     if control == 'random':
         mask = random_mask(mask, seed)
     if whole:
         mask = with_kind(mask, whole)
     begin([scores], {out: mask.total + 10_000}, f'{mask.count:,} of {mask.total:,} channels')
+    mask.meta['commands'] = [*measured.meta.get('commands', []), called_as()]
     mask.save(out)
     print(f'{mask} -> {out}')
     print(f'by kind: {by_kind(mask)}')

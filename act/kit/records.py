@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['JSON_LIMIT', 'parse_json', 'write_json', 'read_json', 'sha256', 'git_revision', 'version_of', 'origin', 'recorded_as',
-           'provenance']
+           'called_as', 'provenance']
 
 # %% ../../nbs/02_records.ipynb #02-imports
 import contextlib, functools, hashlib, json, os, platform, subprocess, time
@@ -188,6 +188,11 @@ def recorded_as(
     finally:
         _words.clear()
 
+# %% ../../nbs/02_records.ipynb #02-called
+def called_as() -> list:
+    "Words of the command that runs now; empty outside of one."
+    return list(_words)
+
 # %% ../../nbs/02_records.ipynb #09-110
 def provenance(
     **more,  # what else belongs to this result: config, seed, hashes
@@ -196,5 +201,5 @@ def provenance(
 
     Inside a command it also has `argv`, the words of the command line.
     """
-    called = dict(argv=list(_words)) if _words else {}
+    called = dict(argv=called_as()) if _words else {}
     return dict(time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), **origin(), **called, **more)

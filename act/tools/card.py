@@ -6,14 +6,13 @@
 __all__ = ['Card']
 
 # %% ../../nbs/76_card.ipynb #76-imports
-import inspect, math, re
+import math, re, shlex
 import pandas as pd
 from pathlib import Path
 from fastcore.basics import patch
 from huggingface_hub import EvalResult as Result, ModelCard, ModelCardData
 from .._modidx import d as _site
 from ..abilities import skill_language
-from ..kit.command import option_line
 from ..sources import SHARES, SOURCES
 from ..streaming import mask_cells
 from .history import Publication, _began, _made, _parents, _scrub, _shown
@@ -222,176 +221,62 @@ tokenizer = AutoTokenizer.from_pretrained({name!r})
         f"The delta is of use with its target alone, {_code(target)}{which}. It holds a digest of every parameter that"
         " it changes, and is refused by any other model; `act_undo` takes it back, bit for bit. Its own hash is"
         f" {_code(pub.delta.hash)}.\n\n```bash\npip install act-transfer\n"
-        f"{_call(act_apply, target=target, delta=f'{name}/delta.safetensors', out='recovered')}\n```"
+        f"act_apply --target {shlex.quote(target)} --delta {shlex.quote(name)}/delta.safetensors --out recovered\n```"
     )
 
 # %% ../../nbs/76_card.ipynb #16-041
-def _call(f, **options):
-    "A command line with the options that differ from the defaults of `f`."
-    params = inspect.signature(f).parameters
-    return f'{f.__name__} ' + option_line(
-        {
-            k: v if v is None or isinstance(v, bool) else _plain(v)
-            for k, v in options.items()
-            if k not in params or params[k].default != v
-        }
-    )
-
-
-def _spec(name, source):
-    "(name for `load_ability`, split, n) from an ability's name and source; None when they do not tell."
-    where, n = re.fullmatch(r'(.*?)(?:, (\d+) of \d+, seed 0)?', str(source), re.S).groups()
-    first, _, split = where.rpartition(' ')
-    skill, lang = skill_language(name)
-    if where.endswith('.jsonl') and ' ' not in where:
-        return where, None, n and int(n)
-    if split not in (*SHARES, 'all'):
-        return None
-    if first.endswith('.jsonl') and ' ' not in first:
-        return first, split, n and int(n)
-    if first == f'lab/{name}':
-        return first, split, n and int(n)
-    return (f'{skill}/{lang}', split, n and int(n)) if skill in SOURCES and lang else None
-
-# %% ../../nbs/76_card.ipynb #16-043
-def _moves(step, masks, delta=False):
-    "Command lines of a transfer: localise, choose, move."
-    r, out = step.record, []
-    target, many = _shown(r['target']), len(r['moved']) > 1
-    for i, m in enumerate(r['moved'], 1):
-        s, k, donor, known = (
-            f'scores-{i}.safetensors' if many else 'scores.safetensors',
-            f'mask-{i}.safetensors' if many else 'mask.safetensors',
-            _shown(m['donor']),
-            masks.get(m.get('mask')),
-        )
-        meta = known.meta if known is not None else {}
-        spec = _spec(meta.get('ability', ''), meta.get('source', '')) if {'target', 'donor'} <= meta.keys() else None
-        made = (
-            re.fullmatch(
-                r'(?:random, matched by all, seed (?P<seed>\d+)|with all of (?P<whole>\w+))', m.get('made', '')
-            )
-            if 'made' in m
-            else None
-        )
-        if spec:
-            out.append(
-                _call(
-                    act_localize,
-                    target=_shown(meta['target']),
-                    donor=_shown(meta['donor']),
-                    ability=spec[0],
-                    split=spec[1],
-                    n=spec[2],
-                    **{o: meta.get(o) for o in ('positions', 'batch_tokens', 'max_length', 'dtype', 'chat')},
-                    tied=known.map.tied or 'embedding',
-                    out=s,
-                )
-            )
-        else:
-            out.append(
-                f"# {s}: act_localize of {target} and {donor} on"
-                f" {_plain(m.get('ability', 'an ability that is not recorded'))}; with which options and items is"
-                f" {'not recorded' if meta else 'in the mask file, which was not given'}"
-            )
-        if 'p' in m and ('made' not in m or made):
-            out.append(
-                _call(
-                    act_mask,
-                    scores=s,
-                    p=m['p'],
-                    rank=m.get('rank'),
-                    without=m.get('without'),
-                    **(
-                        dict(control='random', seed=int(made['seed']))
-                        if made and made['seed']
-                        else dict(whole=made and made['whole'])
-                    ),
-                    out=k,
-                )
-            )
-        else:
-            out.append(
-                f"# {k}: the mask {str(m.get('mask'))[:12]},"
-                f" {_plain(m.get('made', 'made in a way that is not recorded'))}"
-            )
-    moved, unchecked = r['moved'], r.get('hashes') == {} and any('target_print' in o.meta for o in masks.values())
-    one = lambda values: ','.join(values if len(set(values)) > 1 else values[:1])
-    return out + [
-        _call(
-            act_delta if delta else act_transfer,
-            target=target,
-            donor=','.join(_shown(m['donor']) for m in moved) if many else _shown(moved[0]['donor']),
-            mask=','.join(f'mask-{i}.safetensors' for i in range(1, len(moved) + 1)) if many else 'mask.safetensors',
-            lam=one([_number(m['lam']) for m in moved]),
-            rule=r.get('rule'),
-            no_check=unchecked,
-            out=step.name,
-        )
-    ]
+def _line(words):
+    "A recorded command line, without folders of the machine where it ran; empty for anything else."
+    if not isinstance(words, list) or not words or not all(isinstance(w, str) for w in words):
+        return ''
+    out = []
+    for word in words:
+        option, given, value = word.partition('=') if word.startswith('--') else ('', '', word)
+        out.append(_plain(option + given + ','.join(_shown(part) for part in value.split(','))))
+    return shlex.join(out)
 
 # %% ../../nbs/76_card.ipynb #16-044
-def _tunes(step, masks):
-    "Command lines of a fine-tuning step."
-    r = step.record
-    specs = {a: _spec(a, d.get('source', '')) for a, d in r.get('abilities', {}).items() if isinstance(d, dict)}
-    lost = [a for a, s in specs.items() if not s]
-    if lost or len({s[1:] for s in specs.values()}) > 1:
-        return [
-            f"# {step.name}: act_finetune of {_shown(_began(step)[0])} on {', '.join(map(_plain, specs))}, whose items"
-            " have no one name on the command line"
-        ]
-    lora, (_, split, n) = r.get('lora') or {}, next(iter(specs.values()), (None, None, None))
-    mask = None if not r.get('mask') else 'mask.safetensors' if list(masks) == [r['mask']] else f"MASK-{r['mask'][:12]}"
-    out = [
-        _call(
-            act_finetune,
-            model=_shown(_began(step)[0]),
-            ability=','.join(s[0] for s in specs.values()),
-            split=split,
-            n=n,
-            mask=mask,
-            lora_r=lora.get('r'),
-            **{
-                o: r.get(o) for o in ('steps', 'lr', 'batch_size', 'seed', 'max_length', 'weight_decay', 'chat', 'bf16')
-            },
-            out=step.name,
-        )
-    ]
-    unsaid = [
-        *(['whether in mixed precision (--bf16)'] if 'bf16' not in r else []),
-        *(['on which abilities it was validated (--validation)'] if r.get('eval_losses') else []),
-    ]
-    return out + [f"# not recorded: {', '.join(unsaid)}"] * bool(unsaid)
+def _told(what, settings):
+    "A comment for a step without a command line: its plain settings."
+    told = {k: v for k, v in settings.items() if isinstance(v, (str, int, float, bool))}
+    return f'# {_plain(what)}: ' + ', '.join(f'{_plain(k)} {_plain(_scrub(v))}' for k, v in told.items())
+
+
+_UNTOLD = 'commands format source provenance time git target_hash donor_hash ability_hash target_print donor_print'.split()
+
+
+def _of_mask(mask):
+    "How a mask was made: localised, chosen, and changed in Python."
+    meta = mask.meta
+    commands = meta.get('commands')
+    lines = [line for words in commands if (line := _line(words))] if isinstance(commands, list) else []
+    lines = lines or [_told(f'mask {mask.hash[:12]}', {k: v for k, v in meta.items() if k not in _UNTOLD})]
+    made = str(meta.get('made', ''))
+    return lines + [f'# then, in Python: {_plain(made)}'] * bool(made and not re.match('random|with all', made))
+
+
+def _of_step(step):
+    "How one step was made."
+    if step.kind == 'gguf':
+        return _line(['act_publish', '--model', step.record['file'], '--out', Path(step.record['file']).stem])
+    settings = {k: v for k, v in step.record.items() if k not in _UNTOLD}
+    return _line(_made(step).get('argv')) or _told(f'{step.name}, {step.kind} from Python', settings)
 
 
 def _commands(pub):
+    "Everything that led here, in order: the masks, the steps, the use of a delta, the evaluations."
     out = []
-    for s in pub.steps:
-        if s.kind == 'transfer':
-            out += _moves(s, pub.masks, bool(pub.delta) and s is pub.last)
-        elif s.kind == 'finetune':
-            out += _tunes(s, pub.masks)
-        elif pub.kind == 'gguf':
-            out.append(_call(act_publish, model=s.record['file'], out=Path(s.record['file']).stem))
+    for step in pub.steps:
+        if step is pub.last:
+            for mask in pub.masks.values():
+                out += _of_mask(mask)
+        out.append(_of_step(step))
     if pub.delta:
-        out.append(_call(act_apply, target=_shown(pub.last.record['target']), delta=pub.last.name, out='recovered'))
-    for k, r in pub.results.items():
-        m = r.meta
-        specs = [_spec(a, d['source']) for a, d in m['abilities'].items()]
-        if all(specs) and len({s[1:] for s in specs}) == 1:
-            out.append(
-                _call(
-                    act_evaluate,
-                    model=_shown(m['model']) if k != 'this model' else 'recovered' if pub.delta else pub.steps[-1].name,
-                    ability=','.join(s[0] for s in specs),
-                    split=specs[0][1],
-                    n=specs[0][2],
-                    batch_size=m.get('batch_size'),
-                    max_length=m.get('max_length'),
-                    chat=m.get('chat'),
-                )
-            )
+        out.append(_line(['act_apply', '--target', pub.last.record['target'], '--delta', pub.last.name, '--out', 'recovered']))
+    for role, result in pub.results.items():
+        settings = dict(result.meta, abilities=', '.join(result.meta['abilities']))
+        told = {k: v for k, v in settings.items() if k not in _UNTOLD}
+        out.append(_line(result.meta.get('argv')) or _told(f'evaluation of {role}', told))
     return out
 
 # %% ../../nbs/76_card.ipynb #16-045
@@ -475,7 +360,7 @@ def _front(self: Publication, name):
     named = [(o.meta.get('ability', ''), o.meta.get('source', '')) for o in self.masks.values()] + [
         (a, d.get('source', '')) for s in self.after for a, d in s.record.get('abilities', {}).items()
     ]
-    languages = dict.fromkeys(skill_language(a)[1] for a, source in named if (s := _spec(a, source)) and '/' in s[0])
+    languages = dict.fromkeys(skill_language(a)[1] for a, source in named if '.jsonl' not in source)
     l, rel = self.licence, dict(base_model_relation='merge' if self.last else 'finetune') if self.kind != 'gguf' else {}
     more = dict(license_name=l.name, license_link=l.link) if l.id and l.name else {}
     tags = ['act-transfer', *(['merge'] if self.last else []), *(['delta'] if self.delta else [])]
@@ -506,7 +391,7 @@ def _index(self: Publication):
             dataset_type=SOURCES[skill].hub[0] if (skill := skill_language(a)[0]) in SOURCES else 'act-transfer',
             dataset_name=a,
             dataset_config=a,
-            dataset_split=(_spec(a, about[a]['source']) or (0, None))[1],
+            dataset_split=next((w for w in re.findall(r'\w+', about[a]['source']) if w in (*SHARES, 'all')), None),
             dataset_args=dict(source=_scrub(about[a]['source']), sha256=about[a]['hash']),
         )
         out.append(
