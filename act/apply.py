@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from .channels import EMBEDDING, HEAD
 from .checkpoints import Checkpoint
-from .deltas import Delta, INTEGERS, TYPE_NAMES, _parts, pick, stored
+from .deltas import Delta, INTEGERS, TYPE_NAMES, block_parts, pick, stored
 from .headers import DTYPES
 from .kit.errors import ActError
 from .kit.files import atomic_folder, begin, check_absent, exclusive, flush, writing
@@ -43,7 +43,7 @@ def verify_delta(delta, undo, tensors, read, where):
                 f" {delta.tensors[name].shape}: it was made for another model"
             )
         now, then = hashlib.sha256(), hashlib.sha256()
-        for a, b, idx, x, y in _parts(shape, axis, chosen, dtype.itemsize):
+        for a, b, idx, x, y in block_parts(shape, axis, chosen, dtype.itemsize):
             old = read(name, axis, a, b, idx).contiguous()
             now.update(old.numpy().data)
             then.update((old ^ delta.bits(name, x, y)).numpy().data)
@@ -62,7 +62,9 @@ def bits_in_folder(ck):
     return (
         {n: (DTYPES[t.dtype], t.shape) for n, t in ck.tensors.items() if not ck.is_copy(n)},
         lambda n, axis, a, b, idx: (
-            pick(ck.read(n, a, b), axis, idx) if axis else ck.rows(n, a + idx).view(INTEGERS[DTYPES[ck.tensors[n].dtype]])
+            pick(ck.read(n, a, b), axis, idx)
+            if axis
+            else ck.rows(n, a + idx).view(INTEGERS[DTYPES[ck.tensors[n].dtype]])
         ),
     )
 

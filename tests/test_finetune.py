@@ -15,7 +15,7 @@ from act.kit.processes import ActWarning
 from act.kit.records import read_json, sha256
 from act.pairs import check_tokenizers
 from act.commands.way import act_finetune
-from act.finetune import _collate, _examples, finetune, item_hashes
+from act.finetune import _collate, training_rows, finetune, item_hashes
 from act.finetune_cost import bits_per_byte, neutral_text, safe_rate, training_memory
 from act.saving import save_like
 from act.masks import ChannelMask, random_mask
@@ -37,7 +37,7 @@ def mask_of(model, p=0.2):
 
 
 def test_labels_are_the_answer_and_the_end(tokenizer):
-    x = _examples([ABILITY[:1]], tokenizer, False, None)[0]
+    x = training_rows([ABILITY[:1]], tokenizer, False, None)[0]
     kept = [t for t in x['labels'] if t != -100]
     assert (
         tokenizer.decode(kept[:-1]) == ' 0'
@@ -47,12 +47,12 @@ def test_labels_are_the_answer_and_the_end(tokenizer):
 
 
 def test_no_end_is_taught_unless_the_ability_has_one(tokenizer):
-    x = _examples([Ability('a', [Item('x', 'y')])], tokenizer, False, None)[0]
+    x = training_rows([Ability('a', [Item('x', 'y')])], tokenizer, False, None)[0]
     assert tokenizer.eos_token_id not in x['labels']
 
 
 def test_prompts_are_taught_when_asked(tokenizer):
-    x = _examples([ABILITY[:1]], tokenizer, False, None, prompts=True)[0]
+    x = training_rows([ABILITY[:1]], tokenizer, False, None, prompts=True)[0]
     assert x['labels'] == x['input_ids'] and x['labels'][-1] == tokenizer.eos_token_id
     assert weight_hash(run(tiny_model(), tokenizer, prompts=True).model) != weight_hash(
         run(tiny_model(), tokenizer).model
@@ -573,10 +573,10 @@ def test_a_mask_counts_the_weights_that_learn():
     mask = ChannelMask.from_flat(torch.arange(cm.total) < 3, cm)
     first = next(iter(cm))
     axes = dict(first.params)
-    assert ft._learning(shapes, mask) == sum(
+    assert ft.learning_numbers(shapes, mask) == sum(
         3 * (shapes[k][1 - a] if len(shapes[k]) == 2 else 1) for k, a in axes.items()
     )
-    assert ft._learning(shapes, None) == sum(p.numel() for p in m.parameters())
+    assert ft.learning_numbers(shapes, None) == sum(p.numel() for p in m.parameters())
 
 
 # the neutral text

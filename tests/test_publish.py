@@ -300,7 +300,7 @@ def test_nothing_of_this_machine_gets_out(made, tmp_path):
     ],
 )
 def test_names(given, want):
-    assert H._shown(given) == want
+    assert H.shown_name(given) == want
 
 
 def test_strange_records_do_not_break_the_card(made, tmp_path):

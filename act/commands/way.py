@@ -169,16 +169,16 @@ def act_finetune(
     `act_finetune --model recovered --ability lab/multiplication-en,lab/science-zh --steps 30 --lr 3e-4 --out tuned`
     """
     given = dict(locals())
-    from act.finetune import _check_settings, _examples, _note, _unseen, finetune
-    from act.finetune_cost import _learning, _memory_line, bits_per_byte, neutral_text, safe_rate, training_memory
+    from act.finetune import check_settings, training_rows, note_of, is_unseen, finetune
+    from act.finetune_cost import learning_numbers, memory_line, bits_per_byte, neutral_text, safe_rate, training_memory
     from act.fingerprints import tensors_of
     from act.loading import check_use, load_tokenizer, opened
     from act.masks import ChannelMask
     from act.saving import save_like
     from act.sources import load_ability
-    from act.training import _fsdp, _load
+    from act.training import is_spread, load_for_training
 
-    key = sha256(json.dumps([given, processes()[1], _fsdp()], default=str))
+    key = sha256(json.dumps([given, processes()[1], is_spread()], default=str))
     if lora_r < 0:
         raise ActError(f"lora_r is {lora_r}: give a rank above zero, or 0 to train the weights")
     lora = dict(r=lora_r, lora_alpha=2 * lora_r, target_modules='all-linear') if lora_r else None
@@ -188,14 +188,14 @@ def act_finetune(
         val = [load_ability(a, 'validation', n) for a in listed(validation)] or None
         text, chosen = neutral_text(neutral), ChannelMask.load(mask) if mask else None
         check_use(device=device)
-        _check_settings(data, steps, lr, batch_size, chosen, lora, weight_decay, seed)
+        check_settings(data, steps, lr, batch_size, chosen, lora, weight_decay, seed)
         ck, shapes = opened(model), {k: s for k, (s, _) in tensors_of(model).items()}
         if chosen:
             chosen.map.check(shapes, model)
-        lr = lr or safe_rate(_learning(shapes, chosen), bool(lora))
-        examples = _examples(data, load_tokenizer(model), chat, max_length, model=ck)
+        lr = lr or safe_rate(learning_numbers(shapes, chosen), bool(lora))
+        examples = training_rows(data, load_tokenizer(model), chat, max_length, model=ck)
         longest = max(len(e['labels']) for e in examples)
-        memory = _memory_line(training_memory(ck.config, shapes, batch_size * longest, chosen, lora_r))
+        memory = memory_line(training_memory(ck.config, shapes, batch_size * longest, chosen, lora_r))
         answers = sum(l >= 0 for e in examples for l in e['labels'])
         begin(
             [model, *listed(ability), *([mask] if mask else [])],
@@ -205,7 +205,7 @@ def act_finetune(
         )
         if not processes()[0]:
             print(memory, flush=True)
-        net, tok = _load(model, device)
+        net, tok = load_for_training(model, device)
         check_room(out, ck.nbytes)
         before = None if processes()[0] else bits_per_byte(net, text, tok)
         how = dict(seed=seed, max_length=max_length, weight_decay=weight_decay, lora=lora, chat=chat, bf16=bf16)
@@ -213,7 +213,10 @@ def act_finetune(
         report = finetune(net, data, tok, steps, lr, batch_size, chosen, val, inplace=True, **how)
         if processes()[0]:
             return
-        after, notes = bits_per_byte(report.model, text, tok), {'act_transfer.json': _note(model, 'act_transfer.json')}
+        after, notes = (
+            bits_per_byte(report.model, text, tok),
+            {'act_transfer.json': note_of(model, 'act_transfer.json')},
+        )
         notes['act_finetune.json'] = report.record(model) | dict(
             neutral=dict(name=text.source, hash=text.hash), neutral_before=before, neutral_after=after
         )
@@ -225,7 +228,7 @@ def act_finetune(
             f"{text.source} needs {after / before - 1:.0%} more bits than before, so the model lost more than it"
             f" should: lower --lr (it was {lr:g}) or --steps"
         )
-    seen = not _unseen(listed(ability), notes['act_finetune.json']['trained_on'])
+    seen = not is_unseen(listed(ability), notes['act_finetune.json']['trained_on'])
     next_step('act_evaluate', model=out, ability='ABILITY' if seen else ability, out=f'{out}.json')
 
 # %% ../../nbs/85_commands_way.ipynb #14-050
@@ -297,7 +300,7 @@ def act_publish(
     `act_publish --model recovered --scores recovered.json,target.json --mask m.safetensors --out published`,
     `act_publish --model published --push me/recovered`, `act_publish --model model.gguf --out model`
     """
-    from act.tools.publish import _check_push, prepare, publish
+    from act.tools.publish import check_push, prepare, publish
     from act.tools.publish import push as upload
 
     if not out:
@@ -305,13 +308,13 @@ def act_publish(
             raise ActError(
                 "act_publish needs --out, or --push for a folder that is published already: see act_publish --help"
             )
-        _check_push(push, _published(model))
+        check_push(push, _published(model))
         begin([model], work=f'push to {push}')
     else:
         check_absent(out)
         pub = prepare(model, listed(scores), listed(mask), license, listed(base_model))
         if push:
-            _check_push(push, pub.licence.id)
+            check_push(push, pub.licence.id)
         begin(
             [model, *listed(scores), *listed(mask)],
             {out: pub.nbytes},

@@ -111,7 +111,8 @@ def mask_gradients(
 ) -> InsideMask:  # raises ActError for a mask of another model, and for a model spread over devices
     "Let only a mask's channels learn, whatever the optimiser; an adapter's rows outside the mask become zero."
     from torch.optim.optimizer import register_optimizer_step_post_hook
-    from act.finetune import DTensor, restrict_gradients
+    from torch.distributed.tensor import DTensor
+    from act.finetune import restrict_gradients
 
     named = dict(model.named_parameters())
     if any(isinstance(p, DTensor) for p in named.values()):
