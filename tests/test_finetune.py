@@ -208,7 +208,7 @@ from act.masks import ChannelMask
 from helpers import HARD, hard
 to, mask = sys.argv[1], ChannelMask.load(sys.argv[1] + '/mask.safetensors')
 def save(kind, name, **kw):
-    model, tok = importlib.import_module('act.training')._load('lab/maths-en', None)
+    model, tok = importlib.import_module('act.training').load_for_training('lab/maths-en', None)
     report = hard(model.float(), tok, mask, kind, **kw)
     assert (report.model is None) == bool(processes()[0])
     if report.model is not None: save_file({{k: p.detach() for k, p in report.model.named_parameters()}}, f'{{to}}/{{name}}.safetensors', dict(steps=str(len(report.losses)), best=str(report.best_step)))
