@@ -17,14 +17,23 @@ from .pairs import VOCABULARY, fit_rows, label_of, preflight
 # %% ../nbs/26_transfer.ipynb #12-010
 def mask_slices(
     mask: ChannelMask,  # over a model's channels
-) -> (
-    dict
-):  # parameter name -> (axis, bool vector along that axis); parameters that no chosen channel touches are left out
+) -> dict:  # parameter name -> (axis, bool vector along that axis), for every parameter that a chosen channel touches
     "Which slices of which parameters make up a mask's channels; a tied storage appears once, as the embedding."
     return {name: (axis, mask[m.path]) for m in mask.map if mask[m.path].any() for name, axis in m.params}
 
 # %% ../nbs/26_transfer.ipynb #12-013
 RULES = 'sum', 'mean', 'sign'
+
+
+def _joined(deltas, claims, axis, rule):
+    "One difference from those of several donors on the same entries, each claimed by `claims` of them."
+    deltas = torch.stack(deltas).sort(0).values  # the same sum whatever the order of the donors
+    if rule == 'sign':
+        deltas = deltas * (deltas.sign() == deltas.sum(0).sign())
+        return deltas.sum(0) / (deltas != 0).sum(0).clamp(min=1)
+    if rule == 'mean':
+        return deltas.sum(0) / claims.view([-1 if i == axis else 1 for i in range(deltas.ndim - 1)])
+    return deltas.sum(0)
 
 
 def blend(
@@ -37,40 +46,24 @@ def blend(
     moves = [m for m in moves if m[3] != 0 and m[2].any()]
     if not moves:
         return theta
-    out, axis = theta if inplace else theta.clone(), moves[0][1]
-    wide = torch.promote_types(theta.dtype, torch.float32)
-
-    def move(idx, theirs, lam):
-        ours = theta.index_select(axis, idx).to(wide)
-        out.index_copy_(axis, idx, theirs if lam == 1 else (ours + lam * (theirs.to(wide) - ours)).to(theta.dtype))
-
-    if len(moves) == 1:
-        move(moves[0][2].nonzero()[:, 0], moves[0][0], moves[0][3])
-        return out
+    out, axis, wide = theta if inplace else theta.clone(), moves[0][1], torch.promote_types(theta.dtype, torch.float32)
     claims = sum(chosen.int() for _, _, chosen, _ in moves)
-    for donor, _, chosen, lam in moves:
-        alone, idx = claims[chosen] == 1, chosen.nonzero()[:, 0]
-        move(idx[alone], donor.index_select(axis, alone.nonzero()[:, 0]), lam)
-    shared = (claims > 1).nonzero()[:, 0]
-    if len(shared):
-        ours, deltas = theta.index_select(axis, shared).to(wide), []
-        for donor, _, chosen, lam in moves:
-            full = torch.zeros_like(theta, dtype=wide)
-            full.index_copy_(
-                axis,
-                chosen.nonzero()[:, 0],
-                lam * (donor.to(wide) - theta.index_select(axis, chosen.nonzero()[:, 0]).to(wide)),
-            )
-            deltas.append(full.index_select(axis, shared))
-        deltas = torch.stack(deltas).sort(0).values  # the same sum whatever the order of the donors
-        if rule == 'sign':
-            deltas = deltas * (deltas.sign() == deltas.sum(0).sign())
-        count = dict(
-            sum=1,
-            mean=claims[shared].view([-1 if i == axis else 1 for i in range(theta.ndim)]),
-            sign=(deltas != 0).sum(0).clamp(min=1),
-        )[rule]
-        out.index_copy_(axis, shared, (ours + deltas.sum(0) / count).to(theta.dtype))
+    shared, deltas = (claims > 1).nonzero()[:, 0], []
+    at_shared = theta.index_select(axis, shared).to(wide)
+    for new, _, chosen, lam in moves:
+        idx = chosen.nonzero()[:, 0]
+        if lam != 1 or len(shared):
+            ours = theta.index_select(axis, idx).to(wide)
+            delta = lam * (new.to(wide) - ours)
+            new = new if lam == 1 else (ours + delta).to(theta.dtype)
+        if len(shared):
+            alone, contested = (claims[idx] == 1).nonzero()[:, 0], (claims[idx] > 1).nonzero()[:, 0]
+            deltas.append(torch.zeros_like(at_shared))
+            deltas[-1].index_copy_(axis, chosen[shared].nonzero()[:, 0], delta.index_select(axis, contested))
+            idx, new = idx[alone], new.index_select(axis, alone)
+        out.index_copy_(axis, idx, new)
+    if deltas:
+        out.index_copy_(axis, shared, (at_shared + _joined(deltas, claims[shared], axis, rule)).to(theta.dtype))
     return out
 
 # %% ../nbs/26_transfer.ipynb #12-017
@@ -83,32 +76,25 @@ def transfer_jobs(donors, masks, lam, rule):
     if rule not in RULES:
         raise ActError(f"rule is {rule!r}: choose one of {', '.join(RULES)}")
     donors, masks, lams = _as_list(donors), _as_list(masks), _as_list(lam)
-    masks = [m if isinstance(m, ChannelMask) else ChannelMask.load(m) for m in masks]
-    if len(donors) == 1:
-        donors = donors * len(masks)
-    if len(lams) == 1:
-        lams = lams * len(masks)
+    donors, lams = (x * len(masks) if len(x) == 1 else x for x in (donors, lams))
     if not len(donors) == len(masks) == len(lams):
         raise ActError(
             f"{len(donors)} donors, {len(masks)} masks and {len(lams)} values of lam do not go together: give one donor"
             " and one lam for each mask, or one for all"
         )
-    jobs = []
-    for d, m, l in zip(donors, masks, lams):
+    jobs = {}
+    for donor, mask, l in zip(donors, masks, lams):
+        mask = mask if isinstance(mask, ChannelMask) else ChannelMask.load(mask)
         if isinstance(l, bool) or not isinstance(l, (int, float)) or not math.isfinite(l):
             raise ActError(f"lam is {l}: it must be a finite number, usually between 0 and 1")
-        same = next(
-            (i for i, (o, _, _) in enumerate(jobs) if o is d or isinstance(d, (str, Path)) and str(o) == str(d)), None
-        )
-        if same is None:
-            jobs.append((d, m, l))
-            continue
-        if jobs[same][2] != l:
-            raise ActError(
-                f"one donor, two values of lam ({jobs[same][2]} and {l}): abilities of one donor move together"
-            )
-        jobs[same] = (d, jobs[same][1] | m, l)
-    return jobs
+        key = str(donor) if isinstance(donor, (str, Path)) else id(donor)
+        if key in jobs:
+            donor, before, first = jobs[key]
+            if first != l:
+                raise ActError(f"one donor, two values of lam ({first} and {l}): abilities of one donor move together")
+            mask = before | mask
+        jobs[key] = donor, mask, l
+    return list(jobs.values())
 
 
 def _shapes(model, target):
@@ -121,31 +107,34 @@ def check_masks(target, jobs, weights=True):
     "Check that each mask fits its models and, if `weights`, was made for them; returns the hashes computed."
     hashes = {}
     for donor, mask, _ in jobs:
-        for role, m in (('target', target), ('donor', donor)):
-            mask.map.check(_shapes(m, target), label_of(m))
-            kind, name = next(
-                ((k, f) for k, f in (('print', fingerprint), ('hash', weight_hash)) if mask.meta.get(f'{role}_{k}')),
-                (None, None),
-            )
-            if kind is None or not weights:
+        for role, model in (('target', target), ('donor', donor)):
+            mask.map.check(_shapes(model, target), label_of(model))
+            known = [f for f in (fingerprint, weight_hash) if mask.meta.get(_key_of(role, f))]
+            if not known or not weights:
                 continue
-            want, key = mask.meta[f'{role}_{kind}'], (kind, id(m) if isinstance(m, torch.nn.Module) else str(m))
+            compute, want = known[0], mask.meta[_key_of(role, known[0])]
+            key = compute, id(model) if isinstance(model, torch.nn.Module) else str(model)
             if key not in hashes:
-                hashes[key] = name(m)
+                hashes[key] = compute(model)
             if hashes[key] != want:
                 raise ActError(
-                    f"the mask was made for another {role} than {label_of(m)}: its weights have {name.__name__}"
-                    f" {hashes[key][:12]}, the mask expects {want[:12]}; localise again, or pass check=False"
-                    " (--no_check) if you are sure"
+                    f"the mask was made for another {role} than {label_of(model)}: its weights have"
+                    f" {compute.__name__} {hashes[key][:12]}, the mask expects {want[:12]}; localise again, or pass"
+                    " check=False (--no_check) if you are sure"
                 )
-    return {m: h for (_, m), h in hashes.items()}
+    return {model: h for (_, model), h in hashes.items()}
+
+
+def _key_of(role, compute):
+    "Where a mask records a hash of the weights that it was made for."
+    return f"{role}_{'print' if compute is fingerprint else 'hash'}"
 
 # %% ../nbs/26_transfer.ipynb #12-019
 @torch.no_grad()
 def transfer(
     target,  # a model; it is not changed
-    donors,
-    masks,  # a model and a mask (or its file); or lists: several masks of one donor, or several donors with a mask each
+    donors,  # a model, or one for each mask
+    masks,  # a mask (or its file), or several
     lam: float = 1.0,  # lambda, or one for each mask
     check: bool = True,  # check that the pair fits and that the mask was made for these weights
     rule: str = 'sum',  # where several donors claim a channel: sum (the paper's), mean or sign
@@ -153,19 +142,19 @@ def transfer(
     "Stage 2 of ACT, in memory: the target with the donors' parameters on the masked channels."
     jobs = transfer_jobs(donors, masks, lam, rule)
     if check:
-        for d, _, _ in jobs:
-            preflight(target, d)
+        for donor, _, _ in jobs:
+            preflight(target, donor)
     check_masks(target, jobs, check)
-    out, slices = copy.deepcopy(target), [mask_slices(m) for _, m, _ in jobs]
-    ours, theirs = dict(out.named_parameters()), [dict(d.named_parameters()) for d, _, _ in jobs]
-    for name in {n for s in slices for n in s}:
-        p, moves = ours[name], []
-        for (_, _, l), s, d in zip(jobs, slices, theirs):
-            if name not in s:
-                continue
-            axis, chosen = s[name][0], s[name][1].to(p.device)
-            moves.append((fit_rows(d[name], p).index_select(axis, chosen.nonzero()[:, 0]), axis, chosen, l))
-        p.copy_(blend(p.detach(), moves, rule))
+    out = copy.deepcopy(target)
+    sources = [(dict(donor.named_parameters()), mask_slices(mask), l) for donor, mask, l in jobs]
+    for name, ours in out.named_parameters():
+        moves = []
+        for theirs, slices, l in sources:
+            if name in slices:
+                axis, chosen = slices[name][0], slices[name][1].to(ours.device)
+                values = fit_rows(theirs[name], ours).index_select(axis, chosen.nonzero()[:, 0])
+                moves.append((values, axis, chosen, l))
+        ours.copy_(blend(ours.detach(), moves, rule))
     return out
 
 # %% ../nbs/26_transfer.ipynb #12-102
