@@ -6,13 +6,13 @@ Every method makes a model; hypervolume and winners by hand.
 import sys
 import numpy as np, pandas as pd, pytest, torch
 from dataclasses import replace
-from act.studies import baselines as b
 from act.studies.baselines import (
     BASELINES,
     BASELINE_ROWS,
     hypervolume,
     layer_mask,
     merge_with_mergekit,
+    move_by_depth,
     options,
     plot_methods,
     plot_pareto,
@@ -24,6 +24,7 @@ from act.studies.baselines import (
 from act.channels import ChannelMap, ModuleChannels, enumerate_channels
 from act.fingerprints import weight_hash
 from act.kit.errors import ActError
+from act.masks import top_p
 from act.scores import ChannelScores
 from act.studies.bench import Bench
 from act.studies.cases import CASES, Case
@@ -71,7 +72,8 @@ def test_ties_keeps_the_largest_changes(bench):
     )
     k = 'model.layers.1.mlp.up_proj.weight'
     delta, kept = (t[k] - d[k]).abs(), merged[k] != d[k]
-    assert kept.float().mean() == pytest.approx(0.5, abs=0.02) and delta[kept].min() >= delta[~kept].max() * 0.999
+    assert kept.float().mean() == pytest.approx(0.5, abs=0.02)
+    assert delta[kept].min() >= delta[~kept].max() * 0.999
 
 
 def test_dare_draws_by_its_seed(bench):
@@ -87,9 +89,8 @@ def test_without_mergekit_the_message_says_how_to_get_it(monkeypatch):
 
 def test_layer_masks():
     cm = enumerate_channels(tiny_model())
-    assert {m.layer for m in cm if layer_mask(cm, [1])[m.path].any()} == {1} and layer_mask(cm, [0]).count + layer_mask(
-        cm, [1]
-    ).count + layer_mask(cm, [None]).count == cm.total
+    assert {m.layer for m in cm if layer_mask(cm, [1])[m.path].any()} == {1}
+    assert layer_mask(cm, [0]).count + layer_mask(cm, [1]).count + layer_mask(cm, [None]).count == cm.total
     with pytest.raises(ActError, match='layer 7 is not a layer'):
         layer_mask(cm, [0, 7])
 
@@ -114,7 +115,8 @@ def test_every_method_makes_a_model_of_its_own(bench, name):
     o = BASELINES[name]
     s = o.settings((0.1,), (1.0,))[0]
     before, after = bench.model(o, sft=False, **s), bench.model(o, **s)
-    assert weight_hash(after) != weight_hash(before) and (weight_hash(before) == weight_hash(bench.target)) == (
+    assert weight_hash(after) != weight_hash(before)
+    assert (weight_hash(before) == weight_hash(bench.target)) == (
         name in ('light SFT only', 'LoRA with replay', 'joint SFT')
     )
     assert len({str(x) for x in o.settings((0.05, 0.1, 0.2, 0.3), (0.5, 1.0))}) == 8  # eight different tries
@@ -123,7 +125,7 @@ def test_every_method_makes_a_model_of_its_own(bench, name):
 def test_masked_tuning_leaves_the_rest(bench):
     s = dict(p=0.1, lam=1.0, rank='module')
     o = BASELINES['ACT (masked SFT)']
-    mask, before, after = b.top_p(bench.scores(0), 0.1, 'module'), bench.model(o, sft=False, **s), bench.model(o, **s)
+    mask, before, after = top_p(bench.scores(0), 0.1, 'module'), bench.model(o, sft=False, **s), bench.model(o, **s)
     for name, axis in ((n, x) for m in mask.map for n, x in m.params):
         changed = (
             (weights(before)[name] != weights(after)[name]).movedim(axis, 0).flatten(1).any(1)
@@ -135,15 +137,13 @@ def test_masked_tuning_leaves_the_rest(bench):
 
 
 def test_lambda_by_depth(bench):
-    same = b._by_depth(bench, 0, 0.2, 0.5, 0.5)
-    assert close(same, transfer(bench.target, bench.donor, b.top_p(bench.scores(0), 0.2, 'module'), 0.5, check=False))
-    rising, k = b._by_depth(bench, 0, 1.0, 0.0, 1.0), 'model.layers.{}.mlp.up_proj.weight'
+    same = move_by_depth(bench, 0, 0.2, 0.5, 0.5)
+    assert close(same, transfer(bench.target, bench.donor, top_p(bench.scores(0), 0.2, 'module'), 0.5, check=False))
+    rising, k = move_by_depth(bench, 0, 1.0, 0.0, 1.0), 'model.layers.{}.mlp.up_proj.weight'
     w = lambda m, l: weights(m)[k.format(l)]
-    assert (
-        torch.equal(w(rising, 0), w(bench.target, 0))
-        and torch.equal(w(rising, 3), w(bench.donor, 3))
-        and torch.allclose(w(rising, 1), w(bench.target, 1) + (w(bench.donor, 1) - w(bench.target, 1)) / 3, atol=1e-6)
-    )
+    assert torch.equal(w(rising, 0), w(bench.target, 0))
+    assert torch.equal(w(rising, 3), w(bench.donor, 3))
+    assert torch.allclose(w(rising, 1), w(bench.target, 1) + (w(bench.donor, 1) - w(bench.target, 1)) / 3, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -187,9 +187,8 @@ def study(metric='correct'):
 
 def test_grids_are_scaled_between_target_and_donor():
     t = scaled(study())
-    assert t.row.tolist() == ['A', 'A', 'A without SFT', 'B', 'C'] and np.allclose(
-        t[['retained', 'recovered']], [[0.5, 0.5], [1, 0], [0, 1], [0.5, 1], [0.5, 0.5]]
-    )
+    assert t.row.tolist() == ['A', 'A', 'A without SFT', 'B', 'C']
+    assert np.allclose(t[['retained', 'recovered']], [[0.5, 0.5], [1, 0], [0, 1], [0.5, 1], [0.5, 0.5]])
     assert volumes(study()).round(6).to_dict() == {'B': 0.5, 'A': 0.25, 'C': 0.25, 'A without SFT': 0}
     equal = study()
     equal.grid.loc[1, 'retained'] = 0.9
@@ -199,12 +198,10 @@ def test_grids_are_scaled_between_target_and_donor():
 
 def test_winners_and_their_ties():
     w = winners(study())
-    assert (
-        w.best.to_dict() == dict(retained='A', recovered='B', mean='A')
-        and w.ties['retained'] == 'C'
-        and w.ties['recovered'] == 'none'
-        and w.value['retained'] == pytest.approx(80)
-    )
+    assert w.best.to_dict() == dict(retained='A', recovered='B', mean='A')
+    assert w.ties['retained'] == 'C'
+    assert w.ties['recovered'] == 'none'
+    assert w.value['retained'] == pytest.approx(80)
     assert winners(study('bits')).best.to_dict() == dict(
         retained='B', recovered='A', mean='A without SFT'
     )  # fewer bits are better
@@ -230,11 +227,9 @@ def test_a_small_run_with_two_rivals(bench, tmp_path):
         methods=BASELINES,
     )
     again = Recovery.load(tmp_path / 'out' / 'result.json')
-    assert (
-        list(again.rows) == ['target', 'donor', *some]
-        and again.best == rec.best
-        and volumes(again).index.isin(some).all()
-    )
+    assert list(again.rows) == ['target', 'donor', *some]
+    assert again.best == rec.best
+    assert volumes(again).index.isin(some).all()
 
 
 def test_options_compare_variants_with_the_plain_form():
@@ -255,9 +250,7 @@ def test_options_compare_variants_with_the_plain_form():
         ]
     )
     t = options(rec, 'ACT')
-    assert (
-        list(t.index) == ['ACT (more)']
-        and t.validation.iloc[0] == pytest.approx(70)
-        and t.recovered.iloc[0].startswith('+20.0')
-        and t.retained.iloc[0] == '+0.0 [+0.0, +0.0] n.s.'
-    )
+    assert list(t.index) == ['ACT (more)']
+    assert t.validation.iloc[0] == pytest.approx(70)
+    assert t.recovered.iloc[0].startswith('+20.0')
+    assert t.retained.iloc[0] == '+0.0 [+0.0, +0.0] n.s.'

@@ -4,7 +4,7 @@ import numpy as np, pandas as pd, pytest
 from act.studies.claims import finding_rows, merge_rows, paper_table, recovery_rows
 from act.studies.findings import FAMILIES, JUDGEMENTS, STUDIES
 from act.studies.merge import Merged
-from act.studies.mergers import MergeCase
+from act.studies.cases import MergeCase
 from act.studies.cases import Case
 from act.studies.recovery import Recovery
 

@@ -3,11 +3,11 @@
 import json, numpy as np, pandas as pd, pytest
 from dataclasses import asdict, replace
 from act.kit.errors import ActError
-from act.studies.bench import *
-from act.studies.cases import CASES, Case
-from act.studies.recover import *
-from act.studies.recovery import *
-from act.studies.cases import RESULTS
+from act.studies.bench import Bench
+from act.studies.cases import CASES, RESULTS, Case
+from act.studies.methods import METHODS, ROWS
+from act.studies.recover import recover
+from act.studies.recovery import Recovery, group_samples
 
 
 def test_every_method_gets_as_many_tries():
@@ -18,14 +18,16 @@ def test_every_method_gets_as_many_tries():
 def test_group_means_and_intervals_by_hand():
     x = np.r_[np.ones(50), np.zeros(50)]
     s = group_samples([dict(a=x, b=1 - x[:10])], ('a', 'b'))
-    assert s[0] == (0.5 + 0) / 2 and len(s) == 2001
+    assert s[0] == (0.5 + 0) / 2
+    assert len(s) == 2001
     assert np.std(group_samples([dict(a=x)], ('a',))[1:]) == pytest.approx(0.05, rel=0.1)
 
 
 def test_seeds_widen_the_interval():
     x = np.r_[np.ones(50), np.zeros(50)]
     apart = group_samples([dict(a=x * 0), dict(a=x * 0 + 1), dict(a=x * 0 + 0.5)], ('a',))
-    assert apart[0] == 0.5 and np.std(apart[1:]) == pytest.approx(np.sqrt(1 / 6 / 3), rel=0.1)
+    assert apart[0] == 0.5
+    assert np.std(apart[1:]) == pytest.approx(np.sqrt(1 / 6 / 3), rel=0.1)
 
 
 @pytest.mark.parametrize('rivals, verdict', [(1, 'better'), (30, 'tie')])
@@ -42,11 +44,9 @@ def test_a_difference_must_survive_the_number_of_comparisons(rivals, verdict):
         {},
     )
     d = rec.against('ACT')
-    assert (
-        (d[d.column == 'recovered'].low > 0).all()
-        and d.p.min() == pytest.approx(2 * np.exp(-6), rel=0.5)
-        and d.holm.min() == pytest.approx(min(1, d.p.min() * len(d)))
-    )
+    assert (d[d.column == 'recovered'].low > 0).all()
+    assert d.p.min() == pytest.approx(2 * np.exp(-6), rel=0.5)
+    assert d.holm.min() == pytest.approx(min(1, d.p.min() * len(d)))
     assert len(rec.sides('ACT')['recovered'][verdict]) == rivals
 
 
@@ -60,11 +60,9 @@ def test_rows_are_paired_by_items():
         dict(seeds=[0]),
     )
     d = rec.against().set_index('column')
-    assert (
-        d.difference['recovered'] == pytest.approx(50)
-        and d.low['recovered'] == pytest.approx(50)
-        and d.difference['retained'] == 0
-    )
+    assert d.difference['recovered'] == pytest.approx(50)
+    assert d.low['recovered'] == pytest.approx(50)
+    assert d.difference['retained'] == 0
 
 
 @pytest.mark.parametrize('metric, side', [('correct', ('better', 'worse')), ('bits', ('worse', 'better'))])
@@ -99,20 +97,15 @@ def small(tmp_path_factory):
 def test_a_small_run_has_every_row_and_column(small):
     rec, out, case = small
     t = rec.table()
-    assert list(t.index) == ['target', 'donor', *ROWS] and list(t.columns) == [
-        'retained',
-        'recovered',
-        'others',
-        'mean',
-    ]
+    assert list(t.index) == ['target', 'donor', *ROWS]
+    assert list(t.columns) == ['retained', 'recovered', 'others', 'mean']
     tried = [r for r, (m, _) in ROWS.items() if m]
-    assert list(rec.grid.row) == ['target', 'donor', *(r for r in tried for _ in range(2))] and list(rec.best) == tried
+    assert list(rec.grid.row) == ['target', 'donor', *(r for r in tried for _ in range(2))]
+    assert list(rec.best) == tried
     for r, g in rec.grid[2:].groupby('row'):
         assert rec.best[r] == g.loc[g['mean'].idxmax()].setting
-    assert (
-        set(rec.meta['costs']) == set(ROWS)
-        and rec.meta['costs']['ACT without SFT']['tokens'] == 0 < rec.meta['costs']['ACT']['tokens']
-    )
+    assert set(rec.meta['costs']) == set(ROWS)
+    assert rec.meta['costs']['ACT without SFT']['tokens'] == 0 < rec.meta['costs']['ACT']['tokens']
     assert all(len(r) == (1 if n in ('target', 'donor') else 2) for n, r in rec.rows.items())
     n = rec.numbers()
     assert ((n.low <= n.value + 1e-9) & (n.value <= n.high + 1e-9)).all()
@@ -141,20 +134,23 @@ def test_what_is_written(small):
         *(f'{n}.{t}' for n in ('rows', 'grid', 'scores', 'mask') for t in ('svg', 'png')),
     } == names
     page = (out / 'report.html').read_text()
-    assert page.count('<svg') == 4 and 'src=' not in page and all(r in page for r in ROWS) and rec.meta['git'] in page
+    assert page.count('<svg') == 4
+    assert 'src=' not in page
+    assert all(r in page for r in ROWS)
+    assert rec.meta['git'] in page
     assert (out / 'table.txt').read_text().rstrip() == rec.table().to_string().rstrip()
 
 
 def test_results_come_back(small):
     rec, out, case = small
     again = Recovery.load(out / 'result.json')
-    assert (
-        again.table().equals(rec.table())
-        and json.dumps(asdict(again.case)) == json.dumps(asdict(case))
-        and again.best == rec.best
-        and again.against().equals(rec.against())
-    )
-    assert again.meta['seeds'] == [0, 1] and again.meta['data']['science-zh'] and again.meta['peak_memory_mb'] > 0
+    assert again.table().equals(rec.table())
+    assert json.dumps(asdict(again.case)) == json.dumps(asdict(case))
+    assert again.best == rec.best
+    assert again.against().equals(rec.against())
+    assert again.meta['seeds'] == [0, 1]
+    assert again.meta['data']['science-zh']
+    assert again.meta['peak_memory_mb'] > 0
 
 
 def test_a_second_run_into_the_folder_is_refused(small):
@@ -172,19 +168,18 @@ def test_files_that_are_no_results(tmp_path):
 @pytest.mark.parametrize('name', ['recover-lab', 'recover-lab-science', 'recover-lab-swahili', 'recover-smollm2'])
 def test_recorded_results_are_whole(name):
     rec = Recovery.load(RESULTS / f'{name}.json')
-    assert (
-        {'target', 'donor', *ROWS} == set(rec.rows)
-        and rec.meta['git']
-        and len(rec.meta['seeds']) >= 3
-        and min(len(r) for n, r in rec.rows.items() if n not in ('target', 'donor')) >= 3
-    )
+    assert {'target', 'donor', *ROWS} == set(rec.rows)
+    assert rec.meta['git']
+    assert len(rec.meta['seeds']) >= 3
+    assert min(len(r) for n, r in rec.rows.items() if n not in ('target', 'donor')) >= 3
 
 
 def test_a_study_can_count_the_shared_matrix_as_the_head():
     bench = Bench(replace(CASES['lab'], tied='lm_head', n=4, items=8, others=()))
     scores = bench.localised('donor', bench.sample(0))
     kinds = {m.kind for m in scores.map}
-    assert 'lm_head' in kinds and 'embedding' not in kinds
+    assert 'lm_head' in kinds
+    assert 'embedding' not in kinds
     assert bench.weights.map == scores.map
 
 

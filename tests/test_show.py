@@ -24,7 +24,7 @@ from act.masks import ChannelMask, random_mask, top_p
 from act.overlap import compare, iou, overlap
 from act.scores import ChannelScores, ItemScores
 from act.studies.merge import Merged
-from act.studies.mergers import MergeCase
+from act.studies.cases import MergeCase
 from act.studies.cases import Case
 from act.studies.recovery import Recovery
 from act.tools.plan import load_constants

@@ -23,10 +23,10 @@ def test_adapters_are_small_and_those_of_the_manifest():
     assert set(m['adapters']) == {n for n, r in RECIPES.items() if r['lora']}
     for name, d in m['adapters'].items():
         f = ADAPTERS / name / 'adapter_model.safetensors'
-        assert (
-            sha256(f.read_bytes()) == d['sha256'] and sum(p.stat().st_size for p in (ADAPTERS / name).iterdir()) <= 6e6
-        )
-        assert d['recipe'] == json.loads(json.dumps({k: v for k, v in RECIPES[name].items()})) and d['seed'] is not None
+        assert sha256(f.read_bytes()) == d['sha256']
+        assert sum(p.stat().st_size for p in (ADAPTERS / name).iterdir()) <= 6e6
+        assert d['recipe'] == json.loads(json.dumps({k: v for k, v in RECIPES[name].items()}))
+        assert d['seed'] is not None
 
 
 def test_recorded_scores_show_a_gain_of_each_specialist():
@@ -49,12 +49,14 @@ def test_the_commands_of_the_lab_on_a_real_model(cache, run, tmp_path):
     assert run(f'act_localize --target smollm2/spanish --donor smollm2 --ability {t}/mine.jsonl --out {t}/s')[0] == 0
     assert run(f'act_mask --scores {t}/s --p 0.01 --out {t}/m')[0] == 0
     code, out, _ = run(f'act_transfer --target smollm2/spanish --donor smollm2 --mask {t}/m --out {t}/moved')
-    assert code == 0 and 'from smollm2' in out
+    assert code == 0
+    assert 'from smollm2' in out
     assert (
         run(f'act_finetune --model {t}/moved --ability {t}/mine.jsonl --steps 1 --batch_size 2 --out {t}/tuned')[0] == 0
     )
     code, out, _ = run(f'act_evaluate --model {t}/tuned --ability {t}/mine.jsonl --dtype bfloat16')
-    assert code == 0 and 'mine' in out
+    assert code == 0
+    assert 'mine' in out
     assert {p.name for p in (t / 'moved').iterdir()} >= {
         'config.json',
         'tokenizer.json',
@@ -62,20 +64,16 @@ def test_the_commands_of_the_lab_on_a_real_model(cache, run, tmp_path):
         'act_transfer.json',
     }
     base, spanish, moved = (Checkpoint(f) for f in (smollm2_path(), smollm2_path('spanish'), t / 'moved'))
-    assert (
-        len({weight_hash(m.folder) for m in (base, spanish, moved)}) == 3
-        and base.config['tie_word_embeddings']
-        and base.nbytes < 3e8
-    )
+    assert len({weight_hash(m.folder) for m in (base, spanish, moved)}) == 3
+    assert base.config['tie_word_embeddings']
+    assert base.nbytes < 3e8
 
 
 def test_the_base_is_a_plain_checkpoint(cache):
     model, tok = load_model('smollm2')
-    assert (
-        model.num_parameters() == 134515008
-        and tok.chat_template
-        and weight_hash(model) == smollm2_manifest()['base']['weights']
-    )
+    assert model.num_parameters() == 134515008
+    assert tok.chat_template
+    assert weight_hash(model) == smollm2_manifest()['base']['weights']
 
 
 def test_what_fails_while_it_is_unpacked_leaves_nothing(monkeypatch, tmp_path):

@@ -19,10 +19,12 @@ from ..kit.records import provenance, read_json, write_json
 from ..masks import top_p
 from ..scores import ChannelScores
 from ..sources import load_ability
-from ..stats import METRICS
+from ..stats import METRICS, interval
 from ..show.heatmap import heatmap
-from .bench import Bench, METHODS, group_samples, interval
+from .bench import Bench
 from .cases import CASES, Case, RESULTS
+from .methods import METHODS
+from .recovery import group_samples
 
 # %% ../../nbs/71_grid.ipynb #37-009
 def _columns(case, values):

@@ -16,7 +16,7 @@ from ..kit.errors import ActError
 from ..loading import is_here, resolve
 from ..pairs import check_pair
 from ..sources import hub_is_off, load_ability
-from .bench import grid_of, points
+from .methods import grid_of, points
 from .recipes import KINDS_OF_STUDY, Recipe
 
 # %% ../../nbs/69_recipe_plan.ipynb #35-015

@@ -15,12 +15,12 @@ from pathlib import Path
 from ..finetune import finetune
 from ..kit.errors import ActError, PACKAGE
 from .baselines import BASELINES, BASELINE_ROWS
-from .bench import Bench, METHODS, ROWS
-from .cases import Case
+from .bench import Bench
+from .cases import Case, MergeCase
 from .merge import merge_study, plot_merged
-from .mergers import MERGERS, MERGE_ROWS, MergeBench, MergeCase
-from .recover import recover
-from .recovery import write_study, write_tables
+from .mergers import MERGERS, MERGE_ROWS, MergeBench
+from .methods import METHODS, ROWS
+from .recover import recover, write_study, write_tables
 
 # %% ../../nbs/68_recipes.ipynb #35-106
 RECIPE_FILES = PACKAGE / 'recipe_files'

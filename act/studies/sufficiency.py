@@ -17,10 +17,11 @@ from ..kit.processes import bar
 from ..masks import ChannelMask, random_mask, top_p
 from ..scores import ChannelScores
 from ..stats import METRICS, interval, interval_text
-from .bench import Bench, group_samples
+from .bench import Bench
 from .cases import CASES
 from .figures import RANKS, WIDTH, plot_lines
 from .findings import Finding, Study, find_family, judgement, row_of
+from .recovery import group_samples
 from ..transfer import transfer
 
 # %% ../../nbs/53_sufficiency.ipynb #22-007
