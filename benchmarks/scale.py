@@ -1,4 +1,4 @@
-"""Constants of this machine for `act.scale`, and predictions held against the clock, each taken while nothing else ran.
+"""Constants of this machine for `act_plan`, and predictions held against the clock, each taken while nothing else ran.
 
     python benchmarks/scale.py --folder /somewhere/with/10/GB --out act/results/scale.json
 
@@ -7,7 +7,8 @@ processes took more than a tenth of the processors meanwhile (Linux).
 """
 
 import argparse, os, resource, time
-from act import scale
+from act.commands.tools import act_plan
+from act.tools import machine
 
 
 def busy():
@@ -50,5 +51,5 @@ if __name__ == '__main__':
     p.add_argument('--folder', required=True)
     p.add_argument('--out', required=True)
     a = p.parse_args()
-    scale._rate, scale._timed_cold = quiet(scale._rate), quiet(scale._timed_cold)
-    scale.act_plan(measure=a.folder, constants=a.out, model='qwen2.5-7b')
+    machine._rate, machine._timed_cold = quiet(machine._rate), quiet(machine._timed_cold)
+    act_plan(measure=a.folder, constants=a.out, model='qwen2.5-7b')
