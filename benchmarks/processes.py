@@ -36,8 +36,11 @@ from act.loading import load_model
 from act.kit.processes import processes
 from act.finetune import finetune
 model, tok = load_model('lab/maths-en', dtype='float32')
-report = finetune(model, load_ability('lab/science-zh', 'sft'), tok, steps=int(sys.argv[2]), batch_size=8//processes()[1], lr=3e-4, progress=False)
-if not processes()[0]: save_file({k: p.detach() for k, p in report.model.named_parameters()}, sys.argv[1], dict(loss=str(report.losses[-1])))
+ability, each = load_ability('lab/science-zh', 'sft'), 8 // processes()[1]
+report = finetune(model, ability, tok, steps=int(sys.argv[2]), batch_size=each, lr=3e-4, progress=False)
+if not processes()[0]:
+    weights = {k: p.detach() for k, p in report.model.named_parameters()}
+    save_file(weights, sys.argv[1], dict(loss=str(report.losses[-1])))
 """
 SCORE = """
 import sys, torch
@@ -49,7 +52,9 @@ from act.evaluate import evaluate
 out, abilities = {}, [load_ability(f'lab/{a}') for a in ('science-zh', 'multiplication-en')]
 for dtype in ('float32', 'bfloat16'):
     model, tok = load_model('lab/maths-en', dtype=dtype)
-    for size in (64, 16): out[f'{dtype} {size}'] = torch.tensor(evaluate(model, abilities, tok, batch_size=size, progress=False).items.loglik.values)
+    for size in (64, 16):
+        result = evaluate(model, abilities, tok, batch_size=size, progress=False)
+        out[f'{dtype} {size}'] = torch.tensor(result.items.loglik.values)
 if not processes()[0]: save_file(out, sys.argv[1])
 """
 

@@ -197,7 +197,9 @@ import os, signal
 from act import apply
 real = apply.shutil.rmtree
 def half(path, **kw):
-    if os.path.exists(f'{{path}}/key') and '.partial' not in str(path): os.unlink(f'{{path}}/key'); os.kill(os.getpid(), signal.SIGKILL) # half of it is gone
+    if os.path.exists(f'{{path}}/key') and '.partial' not in str(path):
+        os.unlink(f'{{path}}/key')  # half of it is gone
+        os.kill(os.getpid(), signal.SIGKILL)
     real(path, **kw)
 apply.shutil.rmtree = half
 apply.apply_delta('{a}', '{d}', inplace=True)

@@ -355,7 +355,16 @@ RECIPE = """kind: recover
 seeds: [0]
 train:
   sums: {{model: {model}, abilities: [lab/multiplication-en], steps: 2, lr: 1.0e-4, batch_size: 4}}
-case: {{target: train/sums, donor: {donor}, recovered: [lab/science-en], retained: [lab/multiplication-en], others: [], items: 8, n: 8, sft: {{steps: 2, lr: 3.0e-4, batch_size: 4}}, grid: {{ps: [0.1], lams: [1.0]}}}}
+case:
+  target: train/sums
+  donor: {donor}
+  recovered: [lab/science-en]
+  retained: [lab/multiplication-en]
+  others: []
+  items: 8
+  n: 8
+  sft: {{steps: 2, lr: 3.0e-4, batch_size: 4}}
+  grid: {{ps: [0.1], lams: [1.0]}}
 """
 
 

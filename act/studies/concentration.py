@@ -185,7 +185,8 @@ def versus(
 def judge_concentration(
     f: Finding,  # of CONCENTRATION
 ) -> tuple:  # (one of JUDGEMENTS, the numbers behind it)
-    "Holds when the top 5 % hold at least half of the sum, and more than in the noise twin; in part when either is so in one ranking."
+    """Holds when the top 5 % hold at least half of the sum, and more than in the noise twin; in part when either is so
+    in one ranking."""
     rows = {r: versus(f.tables['statistics'], 'top_5', r).set_index('condition') for r in RANKS}
     half = [d.value['pair'] >= 0.5 for d in rows.values()]
     above = [d.pair_is['noise twin'] == 'above' for d in rows.values()]

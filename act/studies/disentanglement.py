@@ -228,7 +228,8 @@ def measure_disentanglement(
 def judge_disentanglement(
     f: Finding,  # of DISENTANGLEMENT
 ) -> tuple:  # (one of JUDGEMENTS, the numbers behind it)
-    "Holds when abilities that share nothing overlap, module-normalised, by less than half of what two samples of one ability do, and by less than in the noise twin; in part when only one is so."
+    """Holds when abilities that share nothing overlap, module-normalised, by less than half of what two samples of one
+    ability do, and by less than in the noise twin; in part when only one is so."""
     at = lambda condition, relation: row_of(
         f.tables['summary'], variant='module', condition=condition, relation=relation
     )
@@ -237,7 +238,8 @@ def judge_disentanglement(
     true = [far.high < near.low / 2, far.high < noise.low]
     text = (
         f"% of the top {100 * f.meta['p']:g} % shared, module-normalised: by abilities that share nothing"
-        f" {interval_text(far, 100, 0)} (noise twin {interval_text(noise, 100, 0)}), by two samples of one ability {interval_text(near, 100, 0)}"
+        f" {interval_text(far, 100, 0)} (noise twin {interval_text(noise, 100, 0)}),"
+        f" by two samples of one ability {interval_text(near, 100, 0)}"
     )
     return judgement(all(true), any(true)), text
 

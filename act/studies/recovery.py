@@ -108,6 +108,42 @@ class Recovery(Shown):
         if self.meta:
             yield folded('where it comes from', {k: v for k, v in self.meta.items() if k not in tables})
 
+# %% ../../nbs/62_recovery.ipynb #30-053
+@patch
+def save(
+    self: Recovery,
+    path,  # file to write
+) -> Path:
+    "Write one JSON file with settings, grid, per-item values and provenance."
+
+    def packed(values):
+        if self.metric.binary:
+            return ''.join(str(int(v)) for v in values)
+        return [round(float(v), 4) for v in values]
+
+    rows = {row: [{a: packed(x) for a, x in run.items()} for run in runs] for row, runs in self.rows.items()}
+    grid = self.grid.round(4).to_dict('records')
+    entries = dict(case=asdict(self.case), best=self.best, rows=rows, grid=grid, meta=self.meta)
+    return write_json(dict(format='act-recovery-2', **entries), path)
+
+
+@patch(cls_method=True)
+def load(
+    cls: Recovery,
+    path,  # file that `save` wrote
+):  # raises ActError for any other file
+    "Read what `save` wrote."
+
+    def unpacked(run):
+        return {a: np.array([float(v) for v in values]) for a, values in run.items()}
+
+    def make(d):
+        case = cls.kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in d['case'].items()})
+        rows = {row: [unpacked(run) for run in runs] for row, runs in d['rows'].items()}
+        return cls(case, rows, pd.DataFrame(d['grid']), d['best'], d['meta'])
+
+    return read_json(path, 'act-recovery-2', 'recovery result', 'act_reproduce', make)
+
 # %% ../../nbs/62_recovery.ipynb #30-049
 @patch
 def against(
@@ -245,39 +281,3 @@ def plot_grid(
     label_axes(ax, rec.metric, 'retained', 'recovered', 'validation')
     ax.legend(fontsize=6, loc='lower left')
     return ax
-
-# %% ../../nbs/62_recovery.ipynb #30-053
-@patch
-def save(
-    self: Recovery,
-    path,  # file to write
-) -> Path:
-    "Write one JSON file with settings, grid, per-item values and provenance."
-
-    def packed(values):
-        if self.metric.binary:
-            return ''.join(str(int(v)) for v in values)
-        return [round(float(v), 4) for v in values]
-
-    rows = {row: [{a: packed(x) for a, x in run.items()} for run in runs] for row, runs in self.rows.items()}
-    grid = self.grid.round(4).to_dict('records')
-    entries = dict(case=asdict(self.case), best=self.best, rows=rows, grid=grid, meta=self.meta)
-    return write_json(dict(format='act-recovery-2', **entries), path)
-
-
-@patch(cls_method=True)
-def load(
-    cls: Recovery,
-    path,  # file that `save` wrote
-):  # raises ActError for any other file
-    "Read what `save` wrote."
-
-    def unpacked(run):
-        return {a: np.array([float(v) for v in values]) for a, values in run.items()}
-
-    def make(d):
-        case = cls.kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in d['case'].items()})
-        rows = {row: [unpacked(run) for run in runs] for row, runs in d['rows'].items()}
-        return cls(case, rows, pd.DataFrame(d['grid']), d['best'], d['meta'])
-
-    return read_json(path, 'act-recovery-2', 'recovery result', 'act_reproduce', make)

@@ -159,7 +159,8 @@ def above_noise(
 def judge_stability(
     f: Finding,  # of STABILITY
 ) -> tuple:  # (one of JUDGEMENTS, the numbers behind it)
-    "Holds when, in both rankings, every other training agrees with the reference more than a noise twin does; in part when some do, module-normalised."
+    """Holds when, in both rankings, every other training agrees with the reference more than a noise twin does; in
+    part when some do, module-normalised."""
     changed, above, parts = [n for n in CHANGES if n != 'reference'], {}, []
     for r, name in RANKS.items():
         rows = f.tables['trainings'].query('rank == @r').set_index('name')
@@ -224,7 +225,8 @@ def explain_stability(
 # %% ../../nbs/55_stability.ipynb #55-study
 STABILITY = Study(
     'stability',
-    'the set of channels hardly changes with the sample, the data set, the training objective or the scale of the model',
+    'the set of channels hardly changes with the sample, the data set, the training objective or the scale of the'
+    ' model',
     measure_stability,
     judge_stability,
     explain_stability,

@@ -182,7 +182,8 @@ def measure_sufficiency(
 def judge_sufficiency(
     f: Finding,  # of SUFFICIENCY
 ) -> tuple:  # (one of JUDGEMENTS, the numbers behind it)
-    "Holds when the paper's raw order brings back more than random channels do (95 % interval of the area); in part when only the module-normalised order does."
+    """Holds when the paper's raw order brings back more than random channels do (95 % interval of the area); in part
+    when only the module-normalised order does."""
     metric, shown = METRICS[f.meta['metric']], ('top, raw', 'top, module', 'bottom, embedding last')
     rows = {o: row_of(f.tables['areas'], direction='sufficiency', order=o, column='recovered') for o in shown}
     raw, module = (metric.side(rows[o].low, rows[o].high) == 'better' for o in shown[:2])

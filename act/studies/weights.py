@@ -197,7 +197,8 @@ def averaged(
 def judge_weights(
     f: Finding,  # of WEIGHTS
 ) -> tuple:  # (one of JUDGEMENTS, the numbers behind it)
-    "Holds when the masks of both share more than chance but at most half, and skill and language together carry at least half of the variance of their correlation over abilities; in part when one is so."
+    """Holds when the masks of both share more than chance but at most half, and skill and language together carry at
+    least half of the variance of their correlation over abilities; in part when one is so."""
     both, noise = (
         row_of(averaged(f.tables['agreement']), condition=c, statistic='overlap, raw', ranking='weight')
         for c in ('pair', 'noise twin')
