@@ -44,9 +44,15 @@ def stored(shape, axis, chosen):
     return tuple(int(chosen.sum()) if i == axis else s for i, s in enumerate(shape))
 
 # %% ../nbs/28_deltas.ipynb #15-011
-def block_parts(shape, axis, chosen, itemsize):
-    "For each block with chosen entries: (first row, stop row, chosen entries in it, their start, stop in the delta)."
-    step, every, first = max(1, BLOCK // max(1, itemsize * torch.Size(shape[1:]).numel())), chosen.nonzero()[:, 0], 0
+def block_parts(
+    shape: tuple,  # of a parameter
+    axis: int,  # along which its channels lie
+    chosen: torch.Tensor,  # bool, along that axis
+    itemsize: int,  # bytes of a number
+):  # (first row, stop row, chosen entries in between, their start and stop in the delta) for blocks that have any
+    "Where the chosen entries of a parameter lie, block by block."
+    step = max(1, BLOCK // max(1, itemsize * torch.Size(shape[1:]).numel()))
+    every, first = chosen.nonzero()[:, 0], 0
     for a in range(0, shape[0], step):
         b = min(a + step, shape[0])
         idx = every if axis else chosen[a:b].nonzero()[:, 0]
@@ -54,46 +60,6 @@ def block_parts(shape, axis, chosen, itemsize):
         if len(idx):
             yield a, b, idx, first, first + n
         first += n
-
-# %% ../nbs/28_deltas.ipynb #15-014
-@torch.no_grad()
-def make_delta(
-    target,  # the model that receives, as in `transfer_checkpoint`
-    donors,  # one donor or several
-    masks,  # one mask or several
-    lam: float = 1.0,  # one lam, or one for each mask
-    out=None,  # file to write
-    check: bool = True,  # check that the pair fits and that the masks were made for these weights
-    rule: str = 'sum',  # when several donors claim a channel: sum (the paper's), mean or sign
-) -> Path:
-    "Stage 2 of ACT as a file: only the bits that the transfer changes in the target."
-    jobs = transfer_jobs(donors, masks, lam, rule)
-    if check:
-        for d, _, _ in jobs:
-            check_pair(target, d)
-    hashes = check_masks(target, jobs, check)
-    ours, theirs, mask = opened(target), [opened(d) for d, _, _ in jobs], jobs[0][1]
-    for _, m, _ in jobs[1:]:
-        mask = mask | m
-    called = dict(argv=called_as()) if called_as() else {}
-    slices, meta = mask_slices(mask), dict(transfer_record(target, jobs, rule, hashes), **origin(), **called)
-    bits = {
-        f'bits.{n}': (TYPE_NAMES[INTEGERS[DTYPES[t.dtype]]], stored(t.shape, *s))
-        for n, s in slices.items()
-        for t in [ours.tensors[n]]
-    }
-    tensors = dict(mask=('U8', (mask.total,)), **bits, digests=('U8', (len(slices), 2, 32)))
-    head = dict(format='act-delta-1', map=json.dumps(mask.map.to_dict()), meta=json.dumps(meta, ensure_ascii=False))
-    begin(
-        [target, *(d for d, _, _ in jobs)],
-        {out: sum(FILE_TYPES[t].itemsize * math.prod(s) for t, s in tensors.values()) + sum(map(len, head.values()))},
-        '; '.join(map(moved_text, meta['moved'])),
-    )
-    with atomic_file(out) as tmp, one_thread():
-        write_tensors(
-            tmp, tensors, head, _stream(ours, row_changes(ours, [fitted(d, ours) for d in theirs], jobs, rule), mask)
-        )
-    return Path(out)
 
 # %% ../nbs/28_deltas.ipynb #15-015
 def _stream(ours, change, mask):
@@ -116,6 +82,42 @@ def _stream(ours, change, mask):
             yield old ^ new
         digests.append(before.digest() + after.digest())
     yield torch.frombuffer(bytearray(b''.join(digests)), dtype=torch.uint8)
+
+# %% ../nbs/28_deltas.ipynb #15-014
+@torch.no_grad()
+def make_delta(
+    target,  # the model that receives, as in `transfer_checkpoint`
+    donors,  # one donor or several
+    masks,  # one mask or several
+    lam: float = 1.0,  # one lam, or one for each mask
+    out=None,  # file to write
+    check: bool = True,  # check that the pair fits and that the masks were made for these weights
+    rule: str = 'sum',  # when several donors claim a channel: sum (the paper's), mean or sign
+) -> Path:  # raises ActError when something does not fit
+    "Stage 2 of ACT as a file: only the bits that the transfer changes in the target."
+    jobs = transfer_jobs(donors, masks, lam, rule)
+    if check:
+        for donor, _, _ in jobs:
+            check_pair(target, donor)
+    hashes = check_masks(target, jobs, check)
+    ours, theirs, mask = opened(target), [opened(donor) for donor, _, _ in jobs], jobs[0][1]
+    for _, m, _ in jobs[1:]:
+        mask = mask | m
+    meta = dict(transfer_record(target, jobs, rule, hashes), **origin())
+    if called_as():
+        meta['argv'] = called_as()
+    slices, tensors = mask_slices(mask), dict(mask=('U8', (mask.total,)))
+    for name, (axis, chosen) in slices.items():
+        t = ours.tensors[name]
+        tensors[f'bits.{name}'] = TYPE_NAMES[INTEGERS[DTYPES[t.dtype]]], stored(t.shape, axis, chosen)
+    tensors['digests'] = 'U8', (len(slices), 2, 32)
+    head = dict(format='act-delta-1', map=json.dumps(mask.map.to_dict()), meta=json.dumps(meta, ensure_ascii=False))
+    size = sum(FILE_TYPES[t].itemsize * math.prod(s) for t, s in tensors.values()) + sum(map(len, head.values()))
+    begin([target, *(d for d, _, _ in jobs)], {out: size}, '; '.join(map(moved_text, meta['moved'])))
+    change = row_changes(ours, [fitted(d, ours) for d in theirs], jobs, rule)
+    with atomic_file(out) as tmp, one_thread():
+        write_tensors(tmp, tensors, head, _stream(ours, change, mask))
+    return Path(out)
 
 # %% ../nbs/28_deltas.ipynb #15-018
 class Delta(Shown):
@@ -145,17 +147,15 @@ class Delta(Shown):
         return rows_of(self.tensors[name], start, stop)
 
     def __repr__(self):
-        return (
-            f"Delta: {self.mask.count:,} of {self.mask.total:,} channels of {self.meta['target']},"
-            f" {self.path.stat().st_size / 1e6:,.2f} MB; "
-            + ', '.join(f"lam {m['lam']:g} from {m['donor']}" for m in self.meta['moved'])
-        )
+        size = self.path.stat().st_size / 1e6
+        moved = ', '.join(f"lam {m['lam']:g} from {m['donor']}" for m in self.meta['moved'])
+        channels = f"{self.mask.count:,} of {self.mask.total:,} channels of {self.meta['target']}"
+        return f'Delta: {channels}, {size:,.2f} MB; {moved}'
 
     def _parts(self):
-        first, *_, last = moved_parts(
-            [{**m, 'where': None} for m in self.meta['moved']],
-            {k: v for k, v in self.meta.items() if k not in ('format', 'moved')},
-        )
+        moved = [{**m, 'where': None} for m in self.meta['moved']]
+        origin = {k: v for k, v in self.meta.items() if k not in ('format', 'moved')}
+        first, *_, last = moved_parts(moved, origin)
         strip, bars, *_ = self.mask._parts()
         return first, strip, bars, last
 
@@ -163,7 +163,32 @@ class Delta(Shown):
         "Share of the channels that change, by layer and kind; returns the axes."
         return self.mask.plot(ax)
 
-# %% ../nbs/28_deltas.ipynb #15-019
+
+def _odd_tensors(map_, mask, digests, bits):
+    "What is wrong with the tensors of a delta file, or None."
+    if mask.dtype != torch.uint8 or tuple(mask.shape) != (map_.total,) or mask.max() > 1:
+        return f'its mask is not {map_.total:,} zeros and ones'
+    slices = mask_slices(ChannelMask.from_flat(mask.bool(), map_))
+    if digests.dtype != torch.uint8 or tuple(digests.shape) != (len(slices), 2, 32):
+        return f'it does not hold two digests for each of {len(slices)} parameters'
+    if odd := sorted(slices.keys() ^ bits.keys()):
+        how = 'missing' if odd[0] in slices else 'there, but its mask does not touch them'
+        return f'the bits of {odd[0]} are {how}'
+    for n, (axis, chosen) in slices.items():
+        t, k = bits[n], int(chosen.sum())
+        if t.dtype not in TYPE_NAMES.values() or len(t.shape) <= axis or t.shape[axis] != k:
+            return f'the bits of {n} are {t.dtype} of shape {t.shape}, its mask chooses {k}'
+
+
+def _odd_meta(meta):
+    "What is wrong with what a delta file says about its origin, or None."
+    moved = meta.get('moved') if isinstance(meta, dict) and isinstance(meta.get('target'), str) else None
+    for m in moved if isinstance(moved, list) else [None]:
+        named = isinstance(m, dict) and isinstance(m.get('donor'), str)
+        if not named or type(m.get('lam')) not in (int, float) or not abs(m['lam']) < 1e9:
+            return 'it does not name its target, donors and lam'
+
+
 @patch(cls_method=True)
 def load(
     cls: Delta,
@@ -182,45 +207,11 @@ def load(
         if len(tensors) != len(bits) + 2:
             raise ValueError('it holds other tensors than mask, bits and digests')
         mask, digests = rows_of(tensors['mask']), rows_of(tensors['digests'])
-        if why := _odd(map_, meta, mask, digests, bits):
+        if why := _odd_tensors(map_, mask, digests, bits) or _odd_meta(meta):
             raise ValueError(why)
     except (OSError, ValueError, KeyError) as e:
         raise ActError(f"{path} is not a usable delta file ({str(e)[:300]}): get it again") from e
-    mask = ChannelMask.from_flat(mask.bool(), map_, meta)
-    return cls(
-        path,
-        mask,
-        meta,
-        {n: tuple(bytes(d.tolist()) for d in pair) for n, pair in zip(mask_slices(mask), digests)},
-        bits,
-    )
-
-# %% ../nbs/28_deltas.ipynb #15-020
-def _odd(map_, meta, mask, digests, bits):
-    "What is wrong with the contents of a delta file, or None."
-    if mask.dtype != torch.uint8 or tuple(mask.shape) != (map_.total,) or mask.max() > 1:
-        return f'its mask is not {map_.total:,} zeros and ones'
-    slices = mask_slices(ChannelMask.from_flat(mask.bool(), map_))
-    if digests.dtype != torch.uint8 or tuple(digests.shape) != (len(slices), 2, 32):
-        return f'it does not hold two digests for each of {len(slices)} parameters'
-    if odd := sorted(slices.keys() ^ bits.keys()):
-        return (
-            f"the bits of {odd[0]} are {'missing' if odd[0] in slices else 'there, but its mask does not touch them'}"
-        )
-    for n, (axis, chosen) in slices.items():
-        t, k = bits[n], int(chosen.sum())
-        if t.dtype not in TYPE_NAMES.values() or len(t.shape) <= axis or t.shape[axis] != k:
-            return f'the bits of {n} are {t.dtype} of shape {t.shape}, its mask chooses {k}'
-    moved = meta.get('moved') if isinstance(meta, dict) else None
-    if not (
-        isinstance(moved, list)
-        and isinstance(meta.get('target'), str)
-        and all(
-            isinstance(m, dict)
-            and isinstance(m.get('donor'), str)
-            and type(m.get('lam')) in (int, float)
-            and abs(m['lam']) < 1e9
-            for m in moved
-        )
-    ):
-        return 'it does not name its target, donors and lam'
+    mask, by_name = ChannelMask.from_flat(mask.bool(), map_, meta), {}
+    for name, (before, after) in zip(mask_slices(mask), digests):
+        by_name[name] = bytes(before.tolist()), bytes(after.tolist())
+    return cls(path, mask, meta, by_name, bits)

@@ -16,14 +16,14 @@ from act.kit.records import read_json, sha256
 from act.pairs import check_tokenizers
 from act.commands.way import act_finetune
 from act.finetune import _collate, training_rows, finetune, item_hashes
-from act.finetune_cost import bits_per_byte, neutral_text, safe_rate, training_memory
+from act.finetune_cost import bits_per_byte, learning_numbers, neutral_text, safe_rate, training_memory
 from act.saving import save_like
 from act.masks import ChannelMask, random_mask
 from act.transfer import mask_slices
 from conftest import SIZES, tiny_model
 from helpers import HARD, hard
 
-ft = importlib.import_module('act.finetune')
+training = importlib.import_module('act.training')
 
 ABILITY = Ability('toy-en', [Item(f'{a} plus {b} is', f' {a + b}') for a in range(6) for b in range(4)], eos=True)
 run = lambda model, tok, **kw: finetune(
@@ -202,7 +202,7 @@ def test_a_spread_model_learns_the_same(tmp_path, launch):
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 from safetensors.torch import save_file
 import importlib
-ft = importlib.import_module('act.finetune')
+training = importlib.import_module('act.training')
 from act.kit.processes import processes
 from act.masks import ChannelMask
 from helpers import HARD, hard
@@ -213,13 +213,13 @@ def save(kind, name, **kw):
     assert (report.model is None) == bool(processes()[0])
     if report.model is not None: save_file({{k: p.detach() for k, p in report.model.named_parameters()}}, f'{{to}}/{{name}}.safetensors', dict(steps=str(len(report.losses)), best=str(report.best_step)))
 for kind in HARD: save(kind, kind)
-step = ft._Watch.on_step_end
+step = training.Watch.on_step_end
 def crash(self, args, state, control, **kw):
     if state.global_step == 5: raise KeyboardInterrupt
     step(self, args, state, control, **kw)
-ft._Watch.on_step_end = crash
+training.Watch.on_step_end = crash
 try: save('stopped', 'again', state=to + '/state', save_steps=2)
-except KeyboardInterrupt: ft._Watch.on_step_end = step
+except KeyboardInterrupt: training.Watch.on_step_end = step
 save('stopped', 'again', state=to + '/state', save_steps=2)
 ''',
         tmp_path,
@@ -261,13 +261,16 @@ SMALL = dict(model='lab/maths-en', ability='lab/science-zh', n=24, steps=8, lr=1
 KILLS = dict(
     step=(
         (
-            "step = ft._Watch.on_step_end; ft._Watch.on_step_end = lambda self, a, state, *x, **k: die() if"
+            "step = training.Watch.on_step_end; training.Watch.on_step_end = lambda self, a, state, *x, **k: die() if"
             " state.global_step == 5 else step(self, a, state, *x, **k)"
         ),
         3,
     ),
     state=(
-        "t = importlib.import_module('act.training'); settle = t._settle; t._settle = lambda new, done: die() if done.name.endswith('-6') else settle(new, done)",
+        (
+            "settle = training.settle_state; training.settle_state = lambda new: die() if new.name.endswith('-6')"
+            " else settle(new)"
+        ),
         3,
     ),
     model=("importlib.import_module('act.saving').write_json = die", 6),
@@ -279,14 +282,14 @@ KILLS = dict(
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch, moment):
     code, start = KILLS[moment]
     code = (
-        "import importlib, os, signal\nft = importlib.import_module('act.finetune')\ndef die(*_, **k): os.kill(os.getpid(),"
+        "import importlib, os, signal\ntraining = importlib.import_module('act.training')\ndef die(*_, **k): os.kill(os.getpid(),"
         f" signal.SIGKILL)\n{code}\nimportlib.import_module('act.commands.way').act_finetune(**{SMALL}, out={str(tmp_path / 'out')!r})"
     )
     assert subprocess.run([sys.executable, '-c', code], capture_output=True).returncode == -9
     assert set(os.listdir(tmp_path)) <= {'.out.partial', '.out.lock'}
-    begin, steps = ft._Watch.on_train_begin, []
+    begin, steps = training.Watch.on_train_begin, []
     monkeypatch.setattr(
-        ft._Watch,
+        training.Watch,
         'on_train_begin',
         lambda self, a, state, *x, **k: (steps.append(state.global_step), begin(self, a, state, *x, **k))[0],
     )
@@ -301,9 +304,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch, moment):
 def test_another_setting_starts_anew(tokenizer, tmp_path, monkeypatch):
     kw = dict(state=tmp_path / 'state', save_steps=2)
     run(tiny_model(), tokenizer, **kw)
-    begin, steps = ft._Watch.on_train_begin, []
+    begin, steps = training.Watch.on_train_begin, []
     monkeypatch.setattr(
-        ft._Watch,
+        training.Watch,
         'on_train_begin',
         lambda self, a, state, *x, **k: (steps.append(state.global_step), begin(self, a, state, *x, **k))[0],
     )
@@ -311,6 +314,60 @@ def test_another_setting_starts_anew(tokenizer, tmp_path, monkeypatch):
         run(tiny_model(), tokenizer, **kw, **more)
     run(tiny_model(seed=1), tokenizer, **kw)
     assert steps == [4, 0, 0, 0, 0] and len(list((tmp_path / 'state').iterdir())) == 1
+
+
+def fused(tokenizer):
+    "A model whose experts are one tensor in memory and several in files."
+    torch.manual_seed(0)
+    config = AutoConfig.for_model('mixtral', **SIZES, num_local_experts=2, num_experts_per_tok=1)
+    return AutoModelForCausalLM.from_config(config)
+
+
+RESUMED = dict(
+    plain={},
+    lora=dict(lora=dict(r=2, target_modules='all-linear')),
+    masked=dict(mask=True),
+    validated=dict(validation=ABILITY[:5], eval_steps=1, patience=2, lr=0.05, steps=20),
+    half=dict(upcast=False),
+    fused={},
+)
+
+
+@pytest.mark.parametrize('kind', RESUMED)
+def test_a_stopped_run_resumes_to_the_same_bits(tokenizer, tmp_path, monkeypatch, kind):
+    model = (
+        fused(tokenizer) if kind == 'fused' else tiny_model(dtype=torch.bfloat16 if kind == 'half' else torch.float32)
+    )
+    kw = dict(RESUMED[kind])
+    if kw.get('mask'):
+        kw['mask'] = mask_of(model)
+    whole = run(model, tokenizer, **kw)
+    on_step_end, seen = training.Watch.on_step_end, []
+
+    def stop(self, args, state, control, **more):
+        seen.append(state.global_step)
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+        on_step_end(self, args, state, control, **more)
+
+    monkeypatch.setattr(training.Watch, 'on_step_end', stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, tokenizer, **kw, state=tmp_path / 'state', save_steps=2)
+    again = run(model, tokenizer, **kw, state=tmp_path / 'state', save_steps=2)
+    assert seen[:6] == [1, 2, 3, 4, 5, 5]
+    assert weight_hash(again.model) == weight_hash(whole.model)
+    assert again.losses == whole.losses
+    assert again.best_step == whole.best_step
+    assert again.tokens == whole.tokens
+
+
+def test_half_a_state_is_not_read(tokenizer, tmp_path, monkeypatch):
+    kw = dict(state=tmp_path / 'state', save_steps=2)
+    run(tiny_model(), tokenizer, **kw)
+    [state] = (tmp_path / 'state').glob('*/checkpoint-*')
+    (state / 'whole').unlink()
+    assert training.newest_state(tmp_path / 'state', state.parent.name.removeprefix('act-state-'), 0)[1] is None
+    assert not state.exists()
 
 
 def test_a_second_run_is_refused_at_once(tmp_path, monkeypatch):
@@ -573,10 +630,10 @@ def test_a_mask_counts_the_weights_that_learn():
     mask = ChannelMask.from_flat(torch.arange(cm.total) < 3, cm)
     first = next(iter(cm))
     axes = dict(first.params)
-    assert ft.learning_numbers(shapes, mask) == sum(
+    assert learning_numbers(shapes, mask) == sum(
         3 * (shapes[k][1 - a] if len(shapes[k]) == 2 else 1) for k, a in axes.items()
     )
-    assert ft.learning_numbers(shapes, None) == sum(p.numel() for p in m.parameters())
+    assert learning_numbers(shapes, None) == sum(p.numel() for p in m.parameters())
 
 
 # the neutral text

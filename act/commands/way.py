@@ -169,12 +169,12 @@ def act_finetune(
     `act_finetune --model recovered --ability lab/multiplication-en,lab/science-zh --steps 30 --lr 3e-4 --out tuned`
     """
     given = dict(locals())
-    from act.finetune import check_settings, training_rows, note_of, is_unseen, finetune
+    from act.finetune import check_settings, finetune, is_unseen, training_rows
     from act.finetune_cost import learning_numbers, memory_line, bits_per_byte, neutral_text, safe_rate, training_memory
     from act.fingerprints import tensors_of
     from act.loading import check_use, load_tokenizer, opened
     from act.masks import ChannelMask
-    from act.saving import save_like
+    from act.saving import note_of, save_like
     from act.sources import load_ability
     from act.training import is_spread, load_for_training
 
