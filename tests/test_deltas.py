@@ -39,12 +39,10 @@ def test_there_and_back_to_the_byte(family, dtype, tied, checkpoint, tmp_path, m
     moved, d = transfer_checkpoint(fa, fb, m, 0.4, tmp_path / 'moved'), make_delta(fa, fb, m, 0.4, tmp_path / 'd')
     monkeypatch.setattr(checkpoints, 'BLOCK', 300)
     monkeypatch.setattr(deltas, 'BLOCK', 500)
-    assert files(apply_delta(fa, d, tmp_path / 'applied')) == files(moved) and files(
-        apply_delta(moved, d, tmp_path / 'undone', undo=True)
-    ) == files(fa) != files(moved)
-    assert weight_hash(apply_delta(load_model(fa)[0], d)) == weight_hash(moved) and weight_hash(
-        apply_delta(load_model(moved)[0], d, undo=True)
-    ) == weight_hash(fa)
+    assert files(apply_delta(fa, d, tmp_path / 'applied')) == files(moved)
+    assert files(apply_delta(moved, d, tmp_path / 'undone', undo=True)) == files(fa) != files(moved)
+    assert weight_hash(apply_delta(load_model(fa)[0], d)) == weight_hash(moved)
+    assert weight_hash(apply_delta(load_model(moved)[0], d, undo=True)) == weight_hash(fa)
 
 
 @pytest.mark.parametrize('rule', RULES)
@@ -55,9 +53,8 @@ def test_several_donors_in_one_file(rule, checkpoint, tmp_path):
     assert files(apply_delta(fa, d, tmp_path / 'out')) == files(
         transfer_checkpoint(fa, donors, masks, [0.5, 1.0], tmp_path / 'moved', rule=rule)
     )
-    assert [m['lam'] for m in Delta.load(d).meta['moved']] == [0.5, 1.0] and Delta.load(d).mask.count == (
-        masks[0] | masks[1]
-    ).count
+    assert [m['lam'] for m in Delta.load(d).meta['moved']] == [0.5, 1.0]
+    assert Delta.load(d).mask.count == (masks[0] | masks[1]).count
 
 
 def test_the_same_bytes_again_whatever_the_blocks(made, tmp_path, monkeypatch):
@@ -69,11 +66,9 @@ def test_the_same_bytes_again_whatever_the_blocks(made, tmp_path, monkeypatch):
 def test_other_shards_do_not_matter(made, checkpoint, tmp_path):
     a, _, _, moved, d = made
     one = checkpoint('one', load_model(a)[0])
-    assert (
-        len(Checkpoint(a).files) > 2
-        and weight_hash(apply_delta(one, d, tmp_path / 'out')) == weight_hash(moved)
-        and Checkpoint(tmp_path / 'out').files == ['model.safetensors']
-    )
+    assert len(Checkpoint(a).files) > 2
+    assert weight_hash(apply_delta(one, d, tmp_path / 'out')) == weight_hash(moved)
+    assert Checkpoint(tmp_path / 'out').files == ['model.safetensors']
 
 
 def test_a_mask_of_a_twentieth_makes_a_file_of_about_a_twentieth(checkpoint, tmp_path):
@@ -103,9 +98,8 @@ def test_a_stored_copy_of_tied_weights_goes_along_and_comes_back(pair, checkpoin
         make_delta(a, b, full(pair[0]), 0.5, tmp_path / 'd'),
         transfer_checkpoint(a, b, full(pair[0]), 0.5, tmp_path / 'moved'),
     )
-    assert files(apply_delta(a, d, tmp_path / 'x')) == files(moved) and files(
-        apply_delta(moved, d, tmp_path / 'y', undo=True)
-    ) == files(a)
+    assert files(apply_delta(a, d, tmp_path / 'x')) == files(moved)
+    assert files(apply_delta(moved, d, tmp_path / 'y', undo=True)) == files(a)
 
 
 def refused(tmp_path, match, *args, **kw):
@@ -157,9 +151,12 @@ def test_in_place_and_back(pair, checkpoint, tmp_path, shards):
     (a / 'README.md').write_text('mine')
     before, names = files(a), sorted(p.name for p in a.iterdir())
     apply_delta(a, d, inplace=True)
-    assert files(a) == files(moved) and sorted(p.name for p in a.iterdir()) == sorted([*names, 'act_transfer.json'])
+    assert files(a) == files(moved)
+    assert sorted(p.name for p in a.iterdir()) == sorted([*names, 'act_transfer.json'])
     apply_delta(a, d, undo=True, inplace=True)
-    assert files(a) == before and sorted(p.name for p in a.iterdir()) == names and not list(tmp_path.glob('.*'))
+    assert files(a) == before
+    assert sorted(p.name for p in a.iterdir()) == names
+    assert not list(tmp_path.glob('.*'))
 
 
 @pytest.mark.slow
@@ -204,13 +201,12 @@ def half(path, **kw):
 apply.shutil.rmtree = half
 apply.apply_delta('{a}', '{d}', inplace=True)
 """
-    assert subprocess.run([sys.executable, '-c', code]).returncode == -9 and files(a) == files(moved)
+    assert subprocess.run([sys.executable, '-c', code]).returncode == -9
+    assert files(a) == files(moved)
     apply_delta(a, d, undo=True, inplace=True)
-    assert (
-        weight_hash(a) != weight_hash(moved)
-        and not list(tmp_path.glob('.a.done'))
-        and not list(tmp_path.glob('.a.new'))
-    )
+    assert weight_hash(a) != weight_hash(moved)
+    assert not list(tmp_path.glob('.a.done'))
+    assert not list(tmp_path.glob('.a.new'))
 
 
 def test_commands(made, run, tmp_path):
@@ -219,13 +215,15 @@ def test_commands(made, run, tmp_path):
     code, out, _ = run(
         f'act_delta --target {a} --donor {b} --mask {tmp_path}/m.safetensors --lam .5 --out {tmp_path}/e'
     )
-    assert not code and 'Delta: ' in out
+    assert not code
+    assert 'Delta: ' in out
     again, first = Delta.load(tmp_path / 'e'), Delta.load(d)
     assert again.hash == first.hash
     assert {k: v for k, v in again.meta.items() if k != 'argv'} == first.meta
-    assert not run(f'act_apply --target {a} --delta {d} --out {tmp_path}/x')[0] and files(tmp_path / 'x') == files(
-        moved
-    )
-    assert not run(f'act_undo --target {tmp_path}/x --delta {d} --in_place')[0] and files(tmp_path / 'x') == files(a)
+    assert not run(f'act_apply --target {a} --delta {d} --out {tmp_path}/x')[0]
+    assert files(tmp_path / 'x') == files(moved)
+    assert not run(f'act_undo --target {tmp_path}/x --delta {d} --in_place')[0]
+    assert files(tmp_path / 'x') == files(a)
     code, _, err = run(f'act_undo --target {a} --delta {d}')
-    assert code == 2 and '--in_place' in err
+    assert code == 2
+    assert '--in_place' in err

@@ -26,9 +26,10 @@ from helpers import HARD, hard
 training = importlib.import_module('act.training')
 
 ABILITY = Ability('toy-en', [Item(f'{a} plus {b} is', f' {a + b}') for a in range(6) for b in range(4)], eos=True)
-run = lambda model, tok, **kw: finetune(
-    model, ABILITY, tok, **{**dict(steps=6, lr=1e-2, batch_size=4, progress=False), **kw}
-)
+
+
+def run(model, tok, **kw):
+    return finetune(model, ABILITY, tok, **{**dict(steps=6, lr=1e-2, batch_size=4, progress=False), **kw})
 
 
 def mask_of(model, p=0.2):
@@ -39,11 +40,9 @@ def mask_of(model, p=0.2):
 def test_labels_are_the_answer_and_the_end(tokenizer):
     x = training_rows([ABILITY[:1]], tokenizer, False, None)[0]
     kept = [t for t in x['labels'] if t != -100]
-    assert (
-        tokenizer.decode(kept[:-1]) == ' 0'
-        and kept[-1] == tokenizer.eos_token_id
-        and len(x['labels']) == len(x['input_ids'])
-    )
+    assert tokenizer.decode(kept[:-1]) == ' 0'
+    assert kept[-1] == tokenizer.eos_token_id
+    assert len(x['labels']) == len(x['input_ids'])
 
 
 def test_no_end_is_taught_unless_the_ability_has_one(tokenizer):
@@ -53,7 +52,8 @@ def test_no_end_is_taught_unless_the_ability_has_one(tokenizer):
 
 def test_prompts_are_taught_when_asked(tokenizer):
     x = training_rows([ABILITY[:1]], tokenizer, False, None, prompts=True)[0]
-    assert x['labels'] == x['input_ids'] and x['labels'][-1] == tokenizer.eos_token_id
+    assert x['labels'] == x['input_ids']
+    assert x['labels'][-1] == tokenizer.eos_token_id
     assert weight_hash(run(tiny_model(), tokenizer, prompts=True).model) != weight_hash(
         run(tiny_model(), tokenizer).model
     )
@@ -61,23 +61,19 @@ def test_prompts_are_taught_when_asked(tokenizer):
 
 def test_padding_is_not_taught(tokenizer):
     b = _collate([dict(input_ids=[5, 6, 7], labels=[-100, 6, 7]), dict(input_ids=[8], labels=[8])], 0)
-    assert (
-        b['labels'].tolist() == [[-100, 6, 7], [8, -100, -100]]
-        and b['attention_mask'].tolist() == [[1, 1, 1], [1, 0, 0]]
-        and b['input_ids'][1].tolist() == [8, 0, 0]
-    )
+    assert b['labels'].tolist() == [[-100, 6, 7], [8, -100, -100]]
+    assert b['attention_mask'].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert b['input_ids'][1].tolist() == [8, 0, 0]
 
 
 def test_it_learns_and_leaves_the_given_model_alone(tokenizer):
     m = tiny_model()
     before = weight_hash(m)
     r = run(m, tokenizer, steps=40)
-    assert (
-        sum(r.losses[-5:]) < 0.7 * sum(r.losses[:5])
-        and weight_hash(m) == before != weight_hash(r.model)
-        and len(r.losses) == 40
-        and r.tokens > 0
-    )
+    assert sum(r.losses[-5:]) < 0.7 * sum(r.losses[:5])
+    assert weight_hash(m) == before != weight_hash(r.model)
+    assert len(r.losses) == 40
+    assert r.tokens > 0
 
 
 def test_the_same_seed_gives_the_same_bits(tokenizer):
@@ -104,21 +100,24 @@ def test_a_mask_keeps_everything_else_bit_for_bit(family, tokenizer):
             old[name].index_select(axis, (~chosen).nonzero()[:, 0]),
         ), name
         moved += int((new[name] != old[name]).sum())
-    assert moved > 0 and all(p.requires_grad for p in new.values())
+    assert moved > 0
+    assert all(p.requires_grad for p in new.values())
 
 
 def test_half_precision_is_trained_in_float32_and_comes_back_half(tokenizer):
     m = tiny_model(dtype=torch.bfloat16)
     mask = mask_of(m)
     r = run(m, tokenizer, mask=mask)
-    assert r.model.dtype == torch.bfloat16 and weight_hash(r.model) != weight_hash(m)
+    assert r.model.dtype == torch.bfloat16
+    assert weight_hash(r.model) != weight_hash(m)
 
 
 def test_early_stopping_puts_the_best_weights_back(tokenizer):
     val = Ability('other-en', [Item('9 plus 9 is', ' 18'), Item('8 plus 9 is', ' 17')])
     r = run(tiny_model(), tokenizer, steps=60, lr=0.05, validation=val, eval_steps=2, patience=2)
     best = min(l for _, l in r.eval_losses)
-    assert len(r.losses) < 60 and dict(r.eval_losses)[r.best_step] == best
+    assert len(r.losses) < 60
+    assert dict(r.eval_losses)[r.best_step] == best
     again = finetune(r.model, ABILITY, tokenizer, steps=1, lr=1e-12, validation=val, eval_steps=1, progress=False)
     assert abs(again.eval_losses[0][1] - best) < 1e-4
 
@@ -130,9 +129,8 @@ def test_lora_is_merged_and_its_adapter_gives_the_same_model(tokenizer, tmp_path
     r = run(m, tokenizer, lora=dict(r=2, target_modules='all-linear'), adapter=tmp_path / 'adapter')
     merged = PeftModel.from_pretrained(tiny_model('smollm2'), tmp_path / 'adapter').merge_and_unload()
     assert {k for k, _ in r.model.named_parameters()} == {k for k, _ in m.named_parameters()}
-    assert all(
-        torch.allclose(p, q, atol=2e-2) for p, q in zip(r.model.parameters(), merged.parameters())
-    ) and weight_hash(r.model) != weight_hash(m)
+    assert all(torch.allclose(p, q, atol=2e-2) for p, q in zip(r.model.parameters(), merged.parameters()))
+    assert weight_hash(r.model) != weight_hash(m)
     assert torch.equal(r.model.model.embed_tokens.weight, m.model.embed_tokens.weight)
 
 
@@ -211,7 +209,8 @@ def save(kind, name, **kw):
     model, tok = importlib.import_module('act.training').load_for_training('lab/maths-en', None)
     report = hard(model.float(), tok, mask, kind, **kw)
     assert (report.model is None) == bool(processes()[0])
-    if report.model is not None: save_file({{k: p.detach() for k, p in report.model.named_parameters()}}, f'{{to}}/{{name}}.safetensors', dict(steps=str(len(report.losses)), best=str(report.best_step)))
+    if report.model is not None:
+        save_file({{k: p.detach() for k, p in report.model.named_parameters()}}, f'{{to}}/{{name}}.safetensors')
 for kind in HARD: save(kind, kind)
 step = training.Watch.on_step_end
 def crash(self, args, state, control, **kw):
@@ -239,16 +238,17 @@ save('stopped', 'again', state=to + '/state', save_steps=2)
         axis, chosen = mask_slices(mask).get(name, (0, torch.zeros(len(p), dtype=bool)))
         outside = (~chosen).nonzero()[:, 0]
         assert torch.equal(new['masked'][name].index_select(axis, outside), p.index_select(axis, outside)), name
-    assert [f.name.split('-')[-1] for f in (tmp_path / 'state').glob('act-*')] and all(
-        torch.equal(t, new['again'][k]) for k, t in new['stopped'].items()
-    )
+    assert [f.name.split('-')[-1] for f in (tmp_path / 'state').glob('act-*')]
+    assert all(torch.equal(t, new['again'][k]) for k, t in new['stopped'].items())
 
 
 def test_an_output_that_exists_stops_all_processes(tmp_path, launch):
     done = launch(
         'act_finetune', '--model', 'lab/maths-en', '--ability', 'lab/science-zh', '--out', tmp_path, timeout=60
     )
-    assert done.returncode and done.stderr.count('exists already') == 1 and done.stdout == ''
+    assert done.returncode
+    assert done.stderr.count('exists already') == 1
+    assert done.stdout == ''
 
 
 def test_version_1_of_fsdp_is_refused(tokenizer, monkeypatch):
@@ -281,10 +281,14 @@ KILLS = dict(
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch, moment):
     code, start = KILLS[moment]
-    code = (
-        "import importlib, os, signal\ntraining = importlib.import_module('act.training')\ndef die(*_, **k): os.kill(os.getpid(),"
-        f" signal.SIGKILL)\n{code}\nimportlib.import_module('act.commands.way').act_finetune(**{SMALL}, out={str(tmp_path / 'out')!r})"
-    )
+    code = f"""
+import importlib, os, signal
+from act.commands.way import act_finetune
+training = importlib.import_module('act.training')
+def die(*_, **k): os.kill(os.getpid(), signal.SIGKILL)
+{code}
+act_finetune(**{SMALL}, out={str(tmp_path / 'out')!r})
+"""
     assert subprocess.run([sys.executable, '-c', code], capture_output=True).returncode == -9
     assert set(os.listdir(tmp_path)) <= {'.out.partial', '.out.lock'}
     begin, steps = training.Watch.on_train_begin, []
@@ -295,7 +299,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch, moment):
     )
     for name in ('out', 'whole'):
         act_finetune(**SMALL, out=tmp_path / name)
-    assert steps == [start, 0] and sorted(os.listdir(tmp_path)) == ['out', 'whole']
+    assert steps == [start, 0]
+    assert sorted(os.listdir(tmp_path)) == ['out', 'whole']
     assert (tmp_path / 'out' / 'model.safetensors').read_bytes() == (
         tmp_path / 'whole' / 'model.safetensors'
     ).read_bytes()
@@ -313,7 +318,8 @@ def test_another_setting_starts_anew(tokenizer, tmp_path, monkeypatch):
     for more in (dict(), dict(seed=1), dict(lr=2e-2), dict(mask=mask_of(tiny_model()))):
         run(tiny_model(), tokenizer, **kw, **more)
     run(tiny_model(seed=1), tokenizer, **kw)
-    assert steps == [4, 0, 0, 0, 0] and len(list((tmp_path / 'state').iterdir())) == 1
+    assert steps == [4, 0, 0, 0, 0]
+    assert len(list((tmp_path / 'state').iterdir())) == 1
 
 
 def fused(tokenizer):
@@ -451,7 +457,8 @@ def test_types_files_and_names_are_those_of_the_source(checkpoint, items, tmp_pa
     assert all((b / f.name).read_bytes() == f.read_bytes() for f in a.iterdir() if f.suffix != '.safetensors')
     assert all(not torch.equal(new[k], old[k]) for k in old if 'q_proj.weight' in k or 'norm' in k)
     net, info = AutoModelForCausalLM.from_pretrained(b, dtype='float32', output_loading_info=True)
-    assert not info['missing_keys'] and not info['unexpected_keys']
+    assert not info['missing_keys']
+    assert not info['unexpected_keys']
     assert all(torch.equal(net.state_dict()[k], t.float()) for k, t in new.items())
 
 
@@ -509,7 +516,8 @@ def test_a_model_stored_under_other_names(tokenizer, items, tmp_path):
     assert any(not torch.equal(new[k], old[k]) for k in old if 'experts' in k)
     assert (tmp_path / 'b' / 'tokenizer.json').read_bytes() == (a / 'tokenizer.json').read_bytes()
     info = AutoModelForCausalLM.from_pretrained(tmp_path / 'b', output_loading_info=True)[1]
-    assert not info['missing_keys'] and not info['unexpected_keys']
+    assert not info['missing_keys']
+    assert not info['unexpected_keys']
 
 
 def test_a_legacy_llama_tokenizer_is_not_rewritten(checkpoint, items, tmp_path):
@@ -570,10 +578,8 @@ def test_each_weight_in_memory_gets_its_own_type_back(tokenizer):
     m.model.norm.float()
     types = {k: t.dtype for k, t in (*m.named_parameters(), *m.named_buffers())}
     new = run(m, tokenizer).model
-    assert (
-        len(set(types.values())) == 2
-        and {k: t.dtype for k, t in (*new.named_parameters(), *new.named_buffers())} == types
-    )
+    assert len(set(types.values())) == 2
+    assert {k: t.dtype for k, t in (*new.named_parameters(), *new.named_buffers())} == types
 
 
 def test_training_that_diverged_is_not_written(checkpoint, items, tmp_path):
@@ -655,7 +661,8 @@ def test_a_neutral_text_in_pieces(tmp_path):
     )
     a = neutral_text(tmp_path / 't.txt')
     assert [(o.prompt, o.answer) for o in a][:2] == [('One', ' two three.'), ('二', '加二等于四')]
-    assert all(len(o.prompt + o.answer) <= 1000 for o in a) and len(a) == 7
+    assert all(len(o.prompt + o.answer) <= 1000 for o in a)
+    assert len(a) == 7
 
 
 def test_before_and_after_are_said_and_kept(checkpoint, items, tmp_path, capsys):
@@ -714,7 +721,8 @@ from act.finetune import finetune
 from act.finetune_cost import training_memory
 sys.path.insert(0, sys.argv[1])
 from conftest import toy_tokenizer
-config = AutoConfig.for_model('llama', hidden_size=512, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8, vocab_size=8000, tie_word_embeddings=True)
+sizes = dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=8, vocab_size=8000)
+config = AutoConfig.for_model('llama', num_key_value_heads=8, tie_word_embeddings=True, **sizes)
 ability, tok = Ability('a', [Item('two', ' plus two is four'*4)]*8), toy_tokenizer()
 torch.ones(8, 8, requires_grad=True).matmul(torch.ones(8, 8)).sum().backward()
 if len(sys.argv) > 2: from peft import get_peft_model
@@ -759,7 +767,9 @@ def test_memory_is_part_of_a_dry_run(checkpoint, items, capsys, monkeypatch, tmp
     except SystemExit as e:
         assert not e.code
     out = capsys.readouterr().out
-    assert 'memory: about' in out and 'AdamW' in out and 'peak rate' in out
+    assert 'memory: about' in out
+    assert 'AdamW' in out
+    assert 'peak rate' in out
 
 
 # what was trained on
