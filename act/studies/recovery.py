@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from ..kit.records import read_json, write_json
 from ..show.results import Shown, folded, table
 from ..sources import short_name
-from ..stats import METRICS, Metric, holm, interval, interval_text, mcnemar as paired_test, two_sided_p
+from ..stats import METRICS, Metric, holm, interval, mcnemar as paired_test, two_sided_p
 from .cases import Case
 from .methods import ROWS
 
