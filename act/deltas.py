@@ -18,10 +18,9 @@ from .kit.files import atomic_file, begin
 from .kit.records import called_as, origin, parse_json, sha256
 from .loading import opened
 from .masks import ChannelMask
-from .pairs import check_pair, fitted
 from .show.results import Shown
-from .streaming import moved_parts, moved_text, row_changes, transfer_record
-from .transfer import check_masks, mask_slices, transfer_jobs
+from .streaming import moved_parts, moved_text, prepare_transfer
+from .transfer import mask_slices
 from .writer import one_thread, write_tensors
 
 # %% ../nbs/28_deltas.ipynb #15-009
@@ -95,17 +94,13 @@ def make_delta(
     rule: str = 'sum',  # when several donors claim a channel: sum (the paper's), mean or sign
 ) -> Path:  # raises ActError when something does not fit
     "Stage 2 of ACT as a file: only the bits that the transfer changes in the target."
-    jobs = transfer_jobs(donors, masks, lam, rule)
-    if check:
-        for donor, _, _ in jobs:
-            check_pair(target, donor)
-    hashes = check_masks(target, jobs, check)
-    ours, theirs, mask = opened(target), [opened(donor) for donor, _, _ in jobs], jobs[0][1]
+    jobs, ours, _, change, record = prepare_transfer(target, donors, masks, lam, check, rule)
+    mask = jobs[0][1]
     for _, m, _ in jobs[1:]:
         mask = mask | m
-    meta = dict(transfer_record(target, jobs, rule, hashes), **origin())
+    meta = record | origin()
     if called_as():
-        meta['argv'] = called_as()
+        meta['argv'] = called_as('--out')
     slices, tensors = mask_slices(mask), dict(mask=('U8', (mask.total,)))
     for name, (axis, chosen) in slices.items():
         t = ours.tensors[name]
@@ -114,7 +109,6 @@ def make_delta(
     head = dict(format='act-delta-1', map=json.dumps(mask.map.to_dict()), meta=json.dumps(meta, ensure_ascii=False))
     size = sum(FILE_TYPES[t].itemsize * math.prod(s) for t, s in tensors.values()) + sum(map(len, head.values()))
     begin([target, *(d for d, _, _ in jobs)], {out: size}, '; '.join(map(moved_text, meta['moved'])))
-    change = row_changes(ours, [fitted(d, ours) for d in theirs], jobs, rule)
     with atomic_file(out) as tmp, one_thread():
         write_tensors(tmp, tensors, head, _stream(ours, change, mask))
     return Path(out)

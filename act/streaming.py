@@ -84,6 +84,18 @@ def moved_text(m):
     return f"{m['channels']:,} of {m['total']:,} channels from {m['donor']}, lam {m['lam']:g}"
 
 
+def prepare_transfer(target, donors, masks, lam, check, rule):
+    "(jobs, the target's checkpoint, those of the donors, `row_changes`, record), once everything has been checked."
+    jobs = transfer_jobs(donors, masks, lam, rule)
+    if check:
+        for donor, _, _ in jobs:
+            check_pair(target, donor)
+    hashes = check_masks(target, jobs, check)
+    ours, theirs = opened(target), [opened(donor) for donor, _, _ in jobs]
+    change = row_changes(ours, [fitted(d, ours) for d in theirs], jobs, rule)
+    return jobs, ours, theirs, change, transfer_record(target, jobs, rule, hashes)
+
+
 def _key(ours, theirs, jobs, rule):
     "A hash of everything that determines the output."
     files = []
@@ -104,14 +116,8 @@ def transfer_checkpoint(
     rule: str = 'sum',  # where several donors claim a channel: sum (the paper's), mean or sign
 ) -> Path:  # raises ActError when something does not fit, and leaves nothing behind
     "Stage 2 of ACT, streamed from checkpoint folders to a new one, with only a few blocks of rows in memory."
-    jobs, out = transfer_jobs(donors, masks, lam, rule), check_absent(out)
-    if check:
-        for donor, _, _ in jobs:
-            check_pair(target, donor)
-    hashes = check_masks(target, jobs, check)
-    ours, theirs = opened(target), [opened(donor) for donor, _, _ in jobs]
-    change = row_changes(ours, [fitted(d, ours) for d in theirs], jobs, rule)
-    record = transfer_record(target, jobs, rule, hashes)
+    out = check_absent(out)
+    jobs, ours, theirs, change, record = prepare_transfer(target, donors, masks, lam, check, rule)
     begin([target, *(d for d, _, _ in jobs)], {out: ours.nbytes}, '; '.join(map(moved_text, record['moved'])))
     record['provenance'] = provenance()
     with atomic_folder(out, ours.nbytes, _key(ours, theirs, jobs, rule)) as tmp:

@@ -322,7 +322,7 @@ def test_another_setting_starts_anew(tokenizer, tmp_path, monkeypatch):
     assert len(list((tmp_path / 'state').iterdir())) == 1
 
 
-def fused(tokenizer):
+def fused():
     "A model whose experts are one tensor in memory and several in files."
     torch.manual_seed(0)
     config = AutoConfig.for_model('mixtral', **SIZES, num_local_experts=2, num_experts_per_tok=1)
@@ -341,9 +341,7 @@ RESUMED = dict(
 
 @pytest.mark.parametrize('kind', RESUMED)
 def test_a_stopped_run_resumes_to_the_same_bits(tokenizer, tmp_path, monkeypatch, kind):
-    model = (
-        fused(tokenizer) if kind == 'fused' else tiny_model(dtype=torch.bfloat16 if kind == 'half' else torch.float32)
-    )
+    model = fused() if kind == 'fused' else tiny_model(dtype=torch.bfloat16 if kind == 'half' else torch.float32)
     kw = dict(RESUMED[kind])
     if kw.get('mask'):
         kw['mask'] = mask_of(model)
