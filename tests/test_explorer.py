@@ -10,6 +10,7 @@ import numpy as np, pandas as pd, pytest
 from act.channels import enumerate_channels
 from act.commands.studies import act_explore
 from act.kit.errors import ActError
+from act.studies import explorer
 from act.studies.grid import *
 from act.studies.explorer import *
 from act.scores import ChannelScores

@@ -206,13 +206,13 @@ def test_without_mask_and_scores_the_card_says_so_and_invents_nothing(made):
 
 
 def mask_lines(mask):
-    return card._of_mask(mask)
+    return card._of_mask(mask, 'm.safetensors')
 
 
 def test_a_mask_that_a_command_made_has_its_two_commands(made):
     assert mask_lines(made[1]) == [
-        'act_localize --target lab/maths-en --donor lab/base --ability lab/science-zh --out scores.safetensors --n 24',
-        'act_mask --scores scores.safetensors --out m.safetensors --p 0.1 --rank module',
+        'act_localize --target lab/maths-en --donor lab/base --ability lab/science-zh --n 24 --out scores.safetensors',
+        'act_mask --scores scores.safetensors --p 0.1 --rank module --out m.safetensors',
     ]
 
 
@@ -276,8 +276,8 @@ def test_nothing_of_this_machine_gets_out(made, tmp_path):
         moved / 'model.safetensors'
     ).read_bytes() and 'notes.txt' not in files(tmp_path / 'a')
     assert bash(Card.load(tmp_path / 'a' / 'README.md')) == [
-        'act_localize --target mine --donor theirs --ability q.jsonl --out s.st --split all',
-        'act_mask --scores s.st --out m.st --p 0.05',
+        'act_localize --target mine --donor theirs --ability q.jsonl --split all --out s.st',
+        'act_mask --scores s.st --p 0.05 --out m.st',
         'act_transfer --target mine --donor theirs --mask m.st --out moved',
         'act_evaluate --model moved --ability lab/science-zh --out r.json --n 4',
     ]
@@ -475,7 +475,7 @@ def test_a_delta_is_published_with_what_it_is_for(made, tmp_path, monkeypatch):
         and Delta.load(delta).hash in card.text
     )
     assert bash(Card.load(o / 'README.md'))[2] == (
-        'act_delta --target lab/maths-en --donor lab/base --mask m.safetensors --out d.safetensors --lam 0.5'
+        'act_delta --target lab/maths-en --donor lab/base --mask m.safetensors --lam 0.5 --out d.safetensors'
     )
     with pytest.raises(ActError, match='is none of'):
         prepare(delta, scores=scored('lab/swahili', 2))

@@ -109,8 +109,8 @@ def test_a_killed_run_goes_on_to_the_same_table(tmp_path):
             sys.executable,
             '-c',
             (
-                f'from act.recipes import *; run_recipe(read_recipe({str(recipe)!r}), {str(tmp_path / "run")!r},'
-                ' progress=False)'
+                'from act.studies.recipes import read_recipe; from act.studies.stages import run_recipe;'
+                f' run_recipe(read_recipe({str(recipe)!r}), {str(tmp_path / "run")!r}, progress=False)'
             ),
         ],
         env=os.environ | dict(OMP_NUM_THREADS='1'),

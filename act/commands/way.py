@@ -69,7 +69,7 @@ def act_localize(
         scores = localize(target, donor, ability, **kept, **options)
         if processes()[0]:
             return
-        scores.meta['commands'] = [called_as()]
+        scores.meta['commands'] = [called_as('--out')]
         scores.save(out)
     print(f'{scores}; {HOLD[scores.hold]} -> {out}')
     print(scores.top(10).to_string(index=False))
@@ -102,7 +102,7 @@ def act_mask(
     if whole:
         mask = with_kind(mask, whole)
     begin([scores], {out: mask.total + 10_000}, f'{mask.count:,} of {mask.total:,} channels')
-    mask.meta['commands'] = [*measured.meta.get('commands', []), called_as()]
+    mask.meta['commands'] = [*measured.meta.get('commands', []), called_as('--out')]
     mask.save(out)
     print(f'{mask} -> {out}')
     print(f'by kind: {by_kind(mask)}')

@@ -189,9 +189,17 @@ def recorded_as(
         _words.clear()
 
 # %% ../../nbs/02_records.ipynb #02-called
-def called_as() -> list:
-    "Words of the command that runs now; empty outside of one."
-    return list(_words)
+def called_as(
+    *without,  # options to leave out, with their values: --out
+) -> list:  # empty outside of a command
+    "Words of the command that runs now."
+    words, kept = iter(_words), []
+    for word in words:
+        if word in without:
+            next(words, None)
+        elif word.split('=')[0] not in without:
+            kept.append(word)
+    return kept
 
 # %% ../../nbs/02_records.ipynb #09-110
 def provenance(

@@ -6,7 +6,7 @@
 __all__ = ['plain_text', 'Card']
 
 # %% ../../nbs/76_card.ipynb #76-imports
-import math, re, shlex
+import itertools, math, re, shlex
 import pandas as pd
 from pathlib import Path
 from fastcore.basics import patch
@@ -249,11 +249,21 @@ _UNTOLD = (
 )
 
 
-def _of_mask(mask):
-    "How a mask was made: localised, chosen, and changed in Python."
+def _value(words, option):
+    "The value of an option on a command line; None without it."
+    for word, following in zip(words, [*words[1:], None]):
+        if word == option:
+            return following
+        if word.startswith(f'{option}='):
+            return word.partition('=')[2]
+
+
+def _of_mask(mask, file):
+    "How a mask was made: localised, chosen into `file`, and changed in Python."
     meta = mask.meta
-    commands = meta.get('commands')
-    lines = [line for words in commands if (line := _line(words))] if isinstance(commands, list) else []
+    commands = [words for words in meta.get('commands') or () if _line(words)]
+    files = [_value(words, '--scores') or 'scores.safetensors' for words in commands[1:]] + [file]
+    lines = [_line([*words, '--out', to]) for words, to in zip(commands, files)]
     lines = lines or [_told(f'mask {mask.hash[:12]}', {k: v for k, v in meta.items() if k not in _UNTOLD})]
     made = str(meta.get('made', ''))
     return lines + [f'# then, in Python: {plain_text(made)}'] * bool(made and not re.match('random|with all', made))
@@ -263,8 +273,11 @@ def _of_step(step):
     "How one step was made."
     if step.kind == 'gguf':
         return _line(['act_publish', '--model', step.record['file'], '--out', Path(step.record['file']).stem])
+    words = provenance_of(step).get('argv')
+    if line := _line(words):
+        return line if _value(words, '--out') else _line([*words, '--out', step.name])
     settings = {k: v for k, v in step.record.items() if k not in _UNTOLD}
-    return _line(provenance_of(step).get('argv')) or _told(f'{step.name}, {step.kind} from Python', settings)
+    return _told(f'{step.name}, {step.kind} from Python', settings)
 
 
 def _commands(pub):
@@ -272,8 +285,10 @@ def _commands(pub):
     out = []
     for step in pub.steps:
         if step is pub.last:
-            for mask in pub.masks.values():
-                out += _of_mask(mask)
+            words = provenance_of(step).get('argv')
+            named = _line(words) and _value(words, '--mask') or 'mask.safetensors'
+            for file, mask in zip(itertools.cycle(named.split(',')), pub.masks.values()):
+                out += _of_mask(mask, file)
         out.append(_of_step(step))
     if pub.delta:
         out.append(
