@@ -272,10 +272,10 @@ def _floats(name, text, default, most=math.inf):
 def _asked(case, own, others, metric, n):
     "The case that the options describe."
     from act.studies.cases import Case
-    from act.studies.grid import find_case
+    from act.studies.cases import CASES, case_named
 
     if not any(own.values()):
-        return find_case(case)
+        return case_named(case, CASES)
     if miss := [k for k, v in own.items() if not v]:
         raise ActError(f"a pair of your own needs --{miss[0]} too: see act_explore --help")
     recovered, retained, watched = (tuple(listed(o)) for o in (own['recovered'], own['retained'], others))

@@ -22,7 +22,7 @@ from ..sources import load_ability
 from ..stats import METRICS, interval
 from ..show.heatmap import heatmap
 from .bench import Bench
-from .cases import CASES, Case, RESULTS
+from .cases import CASES, Case, RESULTS, case_named
 from .methods import METHODS
 from .recovery import group_samples
 
@@ -191,7 +191,7 @@ def record(
     bench: Bench = None,  # of the case; made here by default
 ) -> Explorer:
     "Make and score a model for every point, on validation items."
-    case, start = find_case(case), time.time()
+    case, start = case_named(case, CASES), time.time()
     bench = bench or Bench(case, device, progress)
     items = bench.val + [load_ability(a, 'validation', n=case.n) for a in case.others]
     rows, known, scores = [], {}, bench.scores(seed)
@@ -211,15 +211,6 @@ def record(
     return Explorer(
         pd.DataFrame(rows).reindex(columns=_GRID), scores, _made(case, bench, items, seed, time.time() - start)
     )
-
-# %% ../../nbs/71_grid.ipynb #37-024
-def find_case(case) -> Case:
-    "A case by its name in CASES; a Case as it is."
-    if isinstance(case, Case):
-        return case
-    if case not in CASES:
-        raise ActError(f"no case is called {case!r}: choose one of {', '.join(CASES)}")
-    return CASES[case]
 
 # %% ../../nbs/71_grid.ipynb #37-made
 def _made(case, bench, items, seed, seconds):
