@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest, torch, yaml
 from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForCausalLM
-from act.tools import card, history as H, publish as P
+from act.tools import history as H, publish as P, retrace
 from act.sources import load_ability
 from act.fingerprints import weight_hash
 from act.loading import channels_of, load_model, load_tokenizer, resolve
@@ -206,7 +206,7 @@ def test_without_mask_and_scores_the_card_says_so_and_invents_nothing(made):
 
 
 def mask_lines(mask):
-    return card._of_mask(mask, 'm.safetensors')
+    return retrace.commands_of_mask(mask, 'm.safetensors')
 
 
 def test_a_mask_that_a_command_made_has_its_two_commands(made):
@@ -228,18 +228,18 @@ def test_a_mask_without_commands_has_its_settings(made):
 
 @pytest.mark.parametrize('words', [None, 'act_mask', [], [1], ['act_mask', None]])
 def test_what_is_no_command_line_is_left_out(words):
-    assert card._line(words) == ''
+    assert retrace.command_line(words) == ''
 
 
 def test_a_command_line_loses_its_folders_and_its_line_breaks():
     words = ['act_transfer', '--mask=/home/ann/a.safetensors', '--donor', '/home/ann/x,lab/base', '--out', 'a`\nb']
-    assert card._line(words) == "act_transfer --mask=a.safetensors --donor x,lab/base --out 'a'\"'\"' b'"
+    assert retrace.command_line(words) == "act_transfer --mask=a.safetensors --donor x,lab/base --out 'a'\"'\"' b'"
 
 
 def test_a_step_from_python_has_its_settings(made):
     step = history(made[2])[0]
     without = step._replace(record={k: v for k, v in step.record.items() if k != 'provenance'})
-    assert card._of_step(without) == '# moved, transfer from Python: target lab/maths-en, rule sum'
+    assert retrace.command_of_step(without) == '# moved, transfer from Python: target lab/maths-en, rule sum'
 
 
 # what must not get out

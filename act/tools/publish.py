@@ -25,21 +25,8 @@ from ..kit.records import write_json
 from ..loading import opened, resolve
 from ..masks import ChannelMask
 from ..sources import hub_is_off
-from .card import plain_text
-from act.tools.history import (
-    Licence,
-    Publication,
-    masks_of,
-    hub_names,
-    opened_source,
-    parents_of,
-    root_models,
-    without_paths,
-    shown_name,
-    all_objects,
-    history,
-    licence_of,
-)
+from .history import Licence, Publication, all_objects, history, hub_names, licence_of
+from .history import masks_of, opened_source, parents_of, plain_text, root_models, shown_name, without_paths
 from ..writer import write_like, write_tensors
 
 # %% ../../nbs/77_publish.ipynb #16-025
