@@ -275,7 +275,8 @@ def test_without_mergekit_the_message_says_how_to_get_it(monkeypatch, tmp_path):
             [
                 sys.executable,
                 '-c',
-                "import sys, act.neighbours, act.masks; sys.exit('mergekit' in sys.modules or 'peft' in sys.modules)",
+                'import sys, act.tools.mergekit, act.tools.peft, act.tools.lm_eval, act.masks\n'
+                "sys.exit('mergekit' in sys.modules or 'peft' in sys.modules)",
             ]
         ).returncode
         == 0

@@ -158,8 +158,8 @@ def _start_rates(folder, runs):
         mask = even_mask(channels_of('lab/base'), 0.05).save(Path(d) / 'm.safetensors')
         timed = lambda *call: [_timed_cold((), Path(d) / 'out', *call) for _ in range(runs)]
         moved, read = (
-            timed('transfer', 'transfer_checkpoint', target, donor, mask, 0.5, Path(d) / 'out'),
-            timed('scale', '_localize', target, donor, 1, 'both'),
+            timed('streaming', 'transfer_checkpoint', target, donor, mask, 0.5, Path(d) / 'out'),
+            timed('tools.machine', '_localize', target, donor, 1, 'both'),
         )
     return dict(
         start=_spread([r['seconds'] for r in moved]),
@@ -221,7 +221,7 @@ def trial(
         mask = random_mask(even_mask(channels_of(pair[0]), 0.05)).save(Path(d) / 'mask.safetensors')
         plan, label = plan_transfer(*pair, mask, 0.5), source if isinstance(source, str) else 'own'
         for _ in range(runs):
-            got = _timed_cold(pair, out, 'transfer', 'transfer_checkpoint', *pair, mask, 0.5, out)
+            got = _timed_cold(pair, out, 'streaming', 'transfer_checkpoint', *pair, mask, 0.5, out)
             rows.append(
                 _row(label, 'transfer', plan.seconds(constants), got, plan.peak + constants['overhead']['median'])
             )
@@ -229,6 +229,6 @@ def trial(
             return rows
         plan = plan_localize(pair[0], **_ability(load_tokenizer(pair[0]), items)[1])
         for hold, peak in (('both', plan.side_by_side), ('one', plan.one_at_a_time)) * runs:
-            got = _timed_cold(pair, out, 'scale', '_localize', *pair, items, hold)
+            got = _timed_cold(pair, out, 'tools.machine', '_localize', *pair, items, hold)
             rows.append(_row(label, f'localise, {hold}', plan.seconds(constants, hold=hold), got, peak))
     return rows
