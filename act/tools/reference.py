@@ -14,10 +14,11 @@ from ..kit.errors import ActError, PACKAGE
 def pages() -> dict:  # module name -> (notebook, what the module is about, in one line)
     "The modules of this library in the order of their notebooks, and where each is built."
     found = {}
-    for f in PACKAGE.glob('*.py'):
+    for f in PACKAGE.rglob('*.py'):
         text = f.read_text(encoding='utf-8')
-        if m := re.search(r'File to edit: \.\./nbs/(\S+\.ipynb)', text):
-            found[f.stem] = (m[1], re.search(r'"""(.*?)"""', text, re.S)[1].strip())
+        if m := re.search(r'File to edit: (?:\.\./)+nbs/(\S+\.ipynb)', text):
+            name = '.'.join(f.relative_to(PACKAGE).with_suffix('').parts)
+            found[name] = (m[1], re.search(r'"""(.*?)"""', text, re.S)[1].strip())
     return dict(sorted(found.items(), key=lambda o: o[1]))
 
 # %% ../../nbs/92_reference.ipynb #60-009
