@@ -174,9 +174,7 @@ _DENSITIES = (0.25, 0.5), (0.5, 0.5), (0.25, 0.2), (0.5, 0.2), (0.75, 0.5), (1.0
 _RATES = tries('lr steps', *((lr, steps) for steps in (1, 4) for lr in (0.3, 1.0, 3.0, 10.0)))
 MERGERS = {
     'random masks': Method(merging(random_masks), by_p_and_lam()),
-    'weight masks': Method(
-        merging(lambda bench, p, rank, seed: top_masks(bench.weights, p, rank)), by_p_and_rank
-    ),
+    'weight masks': Method(merging(lambda bench, p, rank, seed: top_masks(bench.weights, p, rank)), by_p_and_rank),
     'ACT': Method(by_rule('sum'), by_p_and_lam()),
     'ACT (module-normalised)': Method(by_rule('sum'), by_p_and_lam('module')),
     'ACT (mean)': Method(by_rule('mean'), by_p_and_lam('module')),
