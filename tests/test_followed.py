@@ -246,6 +246,7 @@ def test_commands_of_a_page(started, name):
     assert not re.search(r'^stopped$|Traceback|warning', rest, re.M | re.I)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name, ability', [('another pair', 'science-en'), ('folders and files', 'sums')])
 def test_the_guide_with_other_models(started, name, ability):
     at, process = started[name]

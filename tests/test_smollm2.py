@@ -69,6 +69,7 @@ def test_the_commands_of_the_lab_on_a_real_model(cache, run, tmp_path):
     assert base.nbytes < 3e8
 
 
+@pytest.mark.slow
 def test_the_base_is_a_plain_checkpoint(cache):
     model, tok = load_model('smollm2')
     assert model.num_parameters() == 134515008
