@@ -187,8 +187,8 @@ def sample_text(
             reached[c] = 'not reached' if pd.isna(tokens) else f'at {tokens:.0f}'
         count = row_of(rows, condition='pair', items=largest).tokens
         parts.append(
-            f"{count:.0f} of {ability} {texts['pair']} (noise twin {texts['noise twin']}), 80 % {reached['pair']} (noise"
-            f" twin: {reached['noise twin']})"
+            f"{count:.0f} of {ability} {texts['pair']} (noise twin {texts['noise twin']}),"
+            f" 80 % {reached['pair']} (noise twin: {reached['noise twin']})"
         )
     return '; '.join(parts)
 
