@@ -4,6 +4,7 @@ The card says what the records say and nothing else.
 """
 
 import base64, hashlib, json, os, re, shutil, subprocess, sys, threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import pytest, torch, yaml
@@ -119,12 +120,10 @@ def test_front_matter_is_what_the_hub_reads(made, out):
     )
     got = {(r.dataset_config, r.metric_type): r for r in d.eval_results}
     r = got['science-zh', 'accuracy']
-    assert (
-        r.metric_value == round(t.accuracy['science-zh'], 4)
-        and f"{t.low['science-zh']:.3f} to {t.high['science-zh']:.3f}" in r.metric_name
-        and r.dataset_split == 'test'
-        and d.model_name == 'published'
-    )
+    assert r.metric_value == round(t.accuracy['science-zh'], 4)
+    assert f"{t.low['science-zh']:.3f} to {t.high['science-zh']:.3f}" in r.metric_name
+    assert r.dataset_split == 'test'
+    assert d.model_name == 'published'
     assert got['science-zh', 'bits_per_byte'].metric_value == round(t.bits_per_byte['science-zh'], 4)
 
 
@@ -141,7 +140,8 @@ def test_two_abilities_stay_two_results_in_the_front_matter(made):
     d = ModelCard(str(prepare(made[2], r).card('me/x'))).data
     assert [(o.dataset_config, o.metric_type) for o in d.eval_results] == [
         (a, m) for a in ('science-zh', 'science-es') for m in ('accuracy', 'bits_per_byte')
-    ] and d.model_name == 'x'
+    ]
+    assert d.model_name == 'x'
 
 
 def test_the_card_says_what_was_moved_and_what_came_of_it(made, out):
@@ -151,31 +151,24 @@ def test_the_card_says_what_was_moved_and_what_came_of_it(made, out):
         f"| `lab/base` | `science-zh` | 0.1 | `module` | 0.5 | {mask.count:,} of {mask.total:,} (10.0 %) |"
         f" `{mask.hash[:12]}` |" in text
     )
-    assert (
-        weight_hash(moved) in text
-        and mask.hash in text
-        and mask.meta['ability_hash'] in text
-        and mask.meta['target_print'] in text
-    )
+    assert weight_hash(moved) in text
+    assert mask.hash in text
+    assert mask.meta['ability_hash'] in text
+    assert mask.meta['target_print'] in text
     for k, n in mask.frame().groupby('kind')['sum'].sum().items():
         assert f'| {k} | {int(n):,} |' in text
     cell = lambda t: (
         f"{100 * t.accuracy.iloc[0]:.1f} % [{100 * t.low.iloc[0]:.1f}, {100 * t.high.iloc[0]:.1f}];"
         f" {t.bits_per_byte.iloc[0]:.3f}"
     )
-    assert (
-        '| ability | items | this model | target | donor |' in text
-        and f"| `science-zh` | 12 | {' | '.join(cell(r.table()) for r in results)} |" in text
-    )
-    assert (
-        '](channels.png)' in text
-        and re.search(r'!\[Heat map .+ \d+ %\.\]', text)
-        and (out / 'channels.png').read_bytes()[:4] == b'\x89PNG'
-    )
+    assert '| ability | items | this model | target | donor |' in text
+    assert f"| `science-zh` | 12 | {' | '.join(cell(r.table()) for r in results)} |" in text
+    assert '](channels.png)' in text
+    assert re.search(r'!\[Heat map .+ \d+ %\.\]', text)
+    assert (out / 'channels.png').read_bytes()[:4] == b'\x89PNG'
     assert '| `lab/maths-en` | `apache-2.0` | ships with act-transfer |' in text
-    assert '\n```yaml\nbase_model:' in '\n' + Card.load(out / 'README.md')._repr_markdown_() and '\n#' not in Card.load(
-        out / 'README.md'
-    )._repr_markdown_().replace('\n# ', '')
+    assert '\n```yaml\nbase_model:' in '\n' + Card.load(out / 'README.md')._repr_markdown_()
+    assert '\n#' not in Card.load(out / 'README.md')._repr_markdown_().replace('\n# ', '')
 
 
 def test_the_commands_of_the_card_make_it_again_to_the_byte(out, run, tmp_path, monkeypatch):
@@ -189,12 +182,14 @@ def test_the_commands_of_the_card_make_it_again_to_the_byte(out, run, tmp_path, 
 
 def test_without_mask_and_scores_the_card_says_so_and_invents_nothing(made):
     text = prepare(made[2]).card().text
-    assert 'No evaluation was given.' in text and 'channels.png' not in text and '--split' not in text
+    assert 'No evaluation was given.' in text
+    assert 'channels.png' not in text
+    assert '--split' not in text
     given = prepare(made[2], mask=made[1]).card().text
     part = lambda t: [l for l in t.split('## Channels')[1].split('## Scores')[0].split('\n') if l.startswith('|')]
-    assert (
-        sorted(part(text)) == sorted(part(given)) and len(part(text)) > 12
-    )  # the note of the transfer knows how many, the mask which
+    # the record of the transfer knows how many channels of each kind, the mask which
+    assert sorted(part(text)) == sorted(part(given))
+    assert len(part(text)) > 12
     old = prepare(made[2])
     for m in old.last.record['moved']:
         del m['where']
@@ -222,7 +217,8 @@ def test_what_was_done_to_a_mask_in_python_is_added(made):
 
 def test_a_mask_without_commands_has_its_settings(made):
     (line,) = mask_lines(ChannelMask(made[1].data, made[1].map, dict(made[1].meta, commands=None)))
-    assert line.startswith(f'# mask {made[1].hash[:12]}: target lab/maths-en, donor lab/base, ability science-zh')
+    start = f'# mask {made[1].hash[:12]} (no command line recorded): target lab/maths-en, donor lab/base'
+    assert line.startswith(f'{start}, ability science-zh')
     assert 'p 0.1, rank module' in line
 
 
@@ -238,8 +234,10 @@ def test_a_command_line_loses_its_folders_and_its_line_breaks():
 
 def test_a_step_from_python_has_its_settings(made):
     step = history(made[2])[0]
-    without = step._replace(record={k: v for k, v in step.record.items() if k != 'provenance'})
-    assert retrace.command_of_step(without) == '# moved, transfer from Python: target lab/maths-en, rule sum'
+    without = replace(step, record={k: v for k, v in step.record.items() if k != 'provenance'})
+    line = retrace.command_of_step(without)
+    start = '# moved, transfer (no command line recorded): target lab/maths-en, rule sum, donor lab/base, lam 0.5'
+    assert line == f'{start}, mask {made[1].hash}, ability science-zh, p 0.1, rank module'
 
 
 # what must not get out
@@ -270,11 +268,11 @@ def test_nothing_of_this_machine_gets_out(made, tmp_path):
                 and str(Path.home()).encode() + b'/' not in data
             ), f
         d = ModelCard.load(o / 'README.md').data
-        assert d.base_model == ['mine', 'theirs'] and d.license is None
+        assert d.base_model == ['mine', 'theirs']
+        assert d.license is None
         load_model(o) if name == 'a' else None
-    assert (tmp_path / 'a' / 'model.safetensors').read_bytes() == (
-        moved / 'model.safetensors'
-    ).read_bytes() and 'notes.txt' not in files(tmp_path / 'a')
+    assert (tmp_path / 'a' / 'model.safetensors').read_bytes() == (moved / 'model.safetensors').read_bytes()
+    assert 'notes.txt' not in files(tmp_path / 'a')
     assert bash(Card.load(tmp_path / 'a' / 'README.md')) == [
         'act_localize --target mine --donor theirs --ability q.jsonl --split all --out s.st',
         'act_mask --scores s.st --p 0.05 --out m.st',
@@ -311,12 +309,10 @@ def test_strange_records_do_not_break_the_card(made, tmp_path):
     f.write_text(json.dumps(r))
     text = prepare(tmp_path / 'm').card().text
     row = next(l for l in text.splitlines() if l.startswith('| `lab/base`'))
-    assert (
-        len(re.split(r'(?<!\\)\|', row)) == 9
-        and '\n## y' not in text
-        and text.count('```') % 2 == 0
-        and 'x\' \\| <script> ## y' in row
-    )
+    assert len(re.split(r'(?<!\\)\|', row)) == 9
+    assert '\n## y' not in text
+    assert text.count('```') % 2 == 0
+    assert 'x\' \\| <script> ## y' in row
 
 
 # licences
@@ -343,7 +339,9 @@ def parent(tmp_path, name, readme=None, text=None):
 )
 def test_a_folders_licence_is_where_its_makers_wrote_it(tmp_path, files, id, said):
     l = licence_of(parent(tmp_path, 't', **files))
-    assert l.id == id and said in l.said and (id != 'other' or (l.name, l.link) == ('qwen', 'L'))
+    assert l.id == id
+    assert said in l.said
+    assert id != 'other' or (l.name, l.link) == ('qwen', 'L')
 
 
 @pytest.mark.parametrize(
@@ -359,18 +357,18 @@ def test_parents_have_to_agree_or_somebody_to_decide(tmp_path, t, d, id, words, 
     mask = ChannelMask.from_flat(torch.arange(6400) < 9, channels_of(a))
     moved = transfer_checkpoint(a, b, mask, 1.0, tmp_path / 'moved')
     pub = prepare(moved)
-    assert pub.licence.id == id and words in pub.card().text and ModelCard(str(pub.card())).data.license == id
+    assert pub.licence.id == id
+    assert words in pub.card().text
+    assert ModelCard(str(pub.card())).data.license == id
     monkeypatch.setattr(P, 'hub_is_off', lambda: False)
     if id is None:
         publish(pub, tmp_path / 'o')
         with pytest.raises(ActError, match='give --license'):
             push(tmp_path / 'o', 'me/x', token='t')
     decided = prepare(moved, license='gpl-3.0').card()
-    assert (
-        decided.data.license == 'gpl-3.0'
-        and 'decided by whoever publishes this' in decided.text
-        and f'| `t` | `{t}` |' in decided.text
-    )
+    assert decided.data.license == 'gpl-3.0'
+    assert 'decided by whoever publishes this' in decided.text
+    assert f'| `t` | `{t}` |' in decided.text
     assert licence_of(moved).id == id
 
 
@@ -395,14 +393,11 @@ def test_a_tuned_model_tells_both_steps(made, run, tmp_path, monkeypatch):
         == 0
     )
     pub = prepare(tmp_path / 'tuned', mask='m.safetensors')
-    assert [(s.kind, s.name) for s in pub.steps] == [('transfer', 'moved'), ('finetune', 'tuned')] and [
-        n for n, _ in pub.licences
-    ] == list(LAB)
+    assert [(s.kind, s.name) for s in pub.steps] == [('transfer', 'moved'), ('finetune', 'tuned')]
+    assert [n for n, _ in pub.licences] == list(LAB)
     o = publish(pub, tmp_path / 'o')
-    assert {'act_transfer.json', 'act_finetune.json'} <= set(files(o)) and [s.kind for s in history(o)] == [
-        'transfer',
-        'finetune',
-    ]
+    assert {'act_transfer.json', 'act_finetune.json'} <= set(files(o))
+    assert [s.kind for s in history(o)] == ['transfer', 'finetune']
     lines = bash(Card.load(o / 'README.md'))
     assert lines[3] == (
         'act_finetune --model moved --ability lab/science-zh --steps 2 --lr 1e-4 --batch_size 4 --mask m.safetensors'
@@ -419,21 +414,15 @@ def test_a_specialist_of_ones_own_brings_its_story(made, run, tmp_path, monkeypa
     assert run('act_finetune --model lab/maths-en --ability lab/science-es --steps 1 --batch_size 2 --out mine')[0] == 0
     transfer_checkpoint('mine', LAB[1], made[1], 1.0, 'moved', check=False)
     pub = prepare('moved')
-    assert (
-        [s.kind for s in pub.steps] == ['finetune', 'transfer']
-        and pub.base_model == list(LAB)
-        and pub.licence.id == 'apache-2.0'
-    )
-    assert (
-        bash(pub.card())[0].startswith('act_finetune --model lab/maths-en --ability lab/science-es')
-        and 'The target `mine`' in pub.card().text
-    )
+    assert [s.kind for s in pub.steps] == ['finetune', 'transfer']
+    assert pub.base_model == list(LAB)
+    assert pub.licence.id == 'apache-2.0'
+    assert bash(pub.card())[0].startswith('act_finetune --model lab/maths-en --ability lab/science-es')
+    assert 'The target `mine`' in pub.card().text
     alone = prepare('mine').card()
-    assert (
-        alone.data.base_model == ['lab/maths-en']
-        and alone.data.base_model_relation == 'finetune'
-        and '## Channels' not in alone.text
-    )
+    assert alone.data.base_model == ['lab/maths-en']
+    assert alone.data.base_model_relation == 'finetune'
+    assert '## Channels' not in alone.text
 
 
 def test_models_of_one_name_and_models_changed_in_place_keep_their_parents(made, tmp_path, monkeypatch):
@@ -442,10 +431,12 @@ def test_models_of_one_name_and_models_changed_in_place_keep_their_parents(made,
         shutil.copytree(resolve(m), f)
         (f / 'README.md').write_text(f'---\nlicense: {l}\n---\n')
     pub = prepare(transfer_checkpoint(t, d, made[1], 1.0, tmp_path / 'c' / 'model'))
-    assert [(n, l.id) for n, l in pub.licences] == [('model', 'mit'), ('model', 'gpl')] and pub.licence.id is None
+    assert [(n, l.id) for n, l in pub.licences] == [('model', 'mit'), ('model', 'gpl')]
+    assert pub.licence.id is None
     apply_delta(t, make_delta(t, d, made[1], 1.0, tmp_path / 'delta'), inplace=True)
     pub = prepare(t)
-    assert [(n, l.id) for n, l in pub.licences] == [('model', 'mit'), ('model', 'gpl')] and len(pub.steps) == 1
+    assert [(n, l.id) for n, l in pub.licences] == [('model', 'mit'), ('model', 'gpl')]
+    assert len(pub.steps) == 1
     (t / 'README.md').unlink()
     assert [l.id for _, l in prepare(t).licences] == [None, 'gpl']
 
@@ -457,23 +448,17 @@ def test_a_delta_is_published_with_what_it_is_for(made, tmp_path, monkeypatch):
     delta = t / 'd.safetensors'
     o = publish(delta, tmp_path / 'o', scores=results, mask=mask, name='me/science')
     assert set(files(o)) == {'README.md', 'channels.png', 'delta.safetensors', 'act/mask.safetensors'}
-    assert (
-        Delta.load(o / 'delta.safetensors').hash == Delta.load(delta).hash
-        and (o / 'delta.safetensors').read_bytes() == delta.read_bytes()
-    )
+    assert Delta.load(o / 'delta.safetensors').hash == Delta.load(delta).hash
+    assert (o / 'delta.safetensors').read_bytes() == delta.read_bytes()
     applied = apply_delta(LAB[0], o / 'delta.safetensors', tmp_path / 'applied')
     assert (applied / 'model.safetensors').read_bytes() == (moved / 'model.safetensors').read_bytes()
     card = ModelCard.load(o / 'README.md')
-    assert (
-        card.data.base_model == list(LAB)
-        and card.data.library_name == 'act-transfer'
-        and 'delta' in card.data.tags
-        and len(card.data.eval_results) == 2
-    )
-    assert (
-        'act_apply --target lab/maths-en --delta me/science/delta.safetensors --out recovered' in card.text
-        and Delta.load(delta).hash in card.text
-    )
+    assert card.data.base_model == list(LAB)
+    assert card.data.library_name == 'act-transfer'
+    assert 'delta' in card.data.tags
+    assert len(card.data.eval_results) == 2
+    assert 'act_apply --target lab/maths-en --delta me/science/delta.safetensors --out recovered' in card.text
+    assert Delta.load(delta).hash in card.text
     assert bash(Card.load(o / 'README.md'))[2] == (
         'act_delta --target lab/maths-en --donor lab/base --mask m.safetensors --lam 0.5 --out d.safetensors'
     )
@@ -523,7 +508,8 @@ def test_records_that_are_not_ours_are_refused(tmp_path, name, text):
 def test_two_masks_of_one_donor_are_found_as_their_union(made, tmp_path):
     a, b = (top_p(localize(*LAB, load_ability(f'lab/science-{l}', n=4), progress=False), 0.02) for l in ('zh', 'es'))
     moved = transfer_checkpoint(*LAB, [a, b], 1.0, tmp_path / 'moved')
-    assert prepare(moved, mask=[a, b]).mask == a | b and prepare(moved, mask=a | b).mask == a | b
+    assert prepare(moved, mask=[a, b]).mask == a | b
+    assert prepare(moved, mask=a | b).mask == a | b
     with pytest.raises(ActError, match='not one of those'):
         prepare(moved, mask=a)
     many = publish(
@@ -534,17 +520,15 @@ def test_two_masks_of_one_donor_are_found_as_their_union(made, tmp_path):
         mask=[b, a],
     )
     card = Card.load(many / 'README.md')
-    assert {f for f in files(many) if f.startswith('act/')} == {
-        'act/mask-1.safetensors',
-        'act/mask-2.safetensors',
-    } and ChannelMask.load(many / 'act' / 'mask-2.safetensors') == b
+    assert {f for f in files(many) if f.startswith('act/')} == {'act/mask-1.safetensors', 'act/mask-2.safetensors'}
+    assert ChannelMask.load(many / 'act' / 'mask-2.safetensors') == b
     assert card.data.base_model == [*LAB, 'lab/swahili']
-    assert bash(card)[-1] == '# many, transfer from Python: target lab/maths-en, rule mean'
-    assert (
-        prepare(tmp_path / 'many', mask=[a, b]).mask == a | b
-        and 'Where several donors claim a channel, the rule is `mean`' in card.text
-        and '`science-es` | 0.02 | `raw` | 0.5' in card.text
-    )
+    start = '# many, transfer (no command line recorded): target lab/maths-en, rule mean, donor lab/base, lam 1.0'
+    assert bash(card)[-1].startswith(start)
+    assert 'donor lab/swahili, lam 0.5' in bash(card)[-1]
+    assert prepare(tmp_path / 'many', mask=[a, b]).mask == a | b
+    assert 'Where several donors claim a channel, the rule is `mean`' in card.text
+    assert '`science-es` | 0.02 | `raw` | 0.5' in card.text
 
 
 @pytest.mark.parametrize(
@@ -575,13 +559,11 @@ def test_wrong_inputs_are_one_line(made, run, tmp_path, line, words, monkeypatch
     monkeypatch.setenv('ACT_CACHE', str(tmp_path / 'cache'))
     (tmp_path / 'bad.gguf').write_bytes(b'GGUF\x03\0\0\0garbage')
     code, out, err = run(line.format(t=made[0], o=tmp_path, b=resolve('lab/base')))
-    assert (
-        code == 2
-        and err.startswith('error: ')
-        and err.count('\n') == 1
-        and words in err
-        and not (tmp_path / 'x').exists()
-    )
+    assert code == 2
+    assert err.startswith('error: ')
+    assert err.count('\n') == 1
+    assert words in err
+    assert not (tmp_path / 'x').exists()
 
 
 def test_an_output_that_is_there_is_refused_before_anything_is_read(out, monkeypatch):
@@ -594,13 +576,11 @@ def test_a_dry_run_shows_the_card_and_leaves_nothing(made, run, tmp_path):
     code, out, _ = run(
         f'act_publish --model {made[0]}/moved --mask {made[0]}/m.safetensors --out {tmp_path}/o/x --dry_run'
     )
-    assert (
-        code == 0
-        and f'{tmp_path}/o/x (about ' in out
-        and 'base_model:\n- lab/maths-en' in out
-        and '## How to reproduce' in out
-        and list(tmp_path.iterdir()) == []
-    )
+    assert code == 0
+    assert f'{tmp_path}/o/x (about ' in out
+    assert 'base_model:\n- lab/maths-en' in out
+    assert '## How to reproduce' in out
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -619,9 +599,8 @@ def test_a_write_that_fails_leaves_nothing(made, tmp_path, monkeypatch, break_):
     assert list(tmp_path.iterdir()) == []
     (tmp_path / '.x.partial' / 'out').mkdir(parents=True)
     (tmp_path / '.x.partial' / 'out' / 'model.safetensors').write_bytes(b'half, of a killed run')
-    assert (publish(made[2], tmp_path / 'x') / 'model.safetensors').stat().st_size > 1e6 and [
-        f.name for f in tmp_path.iterdir()
-    ] == ['x']
+    assert (publish(made[2], tmp_path / 'x') / 'model.safetensors').stat().st_size > 1e6
+    assert [f.name for f in tmp_path.iterdir()] == ['x']
 
 
 # the hub
@@ -766,16 +745,13 @@ def hub(monkeypatch):
 @pytest.mark.parametrize('private', [False, True])
 def test_what_arrives_is_the_folder_to_the_byte(hub, out, private):
     assert push(out, 'me/science', private, hub.url, 'hf_secret') == f'{hub.url}/me/science/commit/1'
-    assert (
-        hub.files == files(out)
-        and hub.repos['me/science']['private'] == private
-        and set(hub.blobs)
-        == {hashlib.sha256(files(out)[f]).hexdigest() for f in files(out) if f.endswith(('.safetensors', '.png'))}
-    )
-    assert (
-        all(a == 'Bearer hf_secret' for m, p, a in hub.calls if p.startswith('/api/'))
-        and yaml.safe_load(hub.files['README.md'].decode().split('---')[1])['license'] == 'apache-2.0'
-    )
+    assert hub.files == files(out)
+    assert hub.repos['me/science']['private'] == private
+    assert set(hub.blobs) == {
+        hashlib.sha256(files(out)[f]).hexdigest() for f in files(out) if f.endswith(('.safetensors', '.png'))
+    }
+    assert all(a == 'Bearer hf_secret' for m, p, a in hub.calls if p.startswith('/api/'))
+    assert yaml.safe_load(hub.files['README.md'].decode().split('---')[1])['license'] == 'apache-2.0'
     hub.repos['me/science']['files'] = list(hub.files)
     push(out, 'me/science', private, hub.url, 'hf_secret')  # again, over itself
 
@@ -802,7 +778,9 @@ def test_what_the_hub_refuses_is_one_line(hub, out, set_up, why, monkeypatch):
     set_up(hub, monkeypatch)
     with pytest.raises(ActError, match=why) as e:
         push(out, 'me/x', endpoint=hub.url, token=None if 'token' in why and 'no ' in why[:3] else 'hf_secret')
-    assert '\n' not in str(e.value) and 'hf_secret' not in str(e.value) and not hub.files
+    assert '\n' not in str(e.value)
+    assert 'hf_secret' not in str(e.value)
+    assert not hub.files
 
 
 def test_private_stays_private(hub, out):
@@ -842,21 +820,24 @@ def test_the_command_writes_and_pushes(hub, made, tmp_path):
         env=env,
         timeout=120,
     )
-    assert (
-        r.returncode == 0
-        and f'pushed: {hub.url}/me/science/commit/1' in r.stdout
-        and 'hf_secret' not in r.stdout + r.stderr
-    )
-    assert hub.files == files(tmp_path / 'o') and "from_pretrained('me/science')" in hub.files['README.md'].decode()
+    assert r.returncode == 0
+    assert f'pushed: {hub.url}/me/science/commit/1' in r.stdout
+    assert 'hf_secret' not in r.stdout + r.stderr
+    assert hub.files == files(tmp_path / 'o')
+    assert "from_pretrained('me/science')" in hub.files['README.md'].decode()
 
 
 def test_a_published_folder_is_pushed_as_it_is(hub, out, run, monkeypatch):
     monkeypatch.setattr(P, 'get_token', lambda: 'hf_secret')
     monkeypatch.setattr(constants, 'ENDPOINT', hub.url)
     code, text, _ = run(f'act_publish --model {out} --push me/again --dry_run')
-    assert code == 0 and 'work: push to me/again' in text and not hub.calls
+    assert code == 0
+    assert 'work: push to me/again' in text
+    assert not hub.calls
     code, text, err = run(f'act_publish --model {out} --push me/again')
-    assert code == 0 and 'pushed: ' in text and hub.files == files(out)
+    assert code == 0
+    assert 'pushed: ' in text
+    assert hub.files == files(out)
 
 
 # GGUF in, safetensors out
@@ -915,19 +896,15 @@ def test_a_gguf_file_becomes_the_model_it_was(tmp_path, tokenizer, family, kind,
     wide.load_state_dict(model.state_dict())
     out = from_gguf(write_gguf(tmp_path / 'm.gguf', model, tokenizer, kind), tmp_path / 'out')
     net, tok = load_model(out)
+    assert net.dtype == dtype
+    assert net.config.tie_word_embeddings == model.config.tie_word_embeddings
+    assert tok('two plus 二')['input_ids'] == tokenizer('two plus 二')['input_ids']
+    assert weight_hash(net) == weight_hash(model)
+    assert torch.allclose(load_model(out, dtype='float32')[0](IDS).logits, wide(IDS).logits, atol=1e-5)
+    assert not hasattr(net.config, 'quantization_config')
+    assert not list(out.glob('*.bin'))
     assert (
-        net.dtype == dtype
-        and net.config.tie_word_embeddings == model.config.tie_word_embeddings
-        and tok('two plus 二')['input_ids'] == tokenizer('two plus 二')['input_ids']
-    )
-    assert (
-        weight_hash(net) == weight_hash(model)
-        and torch.allclose(load_model(out, dtype='float32')[0](IDS).logits, wide(IDS).logits, atol=1e-5)
-        and not hasattr(net.config, 'quantization_config')
-    )
-    assert (
-        not list(out.glob('*.bin'))
-        and json.loads((out / 'act_gguf.json').read_text())['sha256']
+        json.loads((out / 'act_gguf.json').read_text())['sha256']
         == hashlib.sha256((tmp_path / 'm.gguf').read_bytes()).hexdigest()
     )
 
@@ -942,11 +919,9 @@ def test_quantised_weights_are_unpacked_to_bfloat16(tmp_path, tokenizer):
     out = from_gguf(write_gguf(tmp_path / 'm.gguf', model, tokenizer, 'Q8_0'), tmp_path / 'out')
     net = load_model(out)[0]
     w, q = model.model.layers[1].mlp.down_proj.weight, net.model.layers[1].mlp.down_proj.weight
-    assert (
-        net.dtype == torch.bfloat16
-        and 0 < (w - q.float()).abs().max() < w.abs().max() / 60
-        and net.lm_head.weight is net.model.embed_tokens.weight
-    )
+    assert net.dtype == torch.bfloat16
+    assert 0 < (w - q.float()).abs().max() < w.abs().max() / 60
+    assert net.lm_head.weight is net.model.embed_tokens.weight
 
 
 def test_a_gguf_file_is_a_model_everywhere(tmp_path, tokenizer, run, monkeypatch):
@@ -961,23 +936,26 @@ def test_a_gguf_file_is_a_model_everywhere(tmp_path, tokenizer, run, monkeypatch
     code, text, _ = run(
         f'act_localize --target {t} --donor {d} --ability {tmp_path}/q.jsonl --out {tmp_path}/s --dry_run'
     )
-    assert code == 0 and 'unpack t.gguf' in text and not (tmp_path / 'cache').exists()
+    assert code == 0
+    assert 'unpack t.gguf' in text
+    assert not (tmp_path / 'cache').exists()
     assert run(f'act_localize --target {t} --donor {d} --ability {tmp_path}/q.jsonl --out {tmp_path}/s')[0] == 0
     assert run(f'act_mask --scores {tmp_path}/s --p 0.2 --out {tmp_path}/m')[0] == 0
     assert run(f'act_transfer --target {t} --donor {d} --mask {tmp_path}/m --out {tmp_path}/moved')[0] == 0
     want = transfer(tiny_model('llama3', 0), tiny_model('llama3', 1), ChannelMask.load(tmp_path / 'm'))
     assert torch.equal(load_model(tmp_path / 'moved')[0](IDS).logits, want(IDS).logits)
     pub = prepare(tmp_path / 'moved', mask=tmp_path / 'm')
-    assert (
-        pub.licence.id == 'mit'
-        and dict(pub.licences)['t.gguf'].said == 'general.license of t.gguf'
-        and str(tmp_path) not in str(pub.card())
-    )
-    assert len(list((tmp_path / 'cache' / 'gguf').iterdir())) == 2 and resolve(t) == resolve(str(t))
+    assert pub.licence.id == 'mit'
+    assert dict(pub.licences)['t.gguf'].said == 'general.license of t.gguf'
+    assert str(tmp_path) not in str(pub.card())
+    assert len(list((tmp_path / 'cache' / 'gguf').iterdir())) == 2
+    assert resolve(t) == resolve(str(t))
     before = resolve(t)
     size = t.stat().st_size
     write_gguf(t, tiny_model('llama3', 2), tokenizer, license='mit')
-    assert t.stat().st_size == size and resolve(t) != before and weight_hash(t) == weight_hash(tiny_model('llama3', 2))
+    assert t.stat().st_size == size
+    assert resolve(t) != before
+    assert weight_hash(t) == weight_hash(tiny_model('llama3', 2))
 
 
 def test_a_gguf_file_is_published_as_safetensors(tmp_path, tokenizer, run, monkeypatch):
@@ -985,19 +963,20 @@ def test_a_gguf_file_is_published_as_safetensors(tmp_path, tokenizer, run, monke
     model = tiny_model('qwen2')
     f = write_gguf(tmp_path / 'm.gguf', model, tokenizer, license='apache-2.0')
     code, text, _ = run(f'act_publish --model {f} --out {tmp_path}/o --dry_run')
-    assert code == 0 and 'A GGUF file, `m.gguf`' in text and sorted(p.name for p in tmp_path.iterdir()) == ['m.gguf']
+    assert code == 0
+    assert 'A GGUF file, `m.gguf`' in text
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['m.gguf']
     assert run(f'act_publish --model {f} --out {tmp_path}/o')[0] == 0
     with quiet():
         assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / 'o')(IDS).logits, model(IDS).logits)
     card = Card.load(tmp_path / 'o' / 'README.md')
-    assert (
-        card.data.license == 'apache-2.0'
-        and card.data.base_model is None
-        and bash(card) == ['act_publish --model m.gguf --out m']
-        and hashlib.sha256(f.read_bytes()).hexdigest() in card.text
-        and str(tmp_path) not in card.text
-    )
-    assert licence_of(tmp_path / 'o').id == 'apache-2.0' and [s.kind for s in history(tmp_path / 'o')] == ['gguf']
+    assert card.data.license == 'apache-2.0'
+    assert card.data.base_model is None
+    assert bash(card) == ['act_publish --model m.gguf --out m']
+    assert hashlib.sha256(f.read_bytes()).hexdigest() in card.text
+    assert str(tmp_path) not in card.text
+    assert licence_of(tmp_path / 'o').id == 'apache-2.0'
+    assert [s.kind for s in history(tmp_path / 'o')] == ['gguf']
 
 
 def test_gguf_files_that_are_not_whole(tmp_path, tokenizer):

@@ -300,7 +300,7 @@ def act_publish(
     `act_publish --model recovered --scores recovered.json,target.json --mask m.safetensors --out published`,
     `act_publish --model published --push me/recovered`, `act_publish --model model.gguf --out model`
     """
-    from act.tools.publish import check_push, prepare, publish
+    from act.tools.publish import check_push, prepare, publish, published_licence
     from act.tools.publish import push as upload
 
     if not out:
@@ -308,7 +308,7 @@ def act_publish(
             raise ActError(
                 "act_publish needs --out, or --push for a folder that is published already: see act_publish --help"
             )
-        check_push(push, _published(model))
+        check_push(push, published_licence(model))
         begin([model], work=f'push to {push}')
     else:
         check_absent(out)
@@ -332,13 +332,3 @@ def act_publish(
         print(f'pushed: {upload(out or model, push, private)}')
     else:
         next_step('act_publish', model=out, push=f'OWNER/{Path(out).name}')
-
-# %% ../../nbs/85_commands_way.ipynb #16-069
-def _published(model):
-    "The licence in the card of a folder that `publish` wrote."
-    from huggingface_hub import ModelCard
-
-    readme = Path(model) / 'README.md'
-    if not readme.is_file() or 'act-transfer' not in (ModelCard.load(readme).data.tags or []):
-        raise ActError(f"{model} is not a folder that act_publish wrote: give --out to write one")
-    return ModelCard.load(readme).data.license

@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult as Result, ModelCard, ModelCardData
 from .._modidx import d as _site
 from ..abilities import skill_language
 from ..deltas import Delta
+from ..kit.errors import PACKAGE
 from ..sources import SHARES, SOURCES
 from ..streaming import mask_cells
 from .history import Licence, plain_text, shown_name, without_paths
@@ -93,60 +94,36 @@ def _code(x):
 
 
 def _grid(head, rows):
-    "A table in Markdown."
+    "A table in Markdown; empty without rows."
     lines = [head, ['---'] * len(head), *rows]
-    return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in lines)
+    return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in lines) if rows else ''
 
 
 def _percent(x):
     return f'{100 * x:.1f} %'
 
 # %% ../../nbs/76_card.ipynb #16-032
-def _moved_row(m):
-    "A row of the table of what was moved."
-    share = 'not said'
-    if m.get('total') and 'channels' in m:
-        share = f"{m['channels']:,} of {m['total']:,} ({_percent(m['channels'] / m['total'])})"
-    return (
-        _code(shown_name(m['donor'])),
-        _code(m.get('ability', 'not said')),
-        f"{m['p']:.12g}" if 'p' in m else 'not said',
-        _code(m.get('made', m.get('rank', 'not said'))),
-        f"{m['lam']:.12g}",
-        share,
-        _code(str(m.get('mask'))[:12]),
-    )
+def _moved(pub):
+    "A table of what was moved, a row a mask."
+    rows = []
+    for m in pub.last.record['moved'] if pub.last else []:
+        share = 'not said'
+        if m.get('total') and 'channels' in m:
+            share = f"{m['channels']:,} of {m['total']:,} ({_percent(m['channels'] / m['total'])})"
+        donor, ability = _code(shown_name(m['donor'])), _code(m.get('ability', 'not said'))
+        p, lam = f"{m['p']:.12g}" if 'p' in m else 'not said', f"{m['lam']:.12g}"
+        rank = _code(m.get('made', m.get('rank', 'not said')))
+        rows.append((donor, ability, p, rank, lam, share, _code(str(m.get('mask'))[:12])))
+    return _grid(('donor', 'ability', 'p', 'rank', 'lam', 'channels', 'mask'), rows)
 
 
-def _trained(steps):
+def _trained(pub):
     "On what a model was fine-tuned, and how long."
     out = []
-    for r in (s.record for s in steps):
-        abilities = ', '.join(map(_code, r.get('abilities', {})))
-        out.append(f"{abilities} ({r.get('steps')} steps, learning rate {r.get('lr')})")
+    for record in (s.record for s in pub.after):
+        abilities = ', '.join(map(_code, record.get('abilities', {})))
+        out.append(f"{abilities} ({record.get('steps')} steps, learning rate {record.get('lr')})")
     return ', then '.join(out)
-
-
-def _what(pub):
-    "What was moved, from where, and how much."
-    start = _code(shown_name(pub.parents[0][1]))
-    if not pub.last and not pub.after:
-        return f"A GGUF file, {start}, as a safetensors checkpoint."
-    if not pub.last:
-        return f"{start}, fine-tuned on {_trained(pub.after)}."
-    changed = f'The change that a transfer makes in {start}:' if pub.delta else f'The target {start} with'
-    moved = [_moved_row(m) for m in pub.last.record['moved']]
-    text = (
-        f"{changed} channels of another model moved into it: on the chosen channels its"
-        " parameters are theta_T + lam (theta_D - theta_T), all others are the target's. The channels are those whose"
-        " activations differ most between the two on the answers of the ability (ACT).\n\n"
-        + _grid(('donor', 'ability', 'p', 'rank', 'lam', 'channels', 'mask'), moved)
-    )
-    if len(moved) > 1 and pub.last.record.get('rule'):
-        text += f" Where several donors claim a channel, the rule is {_code(pub.last.record['rule'])}."
-    if pub.after:
-        text += f"\n\nAfter that it was fine-tuned on {_trained(pub.after)}."
-    return text
 
 # %% ../../nbs/76_card.ipynb #16-034
 def _cells(pub):
@@ -169,23 +146,11 @@ def _shares(cells, by):
     return _grid((by, 'chosen', 'of', f'share of the {by}', 'share of the mask'), rows)
 
 
-def _picture(mask):
-    "The picture of a mask, with its description."
+def _most(mask):
+    "Where most of a kind of module moved, for those who do not see the picture."
     cells = mask.cells()
     layer, kind = cells.stack().idxmax()
-    where = kind if layer == '-' else f'{kind} of layer {layer}'
-    most = f'Most in {where}: {cells.loc[layer, kind]:.0f} %.'
-    return f'![Heat map of layers by kinds of module, the share of channels that moved. {most}](channels.png)'
-
-
-def _channels(pub):
-    "Where the channels lie: by kind, by layer, and as a picture."
-    cells = _cells(pub)
-    if cells is None:
-        return "The mask file is not part of this folder, so nothing is known of where they lie."
-    picture = [_picture(pub.mask)] if pub.mask is not None else []
-    by_layer = f"<details><summary>By layer</summary>\n\n{_shares(cells, 'layer')}\n\n</details>"
-    return '\n\n'.join([_shares(cells, 'kind'), *picture, by_layer])
+    return f"Most in {kind}{'' if layer == '-' else f' of layer {layer}'}: {cells.loc[layer, kind]:.0f} %."
 
 # %% ../../nbs/76_card.ipynb #16-036
 _HOW = dict(
@@ -205,68 +170,30 @@ def _score(table, ability):
 
 
 def _scores(pub):
-    "Accuracy and interval of every ability, for each model that was scored."
-    if not pub.results:
-        return "No evaluation was given."
+    "What the template says of the evaluations: a table by ability and role, how items count, and lm-eval's version."
     results = {role: pub.results[role] for role in ('this model', *dict(pub.parents)) if role in pub.results}
-    tables, abilities = [r.table() for r in results.values()], {}
+    tables, abilities, how, version = [r.table() for r in results.values()], {}, [], None
     for r in results.values():
         abilities |= r.meta['abilities']
+        version = version or r.meta.get('lm_eval')
     rows = [(_code(a), d['items'], *(_score(t, a) for t in tables)) for a, d in abilities.items()]
-    how = []
     for kind in dict.fromkeys(d['kind'] for d in abilities.values()):
         how.append(f"{', '.join(_code(a) for a, d in abilities.items() if d['kind'] == kind)}: {_HOW[kind]}")
-    version = next(iter(results.values())).meta.get('lm_eval', 'of a version that is not recorded')
-    return (
-        f"{_grid(('ability', 'items', *results), rows)}\n\nAccuracy with its 95 % bootstrap interval over items; after"
-        f" the semicolon the answers' bits per byte, of which fewer are better. {'; '.join(how)}. Scored by lm-eval"
-        f" {plain_text(version)}."
-    )
+    table = _grid(('ability', 'items', *results), rows)
+    return dict(scores=table, how='; '.join(how), lm_eval=plain_text(version or 'of a version that is not recorded'))
 
 # %% ../../nbs/76_card.ipynb #16-038
-def _terms(pub):
-    "The parents' licences, and what follows."
+def _licences(pub):
+    "A table of the parents' licences, and where they are stated."
     rows = []
     for parent, l in pub.licences:
         licence = _code(f'{l.id} ({l.name})' if l.name else l.id) if l.id else 'not known'
         rows.append((_code(parent), licence, plain_text(l.said)))
-    this, mine = 'This delta file' if pub.delta else 'This checkpoint', pub.licence
-    if not mine.id:
-        then = f"{this} has no licence yet: {mine.said}. Whoever shares it has to look, and to decide."
-    else:
-        stated = any(mine is l for _, l in pub.licences)
-        then = f"{this}: {_code(mine.id)}, {'as its parents' if stated else mine.said}."
-    return f"{_grid(('parent', 'licence', 'said by'), rows)}\n\n{then}"
-
-# %% ../../nbs/76_card.ipynb #16-039
-_LOAD = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained({name!r})
-tokenizer = AutoTokenizer.from_pretrained({name!r})
-```"""
-_APPLY = """The delta is of use with its target alone, {target}. It holds a digest of every parameter that it changes,
-and is refused by any other model; `act_undo` takes it back, bit for bit. Its own hash is {hash}.
-
-```bash
-pip install act-transfer
-act_apply --target {given} --delta {name}/delta.safetensors --out recovered
-```"""
-
-
-def _use(pub, name):
-    "How to load it."
-    if not pub.delta:
-        return _LOAD.format(name=name)
-    target = shown_name(pub.last.record['target'])
-    hashes = {shown_name(k): v for k, v in (pub.last.record.get('hashes') or {}).items()}
-    which = f' (hash {_code(hashes[target])})' if target in hashes else ''
-    return _APPLY.format(
-        target=_code(target) + which, hash=_code(pub.delta.hash), given=shlex.quote(target), name=shlex.quote(name)
-    )
+    return _grid(('parent', 'licence', 'said by'), rows)
 
 # %% ../../nbs/76_card.ipynb #16-045
 def _hashes(pub):
-    "(what, SHA-256) of everything that led here, as far as it is recorded."
+    "A table of the SHA-256 of everything that led here, as far as it is recorded."
     record = pub.last.record if pub.last else {}
     masks = [m.meta for m in pub.masks.values()]
     which = 'fingerprint' if any('target_print' in m for m in masks) else 'hash'
@@ -276,33 +203,18 @@ def _hashes(pub):
     rows += [('mask', m.get('mask')) for m in record.get('moved', [])]
     rows += [(f"items of {m['ability']}", m.get('ability_hash')) for m in masks if 'ability' in m]
     rows += [(f'{which} of {shown_name(k)}', v) for k, v in (record.get('hashes') or {}).items()]
-    return [(_code(what), _code(digest)) for what, digest in rows if digest]
+    return _grid(('SHA-256', ''), [(_code(what), _code(digest)) for what, digest in rows if digest])
 
 
 def _versions(pub):
-    "When each step was made, and with what."
+    "A table of when each step was made, and with what."
     rows = []
-    for step in pub.steps:
-        if step.kind != 'gguf':
-            made = step.provenance
-            versions = made.get('versions') or {}
-            used = [plain_text(versions.get(o, '')) for o in ('act', 'python', 'torch', 'transformers')]
-            rows.append((step.kind, plain_text(made.get('time', '')), _code(made.get('git', 'not recorded')), *used))
-    return rows
-
-
-def _again(pub):
-    "Commands, hashes and versions."
-    parts = [
-        '\n'.join(['```bash', *commands_of(pub), '```']),
-        "Models and files are named without the folders that they lay in; what is neither on the hub nor part of"
-        " act-transfer has to be put in place first.",
-    ]
-    if hashes := _hashes(pub):
-        parts.append(_grid(('SHA-256', ''), hashes))
-    if made := _versions(pub):
-        parts.append(_grid(('step', 'when', 'git revision', 'act-transfer', 'Python', 'torch', 'transformers'), made))
-    return '\n\n'.join(parts)
+    for step in (s for s in pub.steps if s.kind != 'gguf'):
+        made = step.provenance
+        versions = made.get('versions') or {}
+        used = [plain_text(versions.get(o, '')) for o in ('act', 'python', 'torch', 'transformers')]
+        rows.append((step.kind, plain_text(made.get('time', '')), _code(made.get('git', 'not recorded')), *used))
+    return _grid(('step', 'when', 'git revision', 'act-transfer', 'Python', 'torch', 'transformers'), rows)
 
 # %% ../../nbs/76_card.ipynb #16-050
 def _index(result):
@@ -355,19 +267,19 @@ def _front(pub, name):
         **more,
     )
 
-# %% ../../nbs/76_card.ipynb #16-049
+# %% ../../nbs/76_card.ipynb #76-template
+_TEMPLATE = PACKAGE / 'data' / 'card.md'
 _HOME = _site['settings']['doc_host'] + _site['settings']['doc_baseurl']
 
-
+# %% ../../nbs/76_card.ipynb #16-049
 class Card(ModelCard):
     "A model card that renders in a notebook, without its picture and with its headings in bold."
 
     def _repr_markdown_(self):
         parts = self.text.split('```')
-        for i, text in enumerate(parts):
-            if i % 2 == 0:  # outside of code
-                text = re.sub(r'!\[(.*?)\]\(.*?\)', r'*\1*', text)
-                parts[i] = re.sub(r'(?m)^#+ (.*)$', r'**\1**', text)
+        for i in range(0, len(parts), 2):  # outside of code
+            text = re.sub(r'!\[(.*?)\]\(.*?\)', r'*\1*', parts[i])
+            parts[i] = re.sub(r'(?m)^#+ (.*)$', r'**\1**', text)
         return f'```yaml\n{self.data.to_yaml()}\n```\n\n' + '```'.join(parts)
 
 
@@ -376,10 +288,32 @@ def card_of(
     name: str,  # what to call it: a folder, or OWNER/NAME on the hub
 ) -> Card:
     "The model card of a publication."
-    title = name.split('/')[-1]
-    parts = [f'# {plain_text(title)}', _what(pub), f'Made with [act-transfer]({_HOME}).']
-    if pub.last:
-        parts += ['## Channels', _channels(pub)]
-    parts += ['## Scores', _scores(pub), '## Licences', _terms(pub)]
-    parts += ['## Use', _use(pub, name), '## How to reproduce', _again(pub)]
-    return Card(f'---\n{_front(pub, title).to_yaml()}\n---\n\n' + '\n\n'.join(parts) + '\n')
+    title, target, cells = name.split('/')[-1], shown_name(pub.parents[0][1]), _cells(pub)
+    record = pub.last.record if pub.last else {}
+    apply = ['act_apply', '--target', target, '--delta', f'{name}/delta.safetensors', '--out', 'recovered']
+    hashes = {shown_name(k): _code(v) for k, v in (record.get('hashes') or {}).items()}
+    as_parents = any(pub.licence is l for _, l in pub.licences)
+    return Card.from_template(
+        _front(pub, title),
+        _TEMPLATE,
+        pub=pub,
+        home=_HOME,
+        title=plain_text(title),
+        name=repr(name),
+        parent=_code(target),
+        moved=_moved(pub),
+        rule=_code(record['rule']) if record.get('rule') and len(record['moved']) > 1 else None,
+        trained=_trained(pub),
+        by_kind=_shares(cells, 'kind') if cells is not None else None,
+        by_layer=_shares(cells, 'layer') if cells is not None else None,
+        most=_most(pub.mask) if pub.mask is not None else None,
+        **_scores(pub),
+        licences=_licences(pub),
+        licence=_code(pub.licence.id),
+        said='as its parents' if as_parents and pub.licence.id else pub.licence.said,
+        target_hash=hashes.get(target),
+        apply=shlex.join(apply),
+        commands='\n'.join(commands_of(pub)),
+        hashes=_hashes(pub),
+        versions=_versions(pub),
+    )

@@ -114,7 +114,8 @@ def _step(folder, kind):
         tells = kind == 'gguf' or is_dict_of_dicts(step.record.get('abilities')) and isinstance(step.inputs[0], str)
     if not tells:
         raise ActError(
-            f"{folder.name}/act_{kind}.json does not name {_NEEDS[kind]} as act_{kind} writes them: publish what it wrote"
+            f"{folder.name}/act_{kind}.json does not name {_NEEDS[kind]} as act_{kind} writes them: publish what it"
+            " wrote"
         )
     return step
 

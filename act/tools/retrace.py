@@ -24,7 +24,7 @@ def command_line(
     return shlex.join(out)
 
 # %% ../../nbs/75_retrace.ipynb #75-told-code
-_LEFT_OUT = 'format source time git target_hash donor_hash ability_hash target_print donor_print'.split()
+_LEFT_OUT = 'format source time git channels total target_hash donor_hash ability_hash target_print donor_print'.split()
 
 
 def settings_line(
