@@ -11,6 +11,7 @@ import torch
 from functools import lru_cache, reduce
 from operator import or_
 from pathlib import Path
+from ..headers import DTYPES
 from ..kit.errors import ActError, listed
 from ..kit.files import atomic_folder, begin
 from ..kit.records import provenance, write_json
@@ -21,7 +22,7 @@ from ..streaming import transfer_record
 from ..transfer import RULES, blend, check_masks, mask_slices, read_lams, transfer_jobs
 
 # %% ../../nbs/78_mergekit.ipynb #17-011
-def _mergekit():
+def _merge_methods():
     "mergekit's module of merge methods."
     try:
         from mergekit import merge_methods as mm
@@ -38,17 +39,19 @@ def _mask_of(files):
 
 
 @lru_cache(maxsize=16)
-def _slices_of(files, stamp):
+def _slices_of(files, changed):
+    "The slices of a mask, and what its channels count as tied; read again when a file has changed."
     mask = _mask_of(files)
     return mask_slices(mask), mask.map.tied
 
 
-def _moves(name, files, theirs, lam, ours):
-    "What a donor does to a parameter, in the form that `blend` takes."
+def _move(name, files, theirs, lam, ours):
+    "What a donor does to a parameter, in the form that `blend` takes; None where the mask has no channel of it."
     slices, tied = _slices_of(files, tuple(Path(f).stat().st_mtime_ns for f in listed(files) if Path(f).exists()))
-    axis, chosen = slices.get('model.embed_tokens.weight' if tied and name == 'lm_head.weight' else name, (0, None))
-    if chosen is None:
-        return []
+    owner = 'model.embed_tokens.weight' if tied and name == 'lm_head.weight' else name
+    if owner not in slices:
+        return
+    axis, chosen = slices[owner]
     if name in VOCABULARY:
         theirs = fit_rows(theirs, ours)
     if theirs.ndim <= axis or theirs.shape[axis] != len(chosen):
@@ -57,12 +60,18 @@ def _moves(name, files, theirs, lam, ours):
             " for another model"
         )
     chosen = chosen.to(theirs.device)
-    return [(theirs.index_select(axis, chosen.nonzero()[:, 0]), axis, chosen, lam)]
+    return theirs.index_select(axis, chosen.nonzero()[:, 0]), axis, chosen, lam
+
+# %% ../../nbs/78_mergekit.ipynb #78-types
+@lru_cache(maxsize=4)
+def _types_of(target):
+    "The types of a checkpoint's tensors by name; none without a checkpoint."
+    return {name: DTYPES[t.dtype] for name, t in opened(target).tensors.items()} if target else {}
 
 # %% ../../nbs/78_mergekit.ipynb #17-015
-def mergekit_method():
+def mergekit_method():  # mergekit's method object; raises ActError without mergekit
     "Register the transfer in mergekit as the merge method `act`, and return it."
-    mm = _mergekit()
+    mm = _merge_methods()
     if found := next((o for o in mm.registered_methods() if o.spec.name == 'act'), None):
         return found
 
@@ -70,28 +79,20 @@ def mergekit_method():
         name='act', pretty_name='ACT', contract=mm.InputContract(base=mm.BasePolicy.REQUIRED, min_non_base=1)
     )
     def act(
-        group: mm.TensorGroup, mask: mm.PerNonBase[str], lam: mm.PerNonBase[float] = 1.0, rule: str = 'sum'
+        group: mm.TensorGroup,
+        mask: mm.PerNonBase[str],
+        lam: mm.PerNonBase[float] = 1.0,
+        rule: str = 'sum',
+        target: str = '',  # checkpoint whose types the tensors keep
     ) -> torch.Tensor:
         if rule not in RULES:
             raise ActError(f"rule is {rule!r}: choose one of {', '.join(RULES)}")
-        return blend(
-            group.base.tensor,
-            [
-                o
-                for e in group.non_base
-                for o in _moves(group.metadata.name, mask[e.id], e.tensor, lam[e.id], group.base.tensor)
-            ],
-            rule,
-        )
+        name, ours = group.metadata.name, group.base.tensor
+        ours = ours.to(_types_of(target).get(name, ours.dtype))
+        moves = (_move(name, mask[e.id], e.tensor.to(ours.dtype), lam[e.id], ours) for e in group.non_base)
+        return blend(ours, [m for m in moves if m], rule)
 
-    class InTypeOfTarget(type(act)):
-        def _execute_resolved(self, groups, parameters, *, dtype=None, **kw):
-            run = super()._execute_resolved
-            return tuple(
-                t for g, p in zip(groups, parameters) for t in run((g,), [p], dtype=dtype or g.base.tensor.dtype, **kw)
-            )
-
-    mm.register(InTypeOfTarget(act.spec, act.implementation))
+    mm.register(act)
     return mm.get('act')
 
 # %% ../../nbs/78_mergekit.ipynb #17-019
@@ -115,44 +116,48 @@ def _where(model):
 
 
 def _for_mergekit(recipe):
-    models = (
-        {
-            'models': [
-                {**m, 'model': _where(m['model'])} if isinstance(m, dict) and 'model' in m else m
-                for m in recipe['models']
-            ]
-        }
-        if isinstance(recipe.get('models'), list)
-        else {}
-    )
-    return {**recipe, **({'base_model': _where(recipe['base_model'])} if 'base_model' in recipe else {}), **models}
+    "The recipe with folders that mergekit finds, and for `act` with the target whose types are kept."
+    out = dict(recipe)
+    if 'base_model' in recipe:
+        out['base_model'] = _where(recipe['base_model'])
+    if isinstance(recipe.get('models'), list):
+        out['models'] = [
+            {**m, 'model': _where(m['model'])} if isinstance(m, dict) and 'model' in m else m for m in recipe['models']
+        ]
+    if recipe['merge_method'] == 'act' and not recipe.get('dtype'):
+        out['parameters'] = {**(recipe.get('parameters') or {}), 'target': out['base_model']}
+    return out
 
 # %% ../../nbs/78_mergekit.ipynb #17-020
-def _donors(recipe, path):
-    "[(donor, mask files, lam)] of a recipe for `act`."
-    models, shared, base = recipe.get('models'), recipe.get('parameters') or {}, recipe.get('base_model')
-    if not (
-        isinstance(base, str)
-        and isinstance(models, list)
-        and all(isinstance(m, dict) and isinstance(m.get('model'), str) for m in models)
-    ):
+def _check_form(recipe, path):
+    "ActError for a recipe of `act` that lists no target and donors, or whose parameters have no names."
+    base, models = recipe.get('base_model'), recipe.get('models')
+    listed_models = isinstance(models, list) and all(
+        isinstance(m, dict) and isinstance(m.get('model'), str) for m in models
+    )
+    if not isinstance(base, str) or not listed_models:
         raise ActError(
             f"{path}: act needs base_model (the target) and a list of models (the donors), not slices or modules"
         )
-    out = []
-    for where, p in [('the recipe', shared), *((m['model'], m.get('parameters') or {}) for m in models)]:
-        if not isinstance(p, dict):
+    for where, o in [('the recipe', recipe), *((m['model'], m) for m in models)]:
+        if not isinstance(o.get('parameters') or {}, dict):
             raise ActError(
                 f"{path}: the parameters of {where} are not names with values: write mask: FILE and lam: NUMBER under"
                 " them"
             )
-    for m in models:
-        own = {**shared, **(m.get('parameters') or {})}
+
+
+def _donors(recipe, path):
+    "[(donor, mask files, lam)] of a recipe for `act`."
+    _check_form(recipe, path)
+    out = []
+    for m in recipe['models']:
+        own = {**(recipe.get('parameters') or {}), **(m.get('parameters') or {})}
         if odd := sorted(own.keys() - {'mask', 'lam', 'rule'}):
             raise ActError(
                 f"{path}: act has no parameter {odd[0]}: it has mask and lam for each donor, and rule for all"
             )
-        if m['model'] == base:
+        if m['model'] == recipe['base_model']:
             continue
         if 'mask' not in own:
             raise ActError(f"{path}: the donor {m['model']} has no mask: add mask: FILE to its parameters")
@@ -176,61 +181,60 @@ def _checked(recipe, path, weights):
     return transfer_record(target, jobs, rule, check_masks(target, jobs, weights))
 
 # %% ../../nbs/78_mergekit.ipynb #17-023
+def _run_options(recipe, out, options):
+    "mergekit's options, from those of `mergekit-yaml`."
+    from mergekit.merge import MergeOptions
+    from mergekit.scripts.run_yaml import main
+
+    given = main.make_context('mergekit-yaml', [str(recipe), str(out), *shlex.split(options)]).params
+    return MergeOptions(**{k: v for k, v in given.items() if k in MergeOptions.model_fields})
+
+
+def _merge_into(folder, config, how, text):
+    "Let mergekit write its output into a folder."
+    from mergekit.merge import run_merge
+
+    inner = folder / 'merged'  # mergekit wants to create it
+    run_merge(config, str(inner), how, text)
+    for f in inner.iterdir():
+        f.rename(folder / f.name)
+    inner.rmdir()
+
+# %% ../../nbs/78_mergekit.ipynb #78-run
 def run_mergekit(
     recipe,  # YAML file, as for mergekit-yaml; models may also be lab/NAME or smollm2/NAME
     out,  # folder to create; must not exist
     options: str = '',  # options of mergekit-yaml, such as '--cuda --lazy-unpickle'
     check: bool = True,  # check that target and donors fit and that the masks were made for these weights
-) -> Path:
+) -> Path:  # raises ActError for a recipe, a mask or options that do not fit
     "Run mergekit on a recipe, which may say `merge_method: act`."
     mergekit_method()
     import click
     from mergekit.config import MergeConfiguration
-    from mergekit.merge import MergeOptions, run_merge
-    from mergekit.scripts.run_yaml import main
 
     recipe, out = Path(recipe), Path(out)
     d, text = _read_recipe(recipe)
     record = _checked(d, recipe, check) if d['merge_method'] == 'act' else None
     try:
-        how, config = (
-            MergeOptions(
-                **{
-                    k: v
-                    for k, v in main.make_context(
-                        'mergekit-yaml', [str(recipe), str(out), *shlex.split(options)]
-                    ).params.items()
-                    if k in MergeOptions.model_fields
-                }
-            ),
-            MergeConfiguration.model_validate(_for_mergekit(d)),
-        )
+        how, config = _run_options(recipe, out, options), MergeConfiguration.model_validate(_for_mergekit(d))
     except (click.ClickException, ValueError, RuntimeError) as e:
         raise ActError(
             f"mergekit does not take this recipe or these options ({' '.join(str(e).split())[:300]}): see mergekit-yaml"
             " --help"
         ) from e
-    need = opened(d['base_model']).nbytes if record else 0
-    begin(
-        (
-            [str(m) for m in config.referenced_models()]
-            if not record
-            else [d['base_model'], *(o['donor'] for o in record['moved'])]
-        ),
-        {out: need},
-        f"mergekit, merge_method {d['merge_method']}",
-    )
+    _types_of.cache_clear()  # the target may have been written anew
+    reads, need = [str(m) for m in config.referenced_models()], 0
+    if record:
+        reads, need = [d['base_model'], *(o['donor'] for o in record['moved'])], opened(d['base_model']).nbytes
+    begin(reads, {out: need}, f"mergekit, merge_method {d['merge_method']}")
     with atomic_folder(out, need) as tmp:
         how.apply_global_options()
         try:
-            run_merge(config, str(tmp / out.name), how, text)
+            _merge_into(tmp, config, how, text)
         except ActError:
             raise
         except (RuntimeError, ValueError) as e:
             raise ActError(f"mergekit could not merge ({' '.join(str(e).split())[:300]}): check {recipe}") from e
-        for f in (tmp / out.name).iterdir():
-            f.rename(tmp / f.name)
-        (tmp / out.name).rmdir()
         if record:
             write_json(dict(record, provenance=provenance()), tmp / 'act_transfer.json')
     return out
