@@ -25,7 +25,7 @@ from act.evaluate import EvalResult, evaluate
 from act.localize import localize
 from act.masks import ChannelMask, top_p
 from act.tools.card import Card
-from act.tools.history import Step, history, licence_of
+from act.tools.history import history, licence_of
 from act.tools.publish import prepare, publish, push
 from act.streaming import transfer_checkpoint
 from act.transfer import transfer
@@ -34,9 +34,9 @@ from conftest import tiny_model
 LAB = 'lab/maths-en', 'lab/base'
 
 
-def scored(model, n=12, ability='lab/science-zh'):
+def scored(model, n=12, abilities=('lab/science-zh',)):
     net, tok = load_model(model)
-    r = evaluate(net, [load_ability(ability, n=n)], tok, progress=False)
+    r = evaluate(net, [load_ability(a, n=n) for a in abilities], tok, progress=False)
     r.meta.update(model=str(model), weights=weight_hash(model))
     return r
 
@@ -128,20 +128,19 @@ def test_front_matter_is_what_the_hub_reads(made, out):
 
 
 def test_two_abilities_stay_two_results_in_the_front_matter(made):
-    r = evaluate(
-        *(
-            load_model(made[2])[0],
-            [load_ability(a, n=4) for a in ('lab/science-zh', 'lab/science-es')],
-            load_model(made[2])[1],
-        ),
-        progress=False,
-    )
-    r.meta.update(model=str(made[2]), weights=weight_hash(made[2]))
+    r = scored(made[2], 4, ('lab/science-zh', 'lab/science-es'))
     d = ModelCard(str(prepare(made[2], r).card('me/x'))).data
     assert [(o.dataset_config, o.metric_type) for o in d.eval_results] == [
         (a, m) for a in ('science-zh', 'science-es') for m in ('accuracy', 'bits_per_byte')
     ]
     assert d.model_name == 'x'
+
+
+def score(result):
+    "Accuracy, interval and bits per byte of the first ability, as a card has them."
+    row = result.table().iloc[0]
+    interval = f'[{100 * row.low:.1f}, {100 * row.high:.1f}]'
+    return f'{100 * row.accuracy:.1f} % {interval}; {row.bits_per_byte:.3f}'
 
 
 def test_the_card_says_what_was_moved_and_what_came_of_it(made, out):
@@ -157,12 +156,8 @@ def test_the_card_says_what_was_moved_and_what_came_of_it(made, out):
     assert mask.meta['target_print'] in text
     for k, n in mask.frame().groupby('kind')['sum'].sum().items():
         assert f'| {k} | {int(n):,} |' in text
-    cell = lambda t: (
-        f"{100 * t.accuracy.iloc[0]:.1f} % [{100 * t.low.iloc[0]:.1f}, {100 * t.high.iloc[0]:.1f}];"
-        f" {t.bits_per_byte.iloc[0]:.3f}"
-    )
     assert '| ability | items | this model | target | donor |' in text
-    assert f"| `science-zh` | 12 | {' | '.join(cell(r.table()) for r in results)} |" in text
+    assert f"| `science-zh` | 12 | {' | '.join(map(score, results))} |" in text
     assert '](channels.png)' in text
     assert re.search(r'!\[Heat map .+ \d+ %\.\]', text)
     assert (out / 'channels.png').read_bytes()[:4] == b'\x89PNG'
@@ -180,24 +175,38 @@ def test_the_commands_of_the_card_make_it_again_to_the_byte(out, run, tmp_path, 
     assert (tmp_path / 'moved' / 'model.safetensors').read_bytes() == (out / 'model.safetensors').read_bytes()
 
 
-def test_without_mask_and_scores_the_card_says_so_and_invents_nothing(made):
+def channel_rows(card):
+    "The rows of the tables that say where the channels lie, sorted."
+    part = card.text.split('## Channels')[1].split('## Scores')[0]
+    return sorted(line for line in part.splitlines() if line.startswith('|'))
+
+
+def test_without_mask_and_scores_the_card_says_so(made):
     text = prepare(made[2]).card().text
     assert 'No evaluation was given.' in text
     assert 'channels.png' not in text
-    assert '--split' not in text
-    given = prepare(made[2], mask=made[1]).card().text
-    part = lambda t: [l for l in t.split('## Channels')[1].split('## Scores')[0].split('\n') if l.startswith('|')]
-    # the record of the transfer knows how many channels of each kind, the mask which
-    assert sorted(part(text)) == sorted(part(given))
-    assert len(part(text)) > 12
+
+
+def test_the_record_knows_how_many_channels_moved_where_without_the_mask(made):
+    rows = channel_rows(prepare(made[2]).card())
+    assert rows == channel_rows(prepare(made[2], mask=made[1]).card())
+    assert len(rows) > 12
+
+
+def test_without_mask_and_that_part_of_the_record_nothing_is_known(made):
     old = prepare(made[2])
     for m in old.last.record['moved']:
         del m['where']
     assert 'The mask file is not part of this folder' in old.card().text
-    assert bash(prepare(made[2]).card()) == [
+
+
+def test_without_mask_no_command_is_invented(made):
+    card = prepare(made[2]).card()
+    assert bash(card) == [
         'act_transfer --target lab/maths-en --donor lab/base --mask m.safetensors --out moved --lam 0.5'
     ]
-    assert 'act_localize --' not in text
+    assert 'act_localize --' not in card.text
+    assert '--split' not in card.text
 
 
 def mask_lines(mask):
@@ -238,6 +247,19 @@ def test_a_step_from_python_has_its_settings(made):
     line = retrace.command_of_step(without)
     start = '# moved, transfer (no command line recorded): target lab/maths-en, rule sum, donor lab/base, lam 0.5'
     assert line == f'{start}, mask {made[1].hash}, ability science-zh, p 0.1, rank module'
+
+
+def test_a_record_from_before_command_lines_is_read(tmp_path):
+    "Fine-tuning then kept the model, time and revision at the top level."
+    made = dict(model='lab/base', time='2025-01-01T00:00:00Z', git='0123456789ab', versions=dict(act='0.0.1'))
+    record = dict(made, abilities={'science-zh': dict(hash='0' * 64, items=3)}, steps=2, lr=1e-4)
+    (tmp_path / 'm').mkdir()
+    (tmp_path / 'm' / 'act_finetune.json').write_text(json.dumps(record))
+    (step,) = history(tmp_path / 'm')
+    assert step.inputs == ['lab/base']
+    assert step.provenance['git'] == '0123456789ab'
+    line = '# m, finetune (no command line recorded): model lab/base, steps 2, lr 0.0001'
+    assert retrace.command_of_step(step) == line
 
 
 # what must not get out

@@ -189,7 +189,7 @@ def _licences(pub):
     for parent, l in pub.licences:
         licence = _code(f'{l.id} ({l.name})' if l.name else l.id) if l.id else 'not known'
         rows.append((_code(parent), licence, plain_text(l.said)))
-    return _grid(('parent', 'licence', 'said by'), rows)
+    return _grid(('parent', 'licence', 'stated by'), rows)
 
 # %% ../../nbs/76_card.ipynb #16-045
 def _hashes(pub):
