@@ -4,6 +4,7 @@ Plans count what a transfer reads and changes, to the byte.
 """
 
 import os, sys, pytest, torch
+import pandas as pd
 from pathlib import Path
 from safetensors.torch import load_file, save_file
 from act.channels import meta_model, enumerate_channels
@@ -18,7 +19,7 @@ from act.studies.recipes import read_recipe, recipe_names
 from act.commands.tools import act_plan
 from act.tools import machine
 from act.tools.machine import measure_constants, trial
-from act.tools.plan import even_mask, load_constants, plan_localize, plan_transfer, predict, scale_table
+from act.tools.plan import even_mask, load_constants, plan_localize, plan_transfer, predict
 from act.tools.shapes import SHAPES, config_of, layout, sparse_checkpoint
 from act.streaming import transfer_checkpoint
 from act.transfer import mask_slices
@@ -317,27 +318,44 @@ def test_what_is_kept_and_what_waits_is_what_localising_keeps(hold, monkeypatch)
     assert max(kept) == plan.kept == plan.spill and sum(waited) == (plan.spill if hold == 'one' else 0)
 
 
-def test_the_table():
-    t = scale_table(CONSTANTS)
-    assert (
-        list(t.model) == list(SHAPES)
-        and dict(zip(t.model, t.parameters)) == KNOWN
-        and {'localize_s_cpu', 'localize_s_cuda'} <= set(t)
-    )
-    t = t.set_index('model')
-    assert (
-        t.loc['qwen2.5-7b', 'checkpoint_gb'] == 2 * KNOWN['qwen2.5-7b'] / 1e9
-        and (t.delta_gb / t.checkpoint_gb).between(0.049, 0.051).all()
-    )
-    assert (
-        (t.transfer_peak_mb < 100).all()
-        and (t.one_at_a_time_gb < t.side_by_side_gb).all()
-        and t.loc['llama-2-70b', 'fits'] == 'neither'
-        and t.loc['qwen2.5-0.5b', 'fits'] == 'side by side'
-    )
-    assert 'localize_s_cuda' not in predict(
-        TINY, {**CONSTANTS, 'localize': {'cpu': CONSTANTS['localize']['cpu']}}
-    )  # only what was measured
+@pytest.fixture(scope='module')
+def table():
+    "What `predict` says of every shape."
+    return pd.DataFrame([dict(model=k, **predict(k, CONSTANTS)) for k in SHAPES]).set_index('model')
+
+
+def test_parameters_of_every_shape(table):
+    assert table.parameters.to_dict() == KNOWN
+
+
+@pytest.mark.parametrize('work', ['localize', 'evaluate', 'finetune'])
+def test_seconds_for_every_device_that_was_measured_and_for_no_other(work, table):
+    assert {f'{work}_s_cpu', f'{work}_s_cuda'} <= set(table)
+    assert f'{work}_s_cuda' not in predict(TINY, {**CONSTANTS, 'localize': {'cpu': CONSTANTS['localize']['cpu']}})
+
+
+def test_bytes_of_every_shape(table):
+    assert table.loc['qwen2.5-7b', 'checkpoint_gb'] == 2 * KNOWN['qwen2.5-7b'] / 1e9
+    assert (table.delta_gb / table.checkpoint_gb).between(0.049, 0.051).all()
+    assert (table.transfer_peak_mb < 100).all()
+    assert (table.one_at_a_time_gb < table.side_by_side_gb).all()
+
+
+def test_what_fits(table):
+    assert table.loc['llama-2-70b', 'fits'] == 'neither'
+    assert table.loc['qwen2.5-0.5b', 'fits'] == 'side by side'
+
+
+def test_evaluating_is_half_of_localising_and_training_three_times_a_forward_pass():
+    row, plan = predict(TINY, CONSTANTS, items=100), plan_localize(TINY, 20_000, 5_000)
+    ready = 2 + plan.weights / 2e9
+    assert row['evaluate_s_cpu'] == pytest.approx(ready + plan.flops / 2 / 1e9)
+    assert row['finetune_s_cpu'] == pytest.approx(ready + 3 * plan.flops / 2 / 100 * 30 * 16 / 1e9)
+
+
+def test_fine_tuning_holds_weights_gradients_and_averages():
+    row = predict('qwen2.5-7b', CONSTANTS)
+    assert row['finetune_gb'] > 16 * row['parameters'] / 1e9
 
 
 def test_the_recorded_constants_say_where_they_come_from():
@@ -417,4 +435,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 def test_plans_show_themselves(tmp_path):
     a, b = (sparse_checkpoint(TINY, tmp_path / n) for n in 'ab')
     for plan in (plan_transfer(a, b, some(a)), plan_localize('llama-2-7b', 2000, 500)):
-        assert '<table>' in plan._repr_html_() and plan._repr_html_().count('<tr>') == len(repr(plan).splitlines()) >= 5
+        lines = repr(plan).splitlines()
+        assert len(lines) >= 5
+        assert '<table' in plan._repr_html_()
+        assert plan._repr_html_().count('<tr>') == len(lines)
