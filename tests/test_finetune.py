@@ -211,21 +211,28 @@ def save(kind, name, **kw):
     assert (report.model is None) == bool(processes()[0])
     if report.model is not None:
         save_file({{k: p.detach() for k, p in report.model.named_parameters()}}, f'{{to}}/{{name}}.safetensors')
+begun, begin, step = [], training.Watch.on_train_begin, training.Watch.on_step_end
+def started(self, args, state, control, **kw):
+    begun.append(state.global_step)
+    begin(self, args, state, control, **kw)
+training.Watch.on_train_begin = started
 for kind in HARD: save(kind, kind)
-step = training.Watch.on_step_end
 def crash(self, args, state, control, **kw):
     if state.global_step == 5: raise KeyboardInterrupt
     step(self, args, state, control, **kw)
-training.Watch.on_step_end = crash
-try: save('stopped', 'again', state=to + '/state', save_steps=2)
-except KeyboardInterrupt: training.Watch.on_step_end = step
-save('stopped', 'again', state=to + '/state', save_steps=2)
+for kind in ('stopped', 'lora', 'masked'):
+    more = dict(state=f'{{to}}/state-{{kind}}', save_steps=2)
+    training.Watch.on_step_end = crash
+    try: save(kind, f'again-{{kind}}', **more)
+    except KeyboardInterrupt: training.Watch.on_step_end = step
+    save(kind, f'again-{{kind}}', **more)
+open(f'{{to}}/begun-{{processes()[0]}}', 'w').write(f'{{begun}}')
 ''',
         tmp_path,
         fsdp=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    new = {k: load_file(tmp_path / f'{k}.safetensors') for k in (*HARD, 'again')}
+    new = {k: load_file(tmp_path / f'{k}.safetensors') for k in HARD}
     for kind in HARD:
         one, old = (
             dict(hard(model, tok, mask, kind, accumulate=2).model.named_parameters()),
@@ -238,8 +245,11 @@ save('stopped', 'again', state=to + '/state', save_steps=2)
         axis, chosen = mask_slices(mask).get(name, (0, torch.zeros(len(p), dtype=bool)))
         outside = (~chosen).nonzero()[:, 0]
         assert torch.equal(new['masked'][name].index_select(axis, outside), p.index_select(axis, outside)), name
-    assert [f.name.split('-')[-1] for f in (tmp_path / 'state').glob('act-*')]
-    assert all(torch.equal(t, new['again'][k]) for k, t in new['stopped'].items())
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f'begun-{rank}').read_text()) == [0, 0, 0, 0] + 3 * [0, 4]
+    for kind in ('stopped', 'lora', 'masked'):
+        again = load_file(tmp_path / f'again-{kind}.safetensors')
+        assert all(torch.equal(t, again[k]) for k, t in new[kind].items()), kind
 
 
 def test_an_output_that_exists_stops_all_processes(tmp_path, launch):
