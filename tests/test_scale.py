@@ -3,7 +3,7 @@
 Plans count what a transfer reads and changes, to the byte.
 """
 
-import os, sys, pytest, torch
+import importlib.util, os, sys, pytest, torch
 import pandas as pd
 from pathlib import Path
 from safetensors.torch import load_file, save_file
@@ -18,7 +18,7 @@ from act.masks import random_mask
 from act.studies.recipes import read_recipe, recipe_names
 from act.commands.tools import act_plan
 from act.tools import machine
-from act.tools.machine import measure_constants, trial
+from act.tools.machine import measure_constants
 from act.tools.plan import even_mask, load_constants, plan_localize, plan_transfer, predict
 from act.tools.shapes import SHAPES, config_of, layout, sparse_checkpoint
 from act.streaming import transfer_checkpoint
@@ -307,7 +307,7 @@ def test_localising_counts_channels_and_operations(family):
 
 @pytest.mark.parametrize('hold', ['both', 'one'])
 def test_what_is_kept_and_what_waits_is_what_localising_keeps(hold, monkeypatch):
-    (ability, counts), kept, waited = machine._ability(load_tokenizer('lab/base'), 4), [], []
+    (ability, counts), kept, waited = machine.items_of_200(load_tokenizer('lab/base'), 4), [], []
     size, real = lambda store: sum(v.nbytes for v in store.values()), (hooks.subtract_rows, hooks.save_file)
     subtract = lambda store, *a, **k: kept.append(size(store)) or real[0](store, *a, **k)
     save = lambda store, *a, **k: waited.append(size(store)) or real[1](store, *a, **k)
@@ -368,40 +368,54 @@ def test_the_recorded_constants_say_where_they_come_from():
 
 
 @pytest.mark.slow
-def test_measuring_leaves_nothing_and_a_prediction_can_be_held_against_it(tmp_path, monkeypatch):
-    for rates in ('_localize_rates', '_matmul_rates'):
-        monkeypatch.setattr(machine, rates, lambda *a: {'bfloat16': FAST['copy']})
-    c = measure_constants(tmp_path, size=1 << 20, runs=1)
-    assert not list(tmp_path.iterdir()) and all(c[k]['median'] > 0 for k in FAST)
-    real, shape = machine._timed, TINY | dict(vocab_size=len(load_tokenizer('lab/base')))
-    monkeypatch.setattr(
-        machine,
-        '_timed',
-        lambda module, name, *args: (
-            real(module, name, *args)
-            if name == 'transfer_checkpoint'
-            else (machine._localize(*args), dict(seconds=2.0, peak=3))[1]
-        ),
-    )
-    rows = trial(c, tmp_path, shape, runs=1, items=2)
-    assert (
-        not list(tmp_path.iterdir())
-        and [r['what'] for r in rows] == ['transfer', 'localise, both', 'localise, one']
-        and [r['measured_s'] for r in rows[1:]] == [2.0, 2.0]
-    )
-    for r in rows:
-        assert (
-            r['ratio'] == r['predicted_s'] / r['measured_s'] > 0
-            and r['measured_peak'] > 0
-            and r['predicted_peak'] > 0
-            and r['model'] == 'own'
-        )
+def test_measuring_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, '_localize_rates', lambda *a: {'bfloat16': FAST['copy']})
+    found = measure_constants(tmp_path, size=1 << 20, runs=1)
+    assert not list(tmp_path.iterdir())
+    assert all(found[k]['median'] > 0 for k in FAST)
+    assert load_constants(write_json(found, tmp_path / 'c.json'))['copy'] == found['copy']
+
+
+@pytest.fixture
+def scale():
+    "The script benchmarks/scale.py as a module."
+    spec = importlib.util.spec_from_file_location('scale', Path(__file__).parents[1] / 'benchmarks' / 'scale.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def trial(scale, tmp_path, monkeypatch):
+    "Rows of a trial on a tiny shape; the transfer runs in a new interpreter, localising in this one."
+    real, shape = machine.timed, TINY | dict(vocab_size=len(load_tokenizer('lab/base')))
+
+    def timed(module, name, *args):
+        if name == 'transfer_checkpoint':
+            return real(module, name, *args)
+        getattr(machine, name)(*args)
+        return dict(seconds=2.0, peak=3)
+
+    monkeypatch.setattr(machine, 'timed', timed)
+    return scale.trial(CONSTANTS, tmp_path, shape, runs=1, items=2)
+
+
+@pytest.mark.slow
+def test_predictions_are_held_against_the_clock(trial, tmp_path):
+    assert not list(tmp_path.iterdir())
+    assert [r['what'] for r in trial] == ['transfer', 'localise, both', 'localise, one']
+    assert [r['measured_s'] for r in trial[1:]] == [2.0, 2.0]
+    for r in trial:
+        assert r['ratio'] == r['predicted_s'] / r['measured_s'] > 0
+        assert r['measured_peak'] > 0
+        assert r['predicted_peak'] > 0
+        assert r['model'] == 'own'
 
 
 @pytest.mark.slow
 def test_what_fails_while_timed_says_why(tmp_path):
     with pytest.raises(ActError, match='Checkpoint, which was to be timed, failed.*no config.json'):
-        machine._timed('checkpoints', 'Checkpoint', tmp_path / 'no folder')
+        machine.timed('checkpoints', 'Checkpoint', tmp_path / 'no folder')
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

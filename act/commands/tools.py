@@ -96,14 +96,14 @@ def act_plan(
     # file of constants, with --measure the one to write; those that ship with the library by default
     constants: str = None,
     no_check: bool = False,  # do not compare target and donor first
-    measure: str = None,  # a folder with 10 GB of room: measure this machine there and write --constants
+    measure: str = None,  # a folder with 3 GB of room: measure this machine there and write --constants
 ):
     """What a transfer would move and take:
 
     `act_plan --target lab/maths-en --donor lab/base --mask mask.safetensors`
     `act_plan --model qwen2.5-7b`
     """
-    from act.tools.machine import measure_constants, trial
+    from act.tools.machine import measure_constants
     from act.tools.plan import load_constants, plan_transfer, predict
     from act.transfer import read_lams
 
@@ -114,13 +114,10 @@ def act_plan(
         if not constants:
             raise ActError("act_plan --measure needs --constants, the file to write: see act_plan --help")
         begin(
-            writes={constants: 10_000, Path(measure) / 'act-scale': 10e9},
-            work='copy, read and multiply, and two models of 0.5 and 1.5 billion parameters; the folder is empty again'
-            ' at the end',
+            writes={constants: 10_000, Path(measure) / 'act-scale': 3e9},
+            work='copy and read a file of 1 GB, localise and transfer; the folder is empty again at the end',
         )
-        found = measure_constants(measure)
-        found['validation'] = [r for m in ('qwen2.5-0.5b', 'qwen2.5-1.5b') for r in trial(found, measure, m)]
-        write_json(found, constants)
+        write_json(measure_constants(measure), constants)
         print(f'-> {constants}')
         next_step('act_plan', model='qwen2.5-7b', constants=constants)
     known = load_constants(constants)
