@@ -323,6 +323,28 @@ def test_names(given, want):
     assert H.shown_name(given) == want
 
 
+@pytest.mark.parametrize(
+    'given, want',
+    [
+        ('--mask=/h/a.st,/h/b.st', '--mask=a.st,b.st'),
+        ('/h/x,lab/base', 'x,lab/base'),
+        ('/h/q.jsonl, 4 of 9', 'q.jsonl, 4 of 9'),
+    ],
+)
+def test_words_and_texts_lose_folders_alone(given, want):
+    assert H.without_paths(given) == want
+
+
+def test_a_published_record_still_has_its_command_line(made, tmp_path):
+    shutil.copytree(made[2], tmp_path / 'm')
+    f = tmp_path / 'm' / 'act_transfer.json'
+    record = json.loads(f.read_text())
+    record['provenance']['argv'] = ['act_transfer', '--donor', 'lab/base,/h/x', '--mask=/h/a.st,/h/b.st', '--out=/h/m']
+    f.write_text(json.dumps(record))
+    (step,) = history(publish(tmp_path / 'm', tmp_path / 'o'))
+    assert step.provenance['argv'] == ['act_transfer', '--donor', 'lab/base,x', '--mask=a.st,b.st', '--out=m']
+
+
 def test_strange_records_do_not_break_the_card(made, tmp_path):
     shutil.copytree(made[2], tmp_path / 'm')
     f = tmp_path / 'm' / 'act_transfer.json'

@@ -8,7 +8,7 @@ __all__ = ['command_line', 'settings_line', 'commands_of_mask', 'command_of_step
 # %% ../../nbs/75_retrace.ipynb #75-imports
 import itertools, re, shlex
 from pathlib import Path
-from .history import plain_text, shown_name, without_paths
+from .history import plain_text, shown_word, without_paths
 
 # %% ../../nbs/75_retrace.ipynb #16-041
 def command_line(
@@ -17,11 +17,7 @@ def command_line(
     "A recorded command line, without the folders of the machine where it ran."
     if not isinstance(words, list) or not words or not all(isinstance(w, str) for w in words):
         return ''
-    out = []
-    for word in words:
-        option, equals, value = word.partition('=') if word.startswith('--') else ('', '', word)
-        out.append(plain_text(option + equals + ','.join(map(shown_name, value.split(',')))))
-    return shlex.join(out)
+    return shlex.join(plain_text(shown_word(w)) for w in words)
 
 # %% ../../nbs/75_retrace.ipynb #75-told-code
 _LEFT_OUT = 'format source time git channels total target_hash donor_hash ability_hash target_print donor_print'.split()
