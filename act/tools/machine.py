@@ -111,7 +111,9 @@ def _localize_rates(device, runs, items=3):
 # %% ../../nbs/83_machine.ipynb #36-041
 _CHILD = """import json, sys
 from act.kit.processes import peak_memory
+from act.loading import channels_of
 from act.{} import {} as job
+channels_of('lab/base')  # imports what any command needs
 args = [json.loads(a) for a in sys.argv[1:]]
 before = peak_memory()
 job(*args)
