@@ -6,17 +6,17 @@
 __all__ = ['measure_constants']
 
 # %% ../../nbs/83_machine.ipynb #83-imports
-import json, math, os, shutil, statistics, subprocess, sys, tempfile, time
+import json, os, shutil, statistics, subprocess, sys, tempfile, time
 import torch
 from pathlib import Path
+from safetensors.torch import save_file
 from ..checkpoints import BLOCK, Checkpoint
-from ..headers import TensorInfo
 from ..kit.errors import ActError
 from ..kit.files import atomic_folder
 from ..kit.records import provenance
 from ..loading import channels_of, resolve
 from .plan import even_mask, plan_localize
-from .shapes import SHAPES, config_of, header_bytes, write_sparse
+from .shapes import SHAPES, config_of
 from ..writer import write_like
 
 # %% ../../nbs/83_machine.ipynb #36-037
@@ -46,13 +46,12 @@ def _spread(values):
 # %% ../../nbs/83_machine.ipynb #36-038
 def _disk_rates(folder, size, runs):
     "Bytes per second of copying and reading, and reads of scattered rows per second."
-    shape, step = (max(1, int(size) // 8192), 4096), BLOCK // 8192
-    t = TensorInfo('x', 'BF16', shape, None, 0, 2 * math.prod(shape))
-    head = header_bytes([t])
+    weight = 0.02 * torch.randn(max(1, int(size) // 8192), 4096, dtype=torch.bfloat16)
+    index, step = torch.arange(0, len(weight), 20), BLOCK // 8192
     with tempfile.TemporaryDirectory(dir=folder, prefix='act-scale-') as d:
         d = Path(d)
-        file, index = d / 'model.safetensors', torch.arange(0, shape[0], 20)
-        write_sparse(file, head, [t._replace(end=t.end + len(head))], 0)
+        file = d / 'model.safetensors'
+        save_file({'x': weight}, file)
         (d / 'config.json').write_text('{}')
         ck = Checkpoint(d)
 
@@ -61,7 +60,7 @@ def _disk_rates(folder, size, runs):
                 write_like(ck, tmp)
 
         def read():
-            for a in range(0, shape[0], step):
+            for a in range(0, len(weight), step):
                 ck.read('x', a, a + step)
 
         def scattered():
@@ -69,8 +68,8 @@ def _disk_rates(folder, size, runs):
 
         out = dict(copy=[], read=[], rows=[])
         for _ in range(runs):
-            out['copy'].append(rate_of(t.end, copied, file, fresh=d / 'copy'))
-            out['read'].append(rate_of(t.end, read, file))
+            out['copy'].append(rate_of(weight.nbytes, copied, file, fresh=d / 'copy'))
+            out['read'].append(rate_of(weight.nbytes, read, file))
             out['rows'].append(rate_of(len(index), scattered, file))
     return {k: _spread(v) for k, v in out.items()}
 

@@ -73,16 +73,14 @@ def config_of(
 _CODES = {v: k for k, v in DTYPES.items()}
 
 
-def header_bytes(tensors):
+def _header(tensors):
     "The header of a safetensors file; offsets count from its end."
-    head = json.dumps(
-        {
-            '__metadata__': dict(format='pt'),
-            **{t.name: dict(dtype=t.dtype, shape=t.shape, data_offsets=(t.start, t.end)) for t in tensors},
-        }
-    ).encode()
-    head += b' ' * (-len(head) % 8)
-    return struct.pack('<Q', len(head)) + head
+    head = dict(__metadata__=dict(format='pt'))
+    for t in tensors:
+        head[t.name] = dict(dtype=t.dtype, shape=t.shape, data_offsets=(t.start, t.end))
+    raw = json.dumps(head).encode()
+    raw += b' ' * (-len(raw) % 8)
+    return struct.pack('<Q', len(raw)) + raw
 
 # %% ../../nbs/81_shapes.ipynb #36-013
 def layout(
@@ -91,36 +89,35 @@ def layout(
     shard_bytes: float = 5e9,  # most bytes of weights in a file, unless one tensor is larger
 ) -> dict:  # file name -> (header, its tensors with their places in the file)
     "The files of a checkpoint of that shape."
-    size, shards = getattr(torch, dtype).itemsize, [[]]
+    kind, shards, at = getattr(torch, dtype), [[]], 0
     for name, p in meta_model(config_of(source)).named_parameters():
-        at, n = shards[-1][-1].end if shards[-1] else 0, p.numel() * size
+        n = p.numel() * kind.itemsize
         if at and at + n > shard_bytes:
             shards.append([])
             at = 0
-        shards[-1].append(TensorInfo(name, _CODES[getattr(torch, dtype)], tuple(p.shape), None, at, at + n))
-    name = lambda i: f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors' if len(shards) > 1 else 'model.safetensors'
-    out = {name(i): (header_bytes(ts), ts) for i, ts in enumerate(shards)}
-    return {
-        f: (head, [t._replace(file=Path(f), start=t.start + len(head), end=t.end + len(head)) for t in ts])
-        for f, (head, ts) in out.items()
-    }
+        shards[-1].append(TensorInfo(name, _CODES[kind], tuple(p.shape), None, at, at + n))
+        at += n
+    files = {}
+    for i, tensors in enumerate(shards, 1):
+        file = f'model-{i:05d}-of-{len(shards):05d}.safetensors' if len(shards) > 1 else 'model.safetensors'
+        head = _header(tensors)
+        n = len(head)
+        files[file] = head, [t._replace(file=Path(file), start=t.start + n, end=t.end + n) for t in tensors]
+    return files
 
 # %% ../../nbs/81_shapes.ipynb #36-016
 def write_sparse(path, head, tensors, seed=None):
     "Write a header, then a hole or noise for the weights."
+    end = tensors[-1].end
     with open(path, 'wb') as f:
         f.write(head)
         if seed is None:
-            f.truncate(tensors[-1].end)
+            f.truncate(end)
             return
-        noise = (
-            (0.02 * torch.randn(BLOCK, generator=torch.Generator().manual_seed(seed)))
-            .to(DTYPES[tensors[0].dtype])
-            .view(torch.uint8)
-            .numpy()
-        )
-        for at in range(f.tell(), tensors[-1].end, len(noise)):
-            f.write(noise[: tensors[-1].end - at])
+        noise = 0.02 * torch.randn(BLOCK, generator=torch.Generator().manual_seed(seed))
+        raw = noise.to(DTYPES[tensors[0].dtype]).view(torch.uint8).numpy()
+        for at in range(f.tell(), end, len(raw)):
+            f.write(raw[: end - at])
 
 # %% ../../nbs/81_shapes.ipynb #36-017
 def sparse_checkpoint(
@@ -129,21 +126,18 @@ def sparse_checkpoint(
     dtype: str = 'bfloat16',  # of the weights
     shard_bytes: float = 5e9,  # as in `layout`
     seed: int = None,  # of weights of noise; none: holes that take no space and read as zeros
-) -> Path:
+) -> Path:  # raises ActError for a folder that exists, or a shape that nobody knows
     "A checkpoint folder of that shape, whole or not at all, with the lab's tokenizer."
     config, files = config_of(source), layout(source, dtype, shard_bytes)
-    config.dtype, size = dtype, sum(ts[-1].end for _, ts in files.values())
+    config.dtype, size = dtype, sum(tensors[-1].end for _, tensors in files.values())
     with atomic_folder(folder, 0 if seed is None else size) as tmp:
         for file, (head, tensors) in files.items():
             write_sparse(tmp / file, head, tensors, seed)
         if len(files) > 1:
-            write_json(
-                dict(
-                    metadata=dict(total_size=sum(t.end - t.start for _, ts in files.values() for t in ts)),
-                    weight_map={t.name: f for f, (_, ts) in files.items() for t in ts},
-                ),
-                tmp / 'model.safetensors.index.json',
-            )
+            every = [t for _, tensors in files.values() for t in tensors]
+            total = dict(total_size=sum(t.nbytes for t in every))
+            where = {t.name: t.file.name for t in every}
+            write_json(dict(metadata=total, weight_map=where), tmp / 'model.safetensors.index.json')
         config.save_pretrained(tmp)
         for f in ('tokenizer.json', 'tokenizer_config.json'):
             shutil.copyfile(resolve('lab/base') / f, tmp / f)
