@@ -190,11 +190,11 @@ def _run_options(recipe, out, options):
     return MergeOptions(**{k: v for k, v in given.items() if k in MergeOptions.model_fields})
 
 
-def _merge_into(folder, config, how, text):
-    "Let mergekit write its output into a folder."
+def _merge_into(folder, name, config, how, text):
+    "Let mergekit write its output into a folder; its card is headed by `name`."
     from mergekit.merge import run_merge
 
-    inner = folder / 'merged'  # mergekit wants to create it
+    inner = folder / name  # mergekit wants to create it
     run_merge(config, str(inner), how, text)
     for f in inner.iterdir():
         f.rename(folder / f.name)
@@ -230,7 +230,7 @@ def run_mergekit(
     with atomic_folder(out, need) as tmp:
         how.apply_global_options()
         try:
-            _merge_into(tmp, config, how, text)
+            _merge_into(tmp, out.name, config, how, text)
         except ActError:
             raise
         except (RuntimeError, ValueError) as e:
