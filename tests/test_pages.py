@@ -1,8 +1,9 @@
 "The picture of the home page and the reference: drawn and listed from what is there."
 
-import base64, io, json, sys
+import base64, importlib, io, json, re, sys
 import numpy as np, pytest, torch
-from types import SimpleNamespace
+from pathlib import Path
+from types import FunctionType, SimpleNamespace
 from xml.etree import ElementTree
 from act.abilities import Ability, Item
 from act.encoding import batches, encode
@@ -34,7 +35,8 @@ def test_activity_is_the_mean_over_answer_tokens(tokenizer, family):
     for p, runs in seen.items():
         if runs[0][0].ndim == 3:
             torch.testing.assert_close(a[p], sum(o[at].abs().sum(0) for o, at in runs) / n)
-    assert a.meta['tokens'] == n and set(seen) == set(a.map.paths)
+    assert a.meta['tokens'] == n
+    assert set(seen) == set(a.map.paths)
 
 
 def test_a_pixel_is_a_channel():
@@ -42,12 +44,11 @@ def test_a_pixel_is_a_channel():
 
     v = np.linspace(0, 1, 10)
     px = np.asarray(Image.open(io.BytesIO(base64.b64decode(pixels(v, (1, 2, 3), 4).split(',')[1]))))
-    assert (
-        px.shape == (3, 4, 4)
-        and (px.reshape(-1, 4)[:10, 3] == np.round(255 * v)).all()
-        and not px.reshape(-1, 4)[10:, 3].any()
-        and (px[..., :3] == (1, 2, 3)).all()
-    )
+    opacity = px.reshape(-1, 4)[:, 3]
+    assert px.shape == (3, 4, 4)
+    assert (opacity[:10] == np.round(255 * v)).all()
+    assert not opacity[10:].any()
+    assert (px[..., :3] == (1, 2, 3)).all()
 
 
 WORDS = dict(target='a < b', donor='d', scores='s', retained='kept', recovered='back', steps=('1 & 2', 'x', 'y', 'z'))
@@ -60,12 +61,12 @@ def test_the_story_is_well_formed_and_says_what_it_is_given():
     svg = story(s, s, s, mask, {'one': (1.0, 0.25), 'two': (0.5, 0.75)}, WORDS, 'a "quoted" <sentence>')
     root = ElementTree.fromstring(svg)
     text = ''.join(root.itertext())
-    assert (
-        all(o in text for o in ('a < b', '1 & 2', '100 %', '25 %', '50 %', '75 %', 'two'))
-        and root.get('aria-label') == 'a "quoted" <sentence>'
-        and root.get('role') == 'img'
-    )
-    assert 'prefers-reduced-motion' in svg and 'infinite' not in svg  # it comes to rest
+    for words in ('a < b', '1 & 2', '100 %', '25 %', '50 %', '75 %', 'two'):
+        assert words in text
+    assert root.get('aria-label') == 'a "quoted" <sentence>'
+    assert root.get('role') == 'img'
+    assert 'prefers-reduced-motion' in svg
+    assert 'infinite' not in svg  # it comes to rest
     other = enumerate_channels(tiny_model('llama2'))
     with pytest.raises(ActError, match='same channels'):
         story(s, s, s, ChannelMask({m.path: torch.zeros(m.width) for m in other}, other), {}, WORDS, '')
@@ -81,17 +82,41 @@ def test_brightness_is_relative_to_the_module():
     )
 
 
-def test_every_public_name_stands_in_the_reference():
-    import importlib
-
-    text = reference()
+def public():
+    "(module, object) for every public function and class that is no command."
     for name in pages():
-        m = importlib.import_module(f'act.{name}')
-        for n in m.__all__:
-            o = getattr(m, n)
-            if (isinstance(o, type) or callable(o) and hasattr(o, '__code__')) and not n.startswith('act_'):
-                assert f'[`{o.__name__}`](' in text, f'{name}.{n}'
-    assert all(l.count('|') - l.count('\\|') == 4 for l in text.split('\n') if l.startswith('| '))
+        module = importlib.import_module(f'act.{name}')
+        for n in module.__all__:
+            if not n.startswith('act_') and isinstance(getattr(module, n), (type, FunctionType)):
+                yield name, getattr(module, n)
+
+
+def test_every_public_name_stands_in_the_reference():
+    text = reference()
+    for module, o in public():
+        assert f'- [`{o.__name__}`](' in text, f'{module}.{o.__name__}'
+
+
+def test_an_entry_is_a_line_of_a_list():
+    lines = [l for l in reference().split('\n') if l and not l.startswith('#')]
+    assert all(l.startswith('- [`') or 'Built in [' in l for l in lines)
+
+
+def test_rooms_come_one_after_the_other():
+    rooms = [l[3:] for l in reference().split('\n') if l.startswith('## ')]
+    assert rooms[:3] == ['Kit', 'Show', 'The tool']
+    assert len(rooms) == len(set(rooms))
+
+
+def test_the_page_lists_what_the_library_has():
+    "Run nbs/92_reference.ipynb again when this fails."
+    cells = json.loads(Path('nbs/92_reference.ipynb').read_text())['cells']
+    shown = [''.join(o.get('data', {}).get('text/markdown', '')) for c in cells for o in c.get('outputs', [])]
+    listed = re.findall(r'^- \[`(\w+)`\]\(', max(shown, key=len), re.M)
+    assert sorted(listed) == sorted(o.__name__ for _, o in public())
+
+
+def test_a_module_that_does_not_exist():
     with pytest.raises(ActError, match='no module act.nothing'):
         reference('nothing')
 
@@ -106,11 +131,11 @@ def test_how_something_is_called():
 def test_links_for_running_a_page_come_after_the_title():
     nb = SimpleNamespace(path_='/somewhere/nbs/24_masks.ipynb', cells=['title', 'rest'])
     run_this(nb).begin()
-    assert nb.cells[0] == 'title' and nb.cells[2] == 'rest' and nb.cells[1].cell_type == 'markdown'
-    assert (
-        'colab.research.google.com/github/act-companion/act/blob/main/nbs/24_masks.ipynb' in nb.cells[1].source
-        and 'raw.githubusercontent.com' in nb.cells[1].source
-    )
+    title, links, rest = nb.cells
+    assert (title, rest) == ('title', 'rest')
+    assert links.cell_type == 'markdown'
+    assert 'colab.research.google.com/github/act-companion/act/blob/main/nbs/24_masks.ipynb' in links.source
+    assert 'raw.githubusercontent.com' in links.source
 
 
 def test_the_index_for_programs_lists_every_page():
@@ -120,9 +145,9 @@ def test_the_index_for_programs_lists_every_page():
     finally:
         sys.path.remove('.ci')
     text = llms()
-    from pathlib import Path
-
     titles = [
         ''.join(json.loads(f.read_text())['cells'][0]['source']).split('\n')[0][2:] for f in Path('nbs').glob('*.ipynb')
     ]
-    assert all(f'[{t}](' in text for t in titles) and text.startswith('# ACT') and text.count('\n- [') == len(titles)
+    assert all(f'[{t}](' in text for t in titles)
+    assert text.startswith('# ACT')
+    assert text.count('\n- [') == len(titles)
