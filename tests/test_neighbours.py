@@ -90,7 +90,8 @@ def test_mergekit_writes_what_the_transfer_writes(family, tied, checkpoint, tmp_
             tmp_path / f'theirs{lam}',
             '--quiet',
         )
-        assert same(ours, theirs) and not same(t, theirs)
+        assert same(ours, theirs)
+        assert not same(t, theirs)
         a, b = (json.loads((f / 'act_transfer.json').read_text()) for f in (ours, theirs))
         assert {k: v for k, v in a.items() if k != 'provenance'} == {k: v for k, v in b.items() if k != 'provenance'}
 
@@ -102,17 +103,11 @@ def test_the_lab_by_its_names(tmp_path):
     transfer_checkpoint('lab/maths-en', 'lab/base', mask, 0.5, tmp_path / 'ours')
     r = recipe(tmp_path / 'r.yaml', 'lab/maths-en', [('lab/base', dict(mask=f'{tmp_path}/m', lam=0.5))])
     run_mergekit(r, tmp_path / 'theirs', '--quiet')
-    assert (
-        same(tmp_path / 'ours', tmp_path / 'theirs')
-        and (tmp_path / 'theirs' / 'mergekit_config.yml').read_text() == r.read_text()
-        and (tmp_path / 'theirs' / 'tokenizer.json').exists()
-    )
-    assert (tmp_path / 'theirs' / 'README.md').read_text().count('# theirs') == 1 and sorted(os.listdir(tmp_path)) == [
-        'm',
-        'ours',
-        'r.yaml',
-        'theirs',
-    ]
+    assert same(tmp_path / 'ours', tmp_path / 'theirs')
+    assert (tmp_path / 'theirs' / 'mergekit_config.yml').read_text() == r.read_text()
+    assert (tmp_path / 'theirs' / 'tokenizer.json').exists()
+    assert (tmp_path / 'theirs' / 'README.md').read_text().count('# theirs') == 1
+    assert sorted(os.listdir(tmp_path)) == ['m', 'ours', 'r.yaml', 'theirs']
     load_model(tmp_path / 'theirs')
 
 
@@ -152,11 +147,9 @@ def test_a_donor_of_another_type_and_a_head_stored_twice(checkpoint, tmp_path):
         transfer_checkpoint(t, d, mask, 0.3, tmp_path / 'ours'), run_mergekit(r, tmp_path / 'theirs', '--quiet')
     )
     out = load_file(tmp_path / 'theirs' / 'model.safetensors')
-    assert (
-        out['model.norm.weight'].dtype == torch.float32
-        and torch.equal(out['lm_head.weight'], out['model.embed_tokens.weight'])
-        and not torch.equal(out['lm_head.weight'], w['lm_head.weight'])
-    )
+    assert out['model.norm.weight'].dtype == torch.float32
+    assert torch.equal(out['lm_head.weight'], out['model.embed_tokens.weight'])
+    assert not torch.equal(out['lm_head.weight'], w['lm_head.weight'])
 
 
 @mergekit
@@ -253,16 +246,17 @@ def test_the_command(checkpoint, tmp_path, monkeypatch, capsys):
             '--dry_run',
         ],
     )
-    assert not act_mergekit.main() and not (tmp_path / 'out').exists() and str(t) in capsys.readouterr().out
+    assert not act_mergekit.main()
+    assert not (tmp_path / 'out').exists()
+    assert str(t) in capsys.readouterr().out
     sys.argv.pop()
-    assert (
-        not act_mergekit.main()
-        and (tmp_path / 'out' / 'model.safetensors').exists()
-        and not (tmp_path / 'out' / 'README.md').exists()
-        and '->' in capsys.readouterr().out
-    )
+    assert not act_mergekit.main()
+    assert (tmp_path / 'out' / 'model.safetensors').exists()
+    assert not (tmp_path / 'out' / 'README.md').exists()
+    assert '->' in capsys.readouterr().out
     monkeypatch.setattr(sys, 'argv', ['act_mergekit', '--config', str(r), '--out', f'{tmp_path}/out'])
-    assert act_mergekit.main() == 2 and 'exists already' in capsys.readouterr().err
+    assert act_mergekit.main() == 2
+    assert 'exists already' in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -335,11 +329,9 @@ def test_a_trainer_stays_inside_the_mask(family, tied, tmp_path):
         train(new, tmp_path)
     inside, outside = moved(old, new, mask)
     # k biases shift all attention scores of a query alike: softmax gives them no gradient but rounding
-    assert (
-        not outside
-        and inside >= {n for n in mask_slices(mask) if not n.endswith('k_proj.bias')}
-        and all(p.requires_grad for p in new.parameters())
-    )
+    assert not outside
+    assert inside >= {n for n in mask_slices(mask) if not n.endswith('k_proj.bias')}
+    assert all(p.requires_grad for p in new.parameters())
 
 
 def test_what_each_part_is_for(tmp_path):
@@ -353,7 +345,8 @@ def test_what_each_part_is_for(tmp_path):
     with mask_gradients(new, mask, keep=False):
         train(new, tmp_path)
     decayed = moved(old, new, mask)[1]
-    assert decayed and all(
+    assert decayed
+    assert all(
         torch.allclose(
             dict(new.named_parameters())[n][~mask_slices(mask)[n][1]],
             p[~mask_slices(mask)[n][1]] * (1 - 1e-2 * 0.5 * 0.625) ** 4,
@@ -382,7 +375,8 @@ def test_old_momentum_does_not_leak_out():
         step()
         step()
     inside, outside = moved(old, model, mask)
-    assert inside and not outside
+    assert inside
+    assert not outside
     step()
     assert moved(old, model, mask)[1]  # free again
 
@@ -398,7 +392,8 @@ def test_a_model_that_moves_to_another_type_afterwards():
             new(**{k: v[None] for k, v in ROWS[0].items()}).loss.backward()
             opt.step()
     inside, outside = moved(old.bfloat16().float(), new.float(), mask)
-    assert inside and not outside
+    assert inside
+    assert not outside
 
 
 def test_models_that_it_does_not_fit():
@@ -428,7 +423,8 @@ def test_a_forgotten_mask_keeps_no_model_alive():
     gone = weakref.ref(model)
     del model
     gc.collect()
-    assert gone() is None and len(hooks) == before
+    assert gone() is None
+    assert len(hooks) == before
 
 
 def adapted(old, mask, config, folder, steps=4):
@@ -452,18 +448,19 @@ def test_an_adapter_stays_inside_the_mask(family, parameters, rest, tmp_path):
     left = {'model.embed_tokens.weight'} if family == 'qwen2' else set()  # tied
     want = {n for n in mask_slices(mask) if n not in left and (rest or old.get_parameter(n).ndim > 1)}
     without = lambda names: {n for n in names if not n.endswith('k_proj.bias')}
-    assert not outside and without(inside) == without(want)
+    assert not outside
+    assert without(inside) == without(want)
 
 
 def test_tied_rows_are_trainable_tokens(tmp_path):
     old = tiny_model()
     mask = mask_of(old, tied='lm_head', only=('lm_head', 'up'))
     config = peft_config(mask)
-    assert config.trainable_token_indices == {
-        'model.embed_tokens': mask['lm_head'].nonzero()[:, 0].tolist()
-    } and config.target_modules == {f'model.layers.{i}.mlp.up_proj' for i in range(2)}
+    assert config.trainable_token_indices == {'model.embed_tokens': mask['lm_head'].nonzero()[:, 0].tolist()}
+    assert config.target_modules == {f'model.layers.{i}.mlp.up_proj' for i in range(2)}
     inside, outside = moved(old, adapted(old, mask, config, tmp_path), mask)
-    assert not outside and inside == set(mask_slices(mask))
+    assert not outside
+    assert inside == set(mask_slices(mask))
 
 
 def test_an_adapter_of_ones_own_is_frozen_where_the_mask_has_nothing(tmp_path):
@@ -482,7 +479,8 @@ def test_an_adapter_of_ones_own_is_frozen_where_the_mask_has_nothing(tmp_path):
     with mask_gradients(net, mask):
         train(net, tmp_path)
     inside, outside = moved(old, net.merge_and_unload(), mask)
-    assert inside == {f'model.layers.{i}.self_attn.q_proj.weight' for i in range(2)} and not outside
+    assert inside == {f'model.layers.{i}.self_attn.q_proj.weight' for i in range(2)}
+    assert not outside
 
 
 def test_a_mask_without_matrices():

@@ -93,7 +93,8 @@ def differing(a, b):
 
 def test_known_parameter_counts():
     assert {k: sum(p.numel() for p in meta_model(config_of(k)).parameters()) for k in SHAPES} == KNOWN
-    assert config_of('QWEN2.5-7B').hidden_size == 3584 and config_of('lab/base').hidden_size == 128
+    assert config_of('QWEN2.5-7B').hidden_size == 3584
+    assert config_of('lab/base').hidden_size == 128
 
 
 def test_recipes_note_the_same_shapes():
@@ -112,16 +113,12 @@ def test_a_shape_that_nobody_knows(what):
 def test_sparse_folders_take_no_place_and_read_as_zeros(tmp_path):
     folder = sparse_checkpoint('llama-2-70b', tmp_path / 'm')
     ck = Checkpoint(folder)
-    assert (
-        ck.nbytes == 2 * KNOWN['llama-2-70b']
-        and len(ck.files) == len(layout('llama-2-70b')) > 20
-        and all((folder / f).stat().st_size < 5.1e9 for f in ck.files)
-    )
+    assert ck.nbytes == 2 * KNOWN['llama-2-70b']
+    assert len(ck.files) == len(layout('llama-2-70b')) > 20
+    assert all((folder / f).stat().st_size < 5.1e9 for f in ck.files)
     assert sum(f.stat().st_blocks * 512 for f in folder.iterdir()) < 2e6
-    assert not ck.read('lm_head.weight', 31990).any() and ck.read('model.layers.79.mlp.up_proj.weight', 7, 9).shape == (
-        2,
-        8192,
-    )
+    assert not ck.read('lm_head.weight', 31990).any()
+    assert ck.read('model.layers.79.mlp.up_proj.weight', 7, 9).shape == (2, 8192)
     assert channels_of(folder).total == 80 * (5 * 8192 + 2 * 1024 + 2 * 28672) + 2 * 8192 + 32000
     with pytest.raises(ActError, match='exists already'):
         sparse_checkpoint(TINY, folder)
@@ -144,11 +141,9 @@ def test_a_small_one_loads_as_a_model(dtype, tmp_path):
             TINY | dict(vocab_size=len(load_tokenizer('lab/base'))), tmp_path / 'm', dtype, shard_bytes=9e3, seed=1
         )
     )
-    assert (
-        len(Checkpoint(tmp_path / 'm').files) > 1
-        and str(net.dtype) == f'torch.{dtype}'
-        and net.model.embed_tokens.weight.abs().sum() > 0
-    )
+    assert len(Checkpoint(tmp_path / 'm').files) > 1
+    assert str(net.dtype) == f'torch.{dtype}'
+    assert net.model.embed_tokens.weight.abs().sum() > 0
     assert torch.isfinite(net(**tok('two and two', return_tensors='pt')).logits).all()
 
 
@@ -158,7 +153,8 @@ def test_layout_is_that_of_a_saved_model(family, dtype, tmp_path):
     tiny_model(family, dtype=getattr(torch, dtype)).save_pretrained(tmp_path / 'real')
     sparse_checkpoint(tiny_config(family), tmp_path / 'sparse', dtype)
     x, y = ({k: (t.dtype, t.shape) for k, t in Checkpoint(tmp_path / n).tensors.items()} for n in ('real', 'sparse'))
-    assert x == y and channels_of(tmp_path / 'real') == channels_of(tmp_path / 'sparse')
+    assert x == y
+    assert channels_of(tmp_path / 'real') == channels_of(tmp_path / 'sparse')
 
 
 class Counted:
@@ -194,17 +190,15 @@ def test_a_plan_counts_what_a_transfer_reads_and_changes(tie, tied, p, tmp_path,
     ]
     reads = plan.reads[str(b)]
     assert differing(a, out) == plan.moved  # 1. and 2. differ in both bytes
-    assert (
-        len(changed) == plan.changed
-        and sum(t.end - t.start for k, t in Checkpoint(a).tensors.items() if k not in changed) == plan.copied
-    )
-    assert seen.of(b) == reads['rows'] + reads['blocks'] and seen.times(b) == reads['runs'] + (reads['blocks'] > 0)
-    assert (
-        plan.nbytes == Checkpoint(out).nbytes
-        and plan.out == sum((out / f).stat().st_size for f in Checkpoint(out).files)
-        and plan.files == len(Checkpoint(out).files)
-    )
-    assert plan.channels == mask.count and delta_size(a, b, mask) == plan.delta
+    assert len(changed) == plan.changed
+    assert sum(t.end - t.start for k, t in Checkpoint(a).tensors.items() if k not in changed) == plan.copied
+    assert seen.of(b) == reads['rows'] + reads['blocks']
+    assert seen.times(b) == reads['runs'] + (reads['blocks'] > 0)
+    assert plan.nbytes == Checkpoint(out).nbytes
+    assert plan.out == sum((out / f).stat().st_size for f in Checkpoint(out).files)
+    assert plan.files == len(Checkpoint(out).files)
+    assert plan.channels == mask.count
+    assert delta_size(a, b, mask) == plan.delta
 
 
 def test_a_stored_copy_of_tied_weights_moves_too_but_counts_once(tmp_path):
@@ -232,11 +226,9 @@ def test_several_donors(tmp_path):
     plan = plan_transfer(a, [b, c], masks, [1.0, 0.5])
     out = transfer_checkpoint(a, [b, c], masks, [1.0, 0.5], tmp_path / 'out')
     numbers = sum(int((Checkpoint(a).read(k) != Checkpoint(out).read(k)).sum()) for k in Checkpoint(a).tensors)
-    assert (
-        plan.channels == (masks[0] | masks[1]).count
-        and plan.moved == 2 * numbers
-        and set(plan.reads) == {str(b), str(c)}
-    )
+    assert plan.channels == (masks[0] | masks[1]).count
+    assert plan.moved == 2 * numbers
+    assert set(plan.reads) == {str(b), str(c)}
     assert (
         plan_transfer(a, b, masks).reads[str(b)]['rows']
         == plan_transfer(a, b, masks[0] | masks[1]).reads[str(b)]['rows']
@@ -248,7 +240,8 @@ def test_several_donors(tmp_path):
         == plan.delta
         == delta_size(a, [b, c], masks, [1.0, 0.5])
     )
-    assert still.moved == plan_transfer(a, b, masks[0]).moved and still.reads == plan.reads
+    assert still.moved == plan_transfer(a, b, masks[0]).moved
+    assert still.reads == plan.reads
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
@@ -262,12 +255,10 @@ def test_what_does_not_fit_is_refused(tmp_path):
 def test_the_shape_alone_gives_the_plan_of_the_folders(tmp_path):
     a, b = (sparse_checkpoint(TINY, tmp_path / n) for n in 'ab')
     plan, row = plan_transfer(a, b, even_mask(channels_of(a), 0.25), 0.5), predict(TINY, CONSTANTS, p=0.25)
-    assert (
-        row['delta_gb'] == plan.delta / 1e9
-        and row['checkpoint_gb'] == plan.nbytes / 1e9
-        and row['transfer_s'] == plan.seconds(CONSTANTS)
-        and row['disk_gb'] == 3 * plan.out / 1e9
-    )
+    assert row['delta_gb'] == plan.delta / 1e9
+    assert row['checkpoint_gb'] == plan.nbytes / 1e9
+    assert row['transfer_s'] == plan.seconds(CONSTANTS)
+    assert row['disk_gb'] == 3 * plan.out / 1e9
 
 
 def test_seconds_follow_from_the_constants(tmp_path):
@@ -294,15 +285,13 @@ def test_localising_counts_channels_and_operations(family):
     assert (
         counted <= plan.flops - 2 * 4 * 2 * wide * 10 * 80 <= 1.1 * counted
     )  # biases and norms are counted as if they were multiplied
-    assert (
-        plan.channels == enumerate_channels(config).total
-        and plan.spill == 4 * 20 * plan.channels
-        and plan.weights == 4 * sum(p.numel() for p in net.parameters())
-    )
-    assert plan.seconds(CONSTANTS) == pytest.approx(2 + plan.flops / 1e9 + 2 * plan.weights / 2e9) and plan.seconds(
-        CONSTANTS, hold='one'
-    ) == pytest.approx(plan.seconds(CONSTANTS) + plan.spill * 1.5e-9)
-    assert plan.one_at_a_time < plan.side_by_side and plan_localize(config, 80, 20, 10).weights == plan.weights // 2
+    assert plan.channels == enumerate_channels(config).total
+    assert plan.spill == 4 * 20 * plan.channels
+    assert plan.weights == 4 * sum(p.numel() for p in net.parameters())
+    assert plan.seconds(CONSTANTS) == pytest.approx(2 + plan.flops / 1e9 + 2 * plan.weights / 2e9)
+    assert plan.seconds(CONSTANTS, hold='one') == pytest.approx(plan.seconds(CONSTANTS) + plan.spill * 1.5e-9)
+    assert plan.one_at_a_time < plan.side_by_side
+    assert plan_localize(config, 80, 20, 10).weights == plan.weights // 2
 
 
 @pytest.mark.parametrize('hold', ['both', 'one'])
@@ -315,7 +304,8 @@ def test_what_is_kept_and_what_waits_is_what_localising_keeps(hold, monkeypatch)
     monkeypatch.setattr(hooks, 'save_file', save)
     localize('lab/maths-en', 'lab/base', ability, hold=hold, batch_tokens=4096, progress=False)
     plan = plan_localize('lab/base', **counts)
-    assert max(kept) == plan.kept == plan.spill and sum(waited) == (plan.spill if hold == 'one' else 0)
+    assert max(kept) == plan.kept == plan.spill
+    assert sum(waited) == (plan.spill if hold == 'one' else 0)
 
 
 @pytest.fixture(scope='module')
@@ -360,9 +350,11 @@ def test_fine_tuning_holds_weights_gradients_and_averages():
 
 def test_the_recorded_constants_say_where_they_come_from():
     c = load_constants()
-    assert {'git', 'versions', 'machine', 'time', 'threads', 'memory', 'size'} <= set(c) and c['validation']
+    assert {'git', 'versions', 'machine', 'time', 'threads', 'memory', 'size'} <= set(c)
+    assert c['validation']
     for r in (*(c[k] for k in FAST), *(r for k in ('matmul', 'localize') for d in c[k].values() for r in d.values())):
-        assert 0 < r['least'] <= r['median'] <= r['most'] and r['runs'] >= 3
+        assert 0 < r['least'] <= r['median'] <= r['most']
+        assert r['runs'] >= 3
     for v in c['validation']:
         assert v['ratio'] == pytest.approx(v['predicted_s'] / v['measured_s'])
 
@@ -428,11 +420,13 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         return act_plan.main() or 0, *capsys.readouterr()
 
     code, out, _ = run(f'--target {a} --donor {b} --mask {mask} --lam 0.5 --constants {tmp_path}/c.json')
-    assert code == 0 and repr(plan_transfer(a, b, mask, 0.5)) in out and ') on a cpu, 2 cores' in out
+    assert code == 0
+    assert repr(plan_transfer(a, b, mask, 0.5)) in out
+    assert ') on a cpu, 2 cores' in out
     code, out, _ = run('--model qwen2.5-7b')
-    assert (
-        code == 0 and 'parameters: 7,615,616,512' in out and f"constants: {load_constants()['machine']['cpu']}" in out
-    )
+    assert code == 0
+    assert 'parameters: 7,615,616,512' in out
+    assert f"constants: {load_constants()['machine']['cpu']}" in out
     for line, message in (
         (f'--target {a}', 'needs --target'),
         (f'--model qwen2.5-7b --target {a}', 'needs --target'),
