@@ -119,11 +119,9 @@ def timed(pairs, rounds, dtype, device, batch_tokens):
 
 def main(out, pairs, rounds, dtype, device, batch_tokens, what, one):
     if one:
-        models, *rest = load(one[0], dtype, device, batch_tokens, 4)
-        plain(
-            models, list(batches(encode(rest[1][:1], rest[0]), rest[0])), True
-        )  # weights are in memory when they have been used
-        print(json.dumps(added(runs(models, *rest, batch_tokens)[one[1]], device)))
+        models, tok, items, work = load(one[0], dtype, device, batch_tokens, 4)
+        plain(models, list(batches(encode(items[:1], tok), tok)), True)  # weights are in memory once they were used
+        print(json.dumps(added(runs(models, tok, items, work, batch_tokens)[one[1]], device)))
         return
     found = json.loads(Path(out).read_text()) if Path(out).exists() else {}
     if 'time' in what:
@@ -151,7 +149,7 @@ def main(out, pairs, rounds, dtype, device, batch_tokens, what, one):
             }
         )
     write_json(found, out)
-    print(json.dumps({k: found[k] for k in ('facts', 'ratios', 'memory')}, indent=1))
+    print(json.dumps({k: found[k] for k in ('facts', 'ratios', 'memory') if k in found}, indent=1))
 
 
 if __name__ == '__main__':
