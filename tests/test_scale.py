@@ -296,16 +296,22 @@ def test_localising_counts_channels_and_operations(family):
 
 @pytest.mark.parametrize('hold', ['both', 'one'])
 def test_what_is_kept_and_what_waits_is_what_localising_keeps(hold, monkeypatch):
-    (ability, counts), kept, waited = machine.items_of_200(load_tokenizer('lab/base'), 4), [], []
-    size, real = lambda store: sum(v.nbytes for v in store.values()), (hooks.subtract_rows, hooks.save_file)
-    subtract = lambda store, *a, **k: kept.append(size(store)) or real[0](store, *a, **k)
-    save = lambda store, *a, **k: waited.append(size(store)) or real[1](store, *a, **k)
-    monkeypatch.setattr(hooks, 'subtract_rows', subtract)
-    monkeypatch.setattr(hooks, 'save_file', save)
+    ability, counts = machine.items_of_200(load_tokenizer('lab/base'), 4)
+    seen = dict(subtract_rows=[], save_file=[])
+
+    def noted(name, real):
+        def run(store, *args, **kwargs):
+            seen[name].append(sum(v.nbytes for v in store.values()))
+            return real(store, *args, **kwargs)
+
+        return run
+
+    for name in seen:
+        monkeypatch.setattr(hooks, name, noted(name, getattr(hooks, name)))
     localize('lab/maths-en', 'lab/base', ability, hold=hold, batch_tokens=4096, progress=False)
     plan = plan_localize('lab/base', **counts)
-    assert max(kept) == plan.kept == plan.spill
-    assert sum(waited) == (plan.spill if hold == 'one' else 0)
+    assert max(seen['subtract_rows']) == plan.kept == plan.spill
+    assert sum(seen['save_file']) == (plan.spill if hold == 'one' else 0)
 
 
 @pytest.fixture(scope='module')
