@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from .channels import EMBEDDING, HEAD
 from .checkpoints import Checkpoint
-from .deltas import Delta, INTEGERS, TYPE_NAMES, block_parts, pick, stored
+from .deltas import Delta, INTEGERS, TYPE_NAMES, block_parts, chosen_bits, stored
 from .headers import DTYPES
 from .kit.errors import ActError
 from .kit.files import atomic_folder, begin, check_absent, exclusive, flush, writing
@@ -68,7 +68,7 @@ def bits_in_model(
     known = {n: p.detach() for n, p in model.named_parameters()}
 
     def read(name, axis, a, b, idx):
-        return pick(known[name][a:b].cpu(), axis, idx)
+        return chosen_bits(known[name][a:b].cpu(), axis, idx)
 
     return {n: (p.dtype, tuple(p.shape)) for n, p in known.items()}, read
 
@@ -80,7 +80,7 @@ def bits_in_folder(
 
     def read(name, axis, a, b, idx):
         if axis:
-            return pick(ck.read(name, a, b), axis, idx)
+            return chosen_bits(ck.read(name, a, b), axis, idx)
         return ck.rows(name, a + idx).view(INTEGERS[DTYPES[ck.tensors[name].dtype]])
 
     return {n: (DTYPES[t.dtype], t.shape) for n, t in ck.tensors.items() if not ck.is_copy(n)}, read

@@ -33,7 +33,7 @@ INTEGERS = {
 TYPE_NAMES = {t: n for n, t in FILE_TYPES.items() if n[0] == 'I'}
 
 
-def pick(x, axis, idx):
+def chosen_bits(x, axis, idx):
     "The bits of selected rows or columns."
     return x.index_select(axis, idx).view(INTEGERS[x.dtype])
 
@@ -69,13 +69,13 @@ def _stream(ours, change, mask):
         t, before, after = ours.tensors[name], hashlib.sha256(), hashlib.sha256()
         for a, b, idx, _, _ in block_parts(t.shape, axis, chosen, DTYPES[t.dtype].itemsize):
             rows = ours.read(name, a, b)
-            old, new = pick(rows, axis, idx), change[name](rows, a, b)
+            old, new = chosen_bits(rows, axis, idx), change[name](rows, a, b)
             if not all_finite(new):
                 raise ActError(
                     f"tensor {name} of {ours.folder.name} holds NaN or infinity, or would after the change: target or"
                     f" donor is damaged, or lam is too large for {t.dtype}"
                 )
-            new = pick(new, axis, idx)
+            new = chosen_bits(new, axis, idx)
             before.update(old.numpy().data)
             after.update(new.numpy().data)
             yield old ^ new

@@ -179,7 +179,7 @@ def _bytes(parameters):
     return sum(p.numel() * p.element_size() for p in parameters)
 
 
-def item_hashes(abilities):
+def hashes_of(abilities):
     "Twelve hexadecimal digits for each item of several abilities, from its prompt and answer; sorted, each once."
     return sorted({h for a in abilities for h in a.item_hashes})
 
@@ -292,7 +292,7 @@ def finetune(
     log = trainer.state
     training = [o['loss'] for o in log.log_history if 'loss' in o]
     cost = int(log.num_input_tokens_seen), time.time() - start
-    seen = item_hashes(abilities + held)
+    seen = hashes_of(abilities + held)
     return FinetuneReport(out, training, validation_losses(log), best_step(log), *cost, meta, seen)
 
 # %% ../nbs/30_finetune.ipynb #13-614
@@ -302,7 +302,7 @@ def is_unseen(
 ) -> bool:
     "Whether no test item of these abilities was trained on; False when they have no test items."
     try:
-        test = item_hashes(load_ability(a, 'test') for a in abilities)
+        test = hashes_of(load_ability(a, 'test') for a in abilities)
     except ActError:
         return False
     return not {*test} & {*trained_on}
