@@ -15,7 +15,7 @@ from act.kit.processes import ActWarning
 from act.kit.records import read_json, sha256
 from act.pairs import check_tokenizers
 from act.commands.way import act_finetune
-from act.finetune import _collate, training_rows, finetune, item_hashes
+from act.finetune import _collate, training_rows, finetune, hashes_of
 from act.finetune_cost import bits_per_byte, learning_numbers, neutral_text, safe_rate, training_memory
 from act.saving import save_like
 from act.masks import ChannelMask, random_mask
@@ -785,10 +785,10 @@ def test_memory_is_part_of_a_dry_run(checkpoint, items, capsys, monkeypatch, tmp
 
 def test_items_are_named_by_hash():
     o = Item('2+2', '=4')
-    assert item_hashes([Ability('a', [o, o]), Ability('b', [Item('2', '+2=4')])]) == sorted(
+    assert hashes_of([Ability('a', [o, o]), Ability('b', [Item('2', '+2=4')])]) == sorted(
         {sha256('2+2', '=4')[:12], sha256('2', '+2=4')[:12]}
     )
-    assert len(item_hashes([Ability('a', [o, o]), Ability('b', [Item('2', '+2=4')])])) == 2
+    assert len(hashes_of([Ability('a', [o, o]), Ability('b', [Item('2', '+2=4')])])) == 2
 
 
 def test_a_chain_of_trainings_names_the_items_of_all(checkpoint, items, tmp_path):
@@ -797,8 +797,8 @@ def test_a_chain_of_trainings_names_the_items_of_all(checkpoint, items, tmp_path
     a = tune(checkpoint('a'), items, tmp_path / 'b', validation='lab/science-zh', n=10)
     c = tune(a, other, tmp_path / 'c')
     known = lambda f: json.loads((f / 'act_finetune.json').read_text())['trained_on']
-    assert known(a) == item_hashes([load_ability(items), load_ability('lab/science-zh', 'validation', 10)])
-    assert known(c) == sorted([*known(a), *item_hashes([load_ability(other)])])
+    assert known(a) == hashes_of([load_ability(items), load_ability('lab/science-zh', 'validation', 10)])
+    assert known(c) == sorted([*known(a), *hashes_of([load_ability(other)])])
 
 
 @pytest.mark.parametrize(
