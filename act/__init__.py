@@ -12,6 +12,7 @@ _HOMES = dict(
     load_ability='sources',
     Ability='abilities',
     localize='localize',
+    attribute='attribute',
     ChannelScores='scores',
     top_p='masks',
     ChannelMask='masks',

@@ -26,7 +26,9 @@ from .writer import write_tensors
 class ChannelData(Shown):
     "One value for every channel of a model: `.data` maps module path to a vector; `.meta` says where it comes from."
 
-    format, dtype, noun, column = None, None, 'channel data', None  # a subclass says what its values are
+    # a subclass says what its values are
+    format, dtype, noun, column = None, None, 'channel data', None
+    signed = False  # whether values may be below zero
 
     def __init__(
         self,
@@ -133,22 +135,22 @@ USED = dict(
 )  # the metadata that the library uses
 
 
-def possible(values, dtype):
-    "Which values of an array a mask (0 and 1) or scores (finite, not negative) can have."
-    return np.isin(values, (0, 1)) if dtype is torch.bool else np.isfinite(values) & (values >= 0)
+def possible(values, kind):
+    "Which values of an array a mask (0 and 1) or scores (finite, and not negative unless signed) can have."
+    if kind.dtype is torch.bool:
+        return np.isin(values, (0, 1))
+    return np.isfinite(values) & (kind.signed | (values >= 0))
 
 
-def check_contents(data, meta, dtype):
+def check_contents(data, meta, kind):
     "Raise ValueError for tensors that are no mask or no scores, and for metadata of the wrong type."
-    stored, odd = (
-        (torch.uint8, 'values other than 0 and 1')
-        if dtype is torch.bool
-        else (dtype, 'negative values, NaN or infinity')
-    )
+    stored, odd = kind.dtype, 'NaN or infinity' if kind.signed else 'negative values, NaN or infinity'
+    if kind.dtype is torch.bool:
+        stored, odd = torch.uint8, 'values other than 0 and 1'
     for path, v in data.items():
         if v.dtype != stored:
             raise ValueError(f'{path} is {v.dtype}, expected {stored}')
-        if not possible(v.numpy(), dtype).all():
+        if not possible(v.numpy(), kind).all():
             raise ValueError(f'{path} holds {odd}')
     if not isinstance(meta, dict):
         raise ValueError('its metadata is not an object')
@@ -162,18 +164,20 @@ def load(
     cls: ChannelData,
     path,  # file to read
 ):  # raises ActError for a file that is truncated, malformed, of another kind, or holds impossible values
-    "Read what `save` wrote."
+    "Read what `save` wrote; the format in the file says which subclass it is."
     path = Path(path)
     if not path.is_file():
         raise ActError(f"there is no {cls.noun} file {path}: check the path")
     try:
         tensors, head = header_of(path, FILE_TYPES)
-        if head.get('format') != cls.format:
+        kinds = {kind.format: kind for kind in (cls, *cls.__subclasses__())}
+        kind = kinds.get(head.get('format'))
+        if kind is None:
             raise ValueError(f"its format is {head.get('format')!r:.80}, expected {cls.format!r}")
         map_, meta = parse_json(head.get('map', '')), parse_json(head.get('meta', ''), nan=True)
         data = {k: rows_of(t) for k, t in tensors.items()}
-        check_contents(data, meta, cls.dtype)
-        return cls(data, ChannelMap.from_dict(map_), meta)
+        check_contents(data, meta, kind)
+        return kind(data, ChannelMap.from_dict(map_), meta)
     except (OSError, ValueError) as e:
         raise ActError(f"{path} is not a usable {cls.noun} file ({str(e)[:300]}): make it again") from e
 
@@ -247,7 +251,7 @@ def from_table(
         raise bad(f"row {odd.argmax()} is channel {row.channel} of {row.module}, which the model does not have")
     with np.errstate(over='ignore'):
         value = value.astype(np.float32)
-    wrong = ~possible(value, cls.dtype)
+    wrong = ~possible(value, cls)
     if wrong.any():
         raise bad(f"row {wrong.argmax()} has {cls.column} {table[cls.column].iloc[wrong.argmax()]}")
     starts = np.array(list(map.offsets.values()))

@@ -112,6 +112,11 @@ class ChannelMap(Shown, Sequence):
             raise ActError(f"no channels under the module {i!r}: the map has {self.paths[0]} ... {self.paths[-1]}")
         return self.modules[self._at[i]]
 
+    @property
+    def widths(self):
+        "Module path -> number of channels."
+        return {m.path: m.width for m in self}
+
     def frame(self):
         "One row per module: path, kind, layer, width, number of its first channel, parameters."
         import pandas as pd

@@ -195,28 +195,28 @@ def both_fit(
 
 # %% ../nbs/22_hooks.ipynb #10-106
 class Sums:
-    "Sums of |difference| in float64, and the number of batches that they cover."
+    "Named sums in float64, and the number of batches that they cover."
 
     def __init__(
         self,
-        cm: ChannelMap,  # the modules
+        widths: dict,  # name -> how many numbers; the modules of a map, or anything else that is summed
         folder=None,  # where they are saved
         key: str = '',  # what is being computed: saved sums of another key are ignored
         every: float = 30.0,  # seconds between two saves
     ):
-        self.cm, self.key, self.every, self.last = cm, key, every, time.monotonic()
+        self.key, self.every, self.last = key, every, time.monotonic()
         self.file = Path(folder) / 'sums-{}-of-{}.safetensors'.format(*processes()) if folder else None
-        self.sums, self.batches = {m.path: torch.zeros(m.width, dtype=torch.float64) for m in cm}, 0
+        self.sums, self.batches = {name: torch.zeros(n, dtype=torch.float64) for name, n in widths.items()}, 0
         if self.file and self.file.exists():
             old = load_file(self.file)
             if bytes(old['key'].tolist()).decode() == key:
-                self.batches, self.sums = int(old['batches']), {p: old[p].clone() for p in cm.paths}
+                self.batches, self.sums = int(old['batches']), {name: old[name].clone() for name in widths}
 
-    def add(self, path, diff, items=None):
-        "Add differences (tokens, channels) of a module."
-        if diff.device.type != 'mps':  # sums live where the model is, so that nothing waits; mps has no float64
-            self.sums[path] = self.sums[path].to(diff.device)
-        self.sums[path] += diff.sum(0).to(self.sums[path].device)
+    def add(self, name, values, items=None):
+        "Add values (any number of rows, as many columns as the name is wide)."
+        if values.device.type != 'mps':  # sums live where the model is, so that nothing waits; mps has no float64
+            self.sums[name] = self.sums[name].to(values.device)
+        self.sums[name] += values.sum(0).to(self.sums[name].device)
 
     def done(self):
         "Count a completed batch, and save the sums when it is time."
@@ -235,7 +235,7 @@ class Sums:
     def total(self):
         "The sums over all processes."
         flat = sum(gathered(torch.cat(list(self.here().values()))))
-        return dict(zip(self.cm.paths, flat.split([m.width for m in self.cm])))
+        return dict(zip(self.sums, flat.split([len(s) for s in self.sums.values()])))
 
 # %% ../nbs/22_hooks.ipynb #22-sum
 def sum_differences(
@@ -250,7 +250,7 @@ def sum_differences(
     progress: bool = True,  # show a bar
 ) -> dict:  # module path -> sums over the answer tokens of all processes, float64
     "Sum the absolute differences of two models over the answer tokens of all batches."
-    (rank, world), sums = processes(), Sums(cm, state, key, save_seconds)
+    (rank, world), sums = processes(), Sums(cm.widths, state, key, save_seconds)
     items = [len(b['index']) for b in work]
     options = dict(total=sum(items), desc=f'localising, {HOLD[hold]}', unit='item')
     with bar(progress=progress and not rank, **options) as shown:

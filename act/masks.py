@@ -79,9 +79,14 @@ def top_p(
         raise ActError(
             "all scores are zero: the two models do the same on these items, so there is no channel to choose"
         )
+    count, positive = max(1, round(p * len(ranked))), int((flat[ranked] > 0).sum())
+    if not positive:
+        raise ActError("no score is above zero: no channel of the donor makes these answers likelier")
+    if positive < count:
+        warn(f"only {positive:,} of the {count:,} channels asked for have a score above zero: the mask holds these")
     order = flat[ranked].argsort(descending=True, stable=True)
     mask = torch.zeros(len(flat), dtype=torch.bool)
-    mask[ranked[order[: max(1, round(p * len(ranked)))]]] = True
+    mask[ranked[order[: min(count, positive)]]] = True
     meta = {**scores.meta, 'p': p, 'rank': rank}
     if without:
         meta['without'] = ','.join(without)

@@ -6,11 +6,11 @@
 __all__ = ['Split', 'Dtype', 'NOTE', 'act_localize', 'act_mask', 'act_transfer', 'act_finetune', 'act_evaluate', 'act_publish']
 
 # %% ../../nbs/85_commands_way.ipynb #85-imports
-import contextlib, json
+import contextlib, inspect, json
 from pathlib import Path
 from typing import Literal
 from ..kit.command import command, next_step
-from ..kit.errors import ActError, beside, listed
+from ..kit.errors import ActError, beside, imported, listed
 from ..kit.files import begin, check_absent, check_room, work_folder
 from ..kit.processes import from_first, processes, warn
 from ..kit.records import called_as, sha256
@@ -19,13 +19,37 @@ Split = Literal['train', 'localize', 'sft', 'validation', 'test', 'all']
 Dtype = Literal['auto', 'float32', 'bfloat16', 'float16']
 NOTE = 'the way: act_localize, act_mask, act_transfer, act_finetune, act_evaluate, act_publish'
 
+# %% ../../nbs/85_commands_way.ipynb #85-scores
+SCORES = dict(
+    activation='act.localize:localize',
+    attribution='act.attribute:attribute',
+    own='act.own_change:own_change',
+    weight='act.scores:weight_scores',
+)  # how channels can be scored
+
+
+def options_of(by, measure, options):
+    "The options that a score takes, under its own names; ActError when one that it does not take was given."
+    takes, usual = inspect.signature(measure).parameters, inspect.signature(act_localize).parameters
+    renamed = dict(disk_gb=lambda gb: dict(disk=gb and int(gb * 1e9)), no_check=lambda off: dict(check=not off))
+    out = {}
+    for name, value in options.items():
+        own = renamed[name](value) if name in renamed else {name: value}
+        if own.keys() <= takes.keys():
+            out |= own
+        elif value != usual[name].default:
+            raise ActError(f"--by {by} has no --{name}: leave it out")
+    return out
+
 # %% ../../nbs/85_commands_way.ipynb #10-040
 @command(page='23_localize', note=NOTE)
 def act_localize(
     target: str,  # the model that receives: folder, .gguf file, hub id, lab/NAME or smollm2/NAME
     donor: str,  # the model that has the ability
-    ability: str,  # a name or a jsonl file
     out: str,  # score file to write
+    ability: str = None,  # a name or a jsonl file; not needed by weight
+    by: Literal['activation', 'attribution', 'own', 'weight'] = 'activation',  # score: difference of activations (the
+    # paper's), attribution of the loss, own change of a channel's output, or weight change
     split: Split = 'localize',  # train, localize, sft, validation, test or all
     n: int = None,  # items; all by default
     positions: Literal['read', 'predict'] = 'read',  # read or predict
@@ -42,42 +66,49 @@ def act_localize(
     hold: Literal['both', 'one', 'auto'] = 'auto',  # both models in memory, one at a time, or auto: both when they fit
     disk_gb: float = None,  # GB that may wait on disk when one model is in memory at a time
     save_seconds: float = 30.0,  # seconds between two saves of the sums, from which a killed run resumes
+    points: int = 8,  # attribution: gradients on the way from target to donor; 0 takes one at the target
+    recompute: bool = False,  # attribution: recompute activations in the backward pass, which saves memory
 ):
     """Score every channel by how much two models differ there:
 
     `act_localize --target lab/maths-en --donor lab/base --ability lab/science-zh --out scores.safetensors`
     """
-    from act.hooks import HOLD
     from act.loading import channels_of
-    from act.localize import localize
     from act.masks import by_kind, one_sided, top_p
     from act.sources import load_ability
 
-    ability = load_ability(ability, split, n)
+    measure, p = imported(SCORES[by]), 0.02 if by == 'attribution' else 0.05
     options = dict(positions=positions, batch_tokens=batch_tokens, max_length=max_length, chat=chat, tied=tied)
-    options |= dict(dtype=dtype, device=device, device_map=device_map)
+    options |= dict(dtype=dtype, device=device, device_map=device_map, hold=hold, disk_gb=disk_gb)
+    options |= dict(save_seconds=save_seconds, points=points, recompute=recompute, no_check=no_check)
+    options = options_of(by, measure, options)
+    if (by == 'weight') == bool(ability):
+        raise ActError(
+            "--by weight reads no ability" if ability else f"--by {by} needs an ability: give one with --ability"
+        )
+    data = [load_ability(ability, split, n)] if ability else []
     with contextlib.ExitStack() as stack:
 
         def held():
             need = 4 * channels_of(target, tied).total + 10_000
-            key = sha256(json.dumps([target, donor, ability.hash, options]))
+            key = sha256(json.dumps([target, donor, by, [d.hash for d in data], options]))
             return stack.enter_context(work_folder(out, key, need))
 
         work = from_first(held)
-        disk = disk_gb and int(disk_gb * 1e9)
-        kept = dict(check=not no_check, hold=hold, disk=disk, state=work, save_seconds=save_seconds)
-        scores = localize(target, donor, ability, **kept, **options)
+        if data:
+            options['state'] = work
+        scores = measure(target, donor, *data, **options)
         if processes()[0]:
             return
         scores.meta['commands'] = [called_as('--out')]
         scores.save(out)
-    print(f'{scores}; {HOLD[scores.hold]} -> {out}')
+    print(f'{scores} -> {out}')
     print(scores.top(10).to_string(index=False))
     print(f'by kind, of the sum: {by_kind(scores)}')
-    print(f'by kind, of the top 5 %: {by_kind(first := top_p(scores, 0.05))}')
+    print(f'by kind, of the top {p:.0%}: {by_kind(first := top_p(scores, p))}')
     if why := one_sided(first):
         warn(why)
-    next_step('act_mask', scores=out, p=0.05, out=beside(out, 'mask.safetensors'))
+    next_step('act_mask', scores=out, p=p, out=beside(out, 'mask.safetensors'))
 
 # %% ../../nbs/85_commands_way.ipynb #11-305
 @command(page='24_masks', note=NOTE)
@@ -90,18 +121,26 @@ def act_mask(
     control: Literal['none', 'random'] = 'none',  # none, or random: the same number of random channels
     seed: int = 0,  # of the random control
     whole: str = None,  # a kind of module to add whole, such as embedding
+    retained: str = None,  # attributions of the ability that should stay: rank by what both gain and lose
+    mu: float = 1.0,  # weight of the ability that should stay
 ):
     "Choose the top p of all channels: `act_mask --scores scores.safetensors --p 0.05 --out mask.safetensors`"
     from act.masks import by_kind, one_sided, random_mask, top_p, with_kind
     from act.scores import ChannelScores
 
-    measured = ChannelScores.load(scores)
+    measured = read = ChannelScores.load(scores)
+    if retained:
+        from act.attribute import trade_aware
+
+        measured = trade_aware(read, ChannelScores.load(retained), mu)
+    elif mu != 1:
+        raise ActError("--mu weighs an ability that should stay: name its attributions with --retained")
     mask = top_p(measured, p, rank, without)
     if control == 'random':
         mask = random_mask(mask, seed)
     if whole:
         mask = with_kind(mask, whole)
-    begin([scores], {out: mask.total + 10_000}, f'{mask.count:,} of {mask.total:,} channels')
+    begin([scores, *listed(retained)], {out: mask.total + 10_000}, f'{mask.count:,} of {mask.total:,} channels')
     mask.meta['commands'] = [*measured.meta.get('commands', []), called_as('--out')]
     mask.save(out)
     print(f'{mask} -> {out}')

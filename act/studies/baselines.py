@@ -32,7 +32,7 @@ from act.studies.methods import (
     rows_of,
     tries,
 )
-from .rankings import own_items
+from ..own_change import own_items
 from .recovery import Recovery, plot_point
 from ..transfer import transfer
 
