@@ -1,9 +1,8 @@
 "Attribute: complete on every architecture, equal to gates moved by hand, whatever the batches, processes and points."
 
-import json, math
 import pytest, torch
 from act.abilities import Ability, Item
-from act.attribute import StraightPath, answer_nats, attribute, midpoints, recompute_activations, trade_aware
+from act.attribute import StraightPath, attribute, midpoints, recompute_activations, trade_aware
 from act.channels import enumerate_channels
 from act.encoding import batches, encode
 from act.kit.errors import ActError
@@ -172,6 +171,43 @@ def test_recomputing_drops_nothing_out():
     recompute_activations(model)
     x = torch.tensor([[5, 6, 7]])
     assert torch.equal(model(x).logits, model(x).logits)
+
+
+def test_no_more_than_one_gradient_is_held(family, tokenizer, monkeypatch):
+    held, real = [], StraightPath.change
+
+    def change(path, name):
+        held.append(sum(p.grad is not None for p in path.parameters.values()))
+        return real(path, name)
+
+    monkeypatch.setattr(StraightPath, 'change', change)
+    attribute(*pair_of(family), ABILITY, tokenizer, points=1, progress=False)
+    assert max(held) == 1
+
+
+@pytest.mark.parametrize('stop', [1, 5])
+def test_what_was_stopped_goes_on_with_the_same_bits(tokenizer, tmp_path, monkeypatch, stop):
+    from act.hooks import Sums
+
+    pair, options = pair_of('qwen2'), dict(points=2, batch_tokens=8, progress=False)
+    whole = attribute(*pair, ABILITY, tokenizer, **options)
+    real, seen = Sums.done, []
+
+    def done(sums):
+        real(sums)
+        seen.append(sums.batches)
+        if len(seen) == stop and sums.batches == stop:
+            raise RuntimeError('stopped')
+
+    monkeypatch.setattr(Sums, 'done', done)
+    options |= dict(state=tmp_path, save_seconds=0)
+    with pytest.raises(RuntimeError, match='stopped'):
+        attribute(*pair, ABILITY, tokenizer, **options)
+    seen.clear()
+    again = attribute(*pair, ABILITY, tokenizer, **options)
+    assert seen[0] == stop + 1
+    assert torch.equal(again.flat(), whole.flat())
+    assert again.meta == whole.meta
 
 
 def test_bf16_is_close(checkpoint):
