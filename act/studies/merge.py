@@ -74,11 +74,12 @@ def merge_study(
     device=None,  # where the models go
     progress: bool = True,  # show bars
     rows: dict = MERGE_ROWS,  # row -> (method, with SFT or not)
-    methods: dict = MERGERS,  # name -> Method
+    methods: dict = None,  # name -> Method; MERGERS by default
     bench: MergeBench = None,  # of the case; made here by default
 ) -> Merged:  # raises ActError when the file exists, or the models are no pairs
     "Choose settings on validation items, measure every row on test items, count conflicts and interference."
     case, start = case_named(case, MERGES, 'merge'), time.time()
+    methods = MERGERS if methods is None else methods
     if out:
         check_absent(out)
     if bench is None:
