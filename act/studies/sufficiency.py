@@ -100,7 +100,7 @@ def doses(
     progress: bool = False,  # show a bar
 ) -> dict:  # (direction, order, lam, p) -> list over seeds of dict ability -> per-item values
     "Item-level responses to every dose; p = 0 is the model before the transfer."
-    orders = ORDERS if orders is None else orders
+    orders = orders or ORDERS
     models = dict(sufficiency=(bench.target, bench.donor), necessity=(bench.donor, bench.target))
     ends = {d: [bench.values(m, bench.test) for m in models[d]] for d in directions}
     todo = [(d, o, lam, p) for d in directions for o in orders for lam in lams for p in (0.0, *ps)]
