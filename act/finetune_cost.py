@@ -116,7 +116,7 @@ def forward_operations(
     tokens: int,  # of all items
     length: float,  # tokens of an item
 ) -> float:
-    "Operations of a forward pass: two for each weight and token, and those of attention."
+    "Operations of a forward pass: two for each weight and token, and those of attention; no tied head."
     config = net.config
     weights = sum(p.numel() for p in net.parameters()) - net.get_input_embeddings().weight.numel()
     head = getattr(config, 'head_dim', None) or config.hidden_size // config.num_attention_heads
