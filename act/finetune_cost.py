@@ -115,12 +115,14 @@ def forward_operations(
     net,  # a model, on the meta device too
     tokens: int,  # of all items
     length: float,  # tokens of an item
+    logits: bool = True,  # the output head runs too
 ) -> float:
-    "Operations of a forward pass: two for each weight and token, and those of attention; no tied head."
-    config = net.config
-    weights = sum(p.numel() for p in net.parameters()) - net.get_input_embeddings().weight.numel()
-    head = getattr(config, 'head_dim', None) or config.hidden_size // config.num_attention_heads
-    return 2 * weights * tokens + 4 * config.num_hidden_layers * config.num_attention_heads * head * length * tokens
+    "Operations of a forward pass: two for each weight that multiplies and each token, and those of attention."
+    config, head = net.config, net.get_output_embeddings().weight
+    weights = sum(p.numel() for name, p in net.named_parameters() if p is not head and 'embed_tokens' not in name)
+    weights += head.numel() if logits else 0
+    width = getattr(config, 'head_dim', None) or config.hidden_size // config.num_attention_heads
+    return 2 * weights * tokens + 4 * config.num_hidden_layers * config.num_attention_heads * width * length * tokens
 
 
 def memory_line(

@@ -239,7 +239,10 @@ def _work(recipe, net, data, flops, bandwidth):
     rows = seeds * len(recipe.rows)
     return pd.DataFrame(
         [
-            *[stage(f'train/{k}', 1, state(o, o.get('split', 'train')), training(o, o.get('split', 'train'))) for k, o in recipe.train.items()],
+            *[
+                stage(f'train/{k}', 1, state(o, o.get('split', 'train')), training(o, o.get('split', 'train')))
+                for k, o in recipe.train.items()
+            ],
             stage(
                 'localise', seeds * (1 if recipe.kind == 'recover' else given - 1), given * b * n, read=taken, passes=2
             ),

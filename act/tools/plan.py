@@ -250,7 +250,7 @@ def plan_localize(
         channels=cm.total,
         tokens=tokens,
         answer_tokens=answer_tokens,
-        flops=2 * forward_operations(net, tokens, length),
+        flops=2 * forward_operations(net, tokens, length, logits='lm_head' in cm),
         weights=parameters * size,
         kept=rows * cm.total * size,
         working=8 * cm.total + (8 + size) * rows * widest + batch * size * inner,
@@ -292,7 +292,7 @@ def predict(
     out = sum(ts[-1].end for _, ts in files.values())
     plan = _tally(str(source), tensors, out, len(files), [('donor', by_name, mask, 0.5)])
     loc = plan_localize(source, items * length, items * answer, length)
-    forward = loc.flops / 2 / items  # operations of one item in one model
+    forward = forward_operations(meta_model(config), length, length)  # operations of one item
     tuning = training_memory(config.to_dict(), {n: t.shape for n, t in by_name.items()}, batch_size * length)
     ways = {'side by side': loc.side_by_side, 'one at a time': loc.one_at_a_time, 'neither': 0}
     seconds = {}
