@@ -28,7 +28,7 @@ def readme(nb):
     for i, cell in enumerate(nb['cells']):
         src = ''.join(cell['source'])
         if cell['cell_type'] == 'markdown':
-            parts.append(re.sub(r'\]\((\w+\.ipynb|images/)', r'](nbs/\1', src))
+            parts.append(re.sub(r'(\]\(|<img src=")(\w+\.ipynb|images/)', r'\1nbs/\2', src))
             continue
         if re.search(r'^#\| *hide *$', src, re.M):
             continue

@@ -262,7 +262,7 @@ _TASKS = [  # template, source, languages, end of the name
 
 
 def write_tasks(
-    folder=TASKS,  # folder of the templates
+    folder=None,  # folder of the templates; the package's by default
     lab: tuple = (),  # lab abilities, such as science-zh
 ) -> list:  # names of the tasks
     "Write a task file for every ability of the lab and every public source."
@@ -271,7 +271,7 @@ def write_tasks(
         for language in languages.split():
             name = f'act_{source}_{language}{end}'.replace('-', '_')
             text = f'include: act_{kind}.yaml\ntask: {name}\ndataset_kwargs:\n  spec: {source}/{language}\n'
-            (Path(folder) / f'{name}.yaml').write_text(text)
+            (Path(folder or TASKS) / f'{name}.yaml').write_text(text)
             names.append(name)
     return sorted(names)
 

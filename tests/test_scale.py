@@ -13,6 +13,7 @@ from act.loading import channels_of, load_model, load_tokenizer
 from act.kit.errors import ActError
 from act.kit.records import write_json
 from act.deltas import make_delta
+from act.finetune_cost import forward_operations
 from act import hooks, localize
 from act.masks import random_mask
 from act.studies.recipes import read_recipe, recipe_names
@@ -342,11 +343,24 @@ def test_what_fits(table):
     assert table.loc['qwen2.5-0.5b', 'fits'] == 'side by side'
 
 
-def test_evaluating_is_half_of_localising_and_training_three_times_a_forward_pass():
+def test_evaluating_is_a_forward_pass_and_a_training_step_three():
     row, plan = predict(TINY, CONSTANTS, items=100), plan_localize(TINY, 20_000, 5_000)
-    ready = 2 + plan.weights / 2e9
-    assert row['evaluate_s_cpu'] == pytest.approx(ready + plan.flops / 2 / 1e9)
-    assert row['finetune_s_cpu'] == pytest.approx(ready + 3 * plan.flops / 2 / 100 * 30 * 16 / 1e9)
+    net, ready = meta_model(config_of(TINY)), 2 + plan.weights / 2e9
+    forward = forward_operations(net, 200, 200)  # of one item
+    assert row['evaluate_s_cpu'] == pytest.approx(ready + forward * 100 / 1e9)
+    assert row['finetune_s_cpu'] == pytest.approx(ready + 3 * forward * 30 * 16 / 1e9)
+    assert plan.flops == 2 * forward_operations(net, 20_000, 200, logits=not net.config.tie_word_embeddings)
+
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_a_forward_pass_counts_its_head_tied_or_not(tied):
+    config = config_of(TINY)
+    config.tie_word_embeddings = tied
+    net = meta_model(config)
+    head = net.lm_head.weight.numel()
+    body = net.num_parameters() - net.model.embed_tokens.weight.numel() - (0 if tied else head)
+    assert forward_operations(net, 1, 0) == 2 * (body + head)
+    assert forward_operations(net, 1, 0, logits=False) == 2 * body
 
 
 def test_fine_tuning_holds_weights_gradients_and_averages():

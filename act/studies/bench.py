@@ -206,11 +206,12 @@ def score(
 @patch
 def choose(
     self: Bench,
-    rows: dict = ROWS,  # row -> (method or none, with SFT or not)
-    methods: dict = METHODS,  # name -> Method
+    rows: dict = None,  # row -> (method or none, with SFT or not); ROWS by default
+    methods: dict = None,  # name -> Method; METHODS by default
     seed: int = 0,  # of localisation, random masks and fine-tuning
 ) -> tuple:  # (DataFrame of all points: row, setting, a column for each aim, mean; dict row -> best setting)
     "Try every setting on validation items; the best one has the best mean over the case's aims."
+    rows, methods = rows or ROWS, methods or METHODS
     out, known = [], {}
 
     def add(row, setting, values):
@@ -235,10 +236,11 @@ def measure(
     self: Bench,
     best: dict,  # row -> setting, from `choose`
     seeds: tuple = (0, 1, 2),  # of localisation sample, random mask and fine-tuning order
-    rows: dict = ROWS,  # row -> (method or none, with SFT or not)
-    methods: dict = METHODS,  # name -> Method
+    rows: dict = None,  # row -> (method or none, with SFT or not); ROWS by default
+    methods: dict = None,  # name -> Method; METHODS by default
 ) -> dict:  # row (the given models first) -> list over seeds of dict ability -> per-item values
     "Measure every row on the test items."
+    rows, methods = rows or ROWS, methods or METHODS
     out = {name: [self.score(name)['values']] for name in self.names}
     runs = [(row, seed) for row in rows for seed in seeds]
     for row, seed in bar(runs, self.progress, desc='test items'):

@@ -94,7 +94,7 @@ def text_table(
 ) -> pd.DataFrame:
     "Estimates as text, spread over rows and columns."
     text = table.assign(text=[interval_text(r, scale, digits) for r in table.to_dict('records')])
-    return text.pivot_table(index=index, columns=columns, values='text', aggfunc='first', sort=False)
+    return text.pivot_table(index=index, columns=columns, values='text', aggfunc='first', sort=False).fillna('')
 
 # %% ../../nbs/50_findings.ipynb #50-row
 def row_of(

@@ -73,12 +73,13 @@ def merge_study(
     seeds: tuple = (0, 1, 2),  # of localisation samples, random masks and fine-tuning
     device=None,  # where the models go
     progress: bool = True,  # show bars
-    rows: dict = MERGE_ROWS,  # row -> (method, with SFT or not)
-    methods: dict = MERGERS,  # name -> Method
+    rows: dict = None,  # row -> (method, with SFT or not); MERGE_ROWS by default
+    methods: dict = None,  # name -> Method; MERGERS by default
     bench: MergeBench = None,  # of the case; made here by default
 ) -> Merged:  # raises ActError when the file exists, or the models are no pairs
     "Choose settings on validation items, measure every row on test items, count conflicts and interference."
     case, start = case_named(case, MERGES, 'merge'), time.time()
+    rows, methods = rows or MERGE_ROWS, methods or MERGERS
     if out:
         check_absent(out)
     if bench is None:

@@ -54,7 +54,7 @@ def conflicts(
     donors: dict,  # name -> model
     masks: dict,  # name -> ChannelMask
 ) -> pd.DataFrame:  # a, b, contested (channels), iou, cosine of the differences on them (NaN without any)
-    "For every two donors: how many channels both claim, and how far their changes agree there."
+    "For each pair of donors: how many channels both claim, and how far their changes agree there."
     rows = []
     for a, b in itertools.combinations(masks, 2):
         both = masks[a] & masks[b]

@@ -11,6 +11,7 @@ import pandas as pd
 from dataclasses import dataclass
 from transformers import AutoConfig
 from ..channels import enumerate_channels, meta_model
+from ..finetune_cost import forward_operations, training_memory
 from ..harness import ability_task, silent, task_kind
 from ..kit.errors import ActError
 from ..loading import is_here, resolve
@@ -191,16 +192,18 @@ def _tries(recipe):
     ]
 
 # %% ../../nbs/69_recipe_plan.ipynb #35-020
-def _work(recipe, n, data, flops, bandwidth):
+def _work(recipe, net, data, flops, bandwidth):
     "A row for each kind of stage: how often, tokens, operations, memory and time."
     c, b, kind = recipe.case, 4 if recipe.case.dtype == 'float32' else 2, KINDS_OF_STUDY[recipe.kind]
     seeds, given, sft, tries = len(recipe.seeds), len(recipe.models), c.sft or {}, _tries(recipe)
     part = lambda split: data[data.split == split]
+    n, shapes = sum(p.numel() for p in net.parameters()), {k: p.shape for k, p in net.named_parameters()}
+    forward = forward_operations(net, 1, data.tokens.sum() / max(1, data['items'].sum()))  # for each token
 
     def stage(
         name, times, memory, trained=0, read=0, passes=1, writing=0
     ):  # tokens trained on; tokens read, by so many models; seconds spent on writing
-        work = n * (6 * trained + 2 * read * passes)
+        work = forward * (3 * trained + read * passes)
         return dict(
             stage=name,
             times=times,
@@ -210,25 +213,24 @@ def _work(recipe, n, data, flops, bandwidth):
             hours=(work / flops + writing) / 3600,
         )
 
-    def training(o, split):  # tokens of one fine-tuning
+    def batch(o, split):  # tokens of one batch
         per_item = part(split).tokens.sum() / max(1, part(split)['items'].sum())
-        return (
-            o.get('steps', 50)
-            * o.get('batch_size', 16)
-            * o.get('accumulate', 1)
-            * min(per_item, o.get('max_length') or 1e9)
-        )
+        return o.get('batch_size', 16) * min(per_item, o.get('max_length') or 1e9)
 
-    def state(o):  # bytes of one fine-tuning
-        whole = o.get('upcast', True)
-        return n * ((4 if whole else b) if o.get('lora') else (16 if whole else 4 * b))
+    def training(o, split):  # tokens of one fine-tuning
+        return o.get('steps', 50) * o.get('accumulate', 1) * batch(o, split)
+
+    def state(o, split='sft'):  # bytes of one fine-tuning; in float32, or in the model's own type
+        rank = o['lora'].get('r', 8) if o.get('lora') else 0
+        parts = training_memory(net.config.to_dict(), shapes, batch(o, split), lora_r=rank)
+        return sum(parts.values()) * (1 if o.get('upcast', True) else b / 4)
 
     def writing(split):  # seconds in which one model writes its answers
         steps = (
             math.ceil(part(split)[part(split).task.str.startswith('generate')]['items'].sum() / c.batch_size)
             * c.generate
         )
-        return steps * max(b * n / bandwidth, 2 * n * c.batch_size / flops)
+        return steps * (b * n / bandwidth + forward * c.batch_size / flops)
 
     val, test = (int(part(s).tokens.sum()) for s in ('validation', 'test'))
     samples = part('localize')
@@ -237,7 +239,10 @@ def _work(recipe, n, data, flops, bandwidth):
     rows = seeds * len(recipe.rows)
     return pd.DataFrame(
         [
-            *[stage(f'train/{k}', 1, state(o), training(o, o.get('split', 'train'))) for k, o in recipe.train.items()],
+            *[
+                stage(f'train/{k}', 1, state(o, o.get('split', 'train')), training(o, o.get('split', 'train')))
+                for k, o in recipe.train.items()
+            ],
             stage(
                 'localise', seeds * (1 if recipe.kind == 'recover' else given - 1), given * b * n, read=taken, passes=2
             ),
@@ -274,12 +279,13 @@ def plan(
     gb_s: float = 1000,  # bytes per second that reading weights reaches, in units of 1e9
 ) -> Plan:
     "Resolve every model, module, task and item of a recipe without reading a weight, and estimate what it costs."
-    problems, rows, maps = [], [], {}
+    problems, rows, maps, nets = [], [], {}, {}
     for m in dict.fromkeys([*recipe.models, *(t['model'] for t in recipe.train.values())]):
         try:
             config, where = shape_of(recipe, m)
             net = meta_model(config)
             maps[m], n = enumerate_channels(net), sum(p.numel() for p in net.parameters())
+            nets[n] = net
             rows.append(
                 dict(
                     model=m,
@@ -301,7 +307,7 @@ def plan(
     data = _resolve_data(recipe, problems)
     n = max([r['parameters'] for r in rows], default=0)
     work = (
-        _work(recipe, n, data, tflops * 1e12, gb_s * 1e9)
+        _work(recipe, nets[n], data, tflops * 1e12, gb_s * 1e9)
         if n and len(data)
         else pd.DataFrame(columns=['stage', 'times', 'tokens', 'pflop', 'memory_gb', 'hours'])
     )

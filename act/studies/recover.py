@@ -26,12 +26,13 @@ def recover(
     seeds: tuple = (0, 1, 2),  # of localisation sample, random masks and fine-tuning
     device=None,  # where the models go
     progress: bool = True,  # show bars
-    rows: dict = ROWS,  # row -> (method or none, with SFT or not)
-    methods: dict = METHODS,  # name -> Method
+    rows: dict = None,  # row -> (method or none, with SFT or not); ROWS by default
+    methods: dict = None,  # name -> Method; METHODS by default
     bench: Bench = None,  # for the case; made here by default
 ) -> Recovery:  # raises ActError when the folder exists, or the models are no pair
     "Choose settings on validation items, measure every row on test items."
     case, start = case_named(case, CASES), time.time()
+    rows, methods = rows or ROWS, methods or METHODS
     if out:
         check_absent(out)
     if bench is None:

@@ -92,7 +92,7 @@ DIRECTIONS = 'sufficiency', 'necessity'
 
 def doses(
     bench: Bench,  # a pair in memory, with test items
-    orders=ORDERS,  # name -> function from scores, fraction and seed to a mask
+    orders: dict = None,  # name -> function from scores, fraction and seed to a mask; ORDERS by default
     ps=DOSES,  # fractions of all channels
     seeds=(0, 1, 2),  # of localisation items and random channels
     lams=(1.0,),  # values of lam
@@ -100,6 +100,7 @@ def doses(
     progress: bool = False,  # show a bar
 ) -> dict:  # (direction, order, lam, p) -> list over seeds of dict ability -> per-item values
     "Item-level responses to every dose; p = 0 is the model before the transfer."
+    orders = orders or ORDERS
     models = dict(sufficiency=(bench.target, bench.donor), necessity=(bench.donor, bench.target))
     ends = {d: [bench.values(m, bench.test) for m in models[d]] for d in directions}
     todo = [(d, o, lam, p) for d in directions for o in orders for lam in lams for p in (0.0, *ps)]

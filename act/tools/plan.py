@@ -14,7 +14,7 @@ from operator import or_
 from typing import NamedTuple
 from ..channels import enumerate_channels, meta_model
 from ..checkpoints import BLOCK, THREADS
-from ..finetune_cost import training_memory
+from ..finetune_cost import forward_operations, training_memory
 from ..fingerprints import tensors_of
 from ..headers import DTYPES, TensorInfo
 from ..kit.errors import PACKAGE
@@ -240,9 +240,6 @@ def plan_localize(
     config, size = config_of(source), getattr(torch, dtype).itemsize
     net = meta_model(config)
     cm, parameters = enumerate_channels(net), sum(p.numel() for p in net.parameters())
-    multiplied = parameters - net.get_input_embeddings().weight.numel()
-    head = getattr(config, 'head_dim', None) or config.hidden_size // config.num_attention_heads
-    attention = 4 * config.num_hidden_layers * config.num_attention_heads * head * length * tokens
     batch = min(tokens, batch_tokens)
     rows = batch * answer_tokens // tokens
     widest = max(m.width for m in cm)
@@ -253,7 +250,7 @@ def plan_localize(
         channels=cm.total,
         tokens=tokens,
         answer_tokens=answer_tokens,
-        flops=2 * (2 * multiplied * tokens + attention),
+        flops=2 * forward_operations(net, tokens, length, logits='lm_head' in cm),
         weights=parameters * size,
         kept=rows * cm.total * size,
         working=8 * cm.total + (8 + size) * rows * widest + batch * size * inner,
@@ -295,7 +292,7 @@ def predict(
     out = sum(ts[-1].end for _, ts in files.values())
     plan = _tally(str(source), tensors, out, len(files), [('donor', by_name, mask, 0.5)])
     loc = plan_localize(source, items * length, items * answer, length)
-    forward = loc.flops / 2 / items  # operations of one item in one model
+    forward = forward_operations(meta_model(config), length, length)  # operations of one item
     tuning = training_memory(config.to_dict(), {n: t.shape for n, t in by_name.items()}, batch_size * length)
     ways = {'side by side': loc.side_by_side, 'one at a time': loc.one_at_a_time, 'neither': 0}
     seconds = {}

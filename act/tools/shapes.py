@@ -6,7 +6,7 @@
 __all__ = ['SHAPES', 'config_of', 'layout', 'sparse_checkpoint']
 
 # %% ../../nbs/81_shapes.ipynb #81-imports
-import copy, json, shutil, struct
+import copy, shutil
 import torch
 from pathlib import Path
 from ..channels import meta_model
@@ -17,6 +17,7 @@ from ..kit.files import atomic_folder
 from ..kit.records import write_json
 from ..loading import is_here, resolve
 from ..sources import hub_is_off
+from ..writer import header_bytes
 
 # %% ../../nbs/81_shapes.ipynb #36-007
 _ENTRIES = (
@@ -78,9 +79,7 @@ def _header(tensors):
     head = dict(__metadata__=dict(format='pt'))
     for t in tensors:
         head[t.name] = dict(dtype=t.dtype, shape=t.shape, data_offsets=(t.start, t.end))
-    raw = json.dumps(head).encode()
-    raw += b' ' * (-len(raw) % 8)
-    return struct.pack('<Q', len(raw)) + raw
+    return header_bytes(head)
 
 # %% ../../nbs/81_shapes.ipynb #36-013
 def layout(
