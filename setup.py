@@ -14,7 +14,7 @@ def described():
     if not readme.exists(): return ''
     docs = cfg['doc_host'] + cfg['doc_baseurl']
     raw = f"{cfg['git_url'].replace('github.com', 'raw.githubusercontent.com')}/{cfg['branch']}"
-    text = re.sub(r'\]\(nbs/images/', f']({raw}/nbs/images/', readme.read_text(encoding='utf-8'))
+    text = re.sub(r'(\]\(|<img src=")(?=nbs/images/)', rf'\1{raw}/', readme.read_text(encoding='utf-8'))
     return re.sub(r'\]\(nbs/(?:\d+_)?(\w+)\.ipynb', rf']({docs}/\1.html', text)
 
 setup(

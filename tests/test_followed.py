@@ -146,7 +146,7 @@ def test_what_a_package_index_shows(installed):
     links = re.findall(r'\]\(([^)\s]+)\)', text)
     assert len(links) > 30
     assert not [l for l in links if not l.startswith('https://')]
-    pictures = re.findall(r'!\[[^\]]*\]\(([^)\s]+)\)', text)
+    pictures = re.findall(r'(?:!\[[^\]]*\]\(|<img src=")([^)"\s]+)', text)
     assert len(pictures) == 2
     assert all(
         re.fullmatch(r'https://raw\.githubusercontent\.com/act-companion/act/main/nbs/images/\w+\.(svg|png)', p)
