@@ -54,7 +54,9 @@ def one_run(pair, run, points, dtype, device, batch_tokens):
         target, donor, name, n = PAIRS[pair]
         items = load_ability(name, 'localize', 4 * n)
         options = dict(points=points, dtype=dtype, device=device, batch_tokens=batch_tokens, progress=False)
-        attribute(target, donor, items, hold='both' if 'held' in run else 'one', recompute='recompute' in run, **options)
+        attribute(
+            target, donor, items, hold='both' if 'held' in run else 'one', recompute='recompute' in run, **options
+        )
         return
     model, _, _, work = load(pair, dtype, device, batch_tokens, 4)
     if run == 'model':
@@ -92,8 +94,7 @@ def timed(pairs, rounds, points, dtype, device, batch_tokens):
         )
         options = dict(points=points, batch_tokens=batch_tokens, progress=False, check=False)
         jobs = dict(
-            plain=lambda: plain(model, work, points),
-            attribute=lambda: attribute(model, donor, items, tok, **options),
+            plain=lambda: plain(model, work, points), attribute=lambda: attribute(model, donor, items, tok, **options)
         )
         for f in jobs.values():
             f()  # once to warm up
@@ -117,7 +118,9 @@ def main(out, pairs, rounds, points, dtype, device, batch_tokens, what, one):
     if 'time' in what:
         made = timed(pairs, rounds, **settings)
         found.update(
-            provenance(format='act-bench-attribute-1', threads=torch.get_num_threads(), rounds=rounds, **settings, **made)
+            provenance(
+                format='act-bench-attribute-1', threads=torch.get_num_threads(), rounds=rounds, **settings, **made
+            )
         )
     if 'memory' in what:
         words = [w for k, v in settings.items() for w in (f'--{k}', str(v))]

@@ -1,5 +1,6 @@
 "Attribute: complete on every architecture, equal to gates moved by hand, whatever the batches, processes and points."
 
+import importlib
 import pytest, torch
 from act.abilities import Ability, Item
 from act.attribute import StraightPath, attribute, midpoints, recompute_activations, trade_aware
@@ -12,6 +13,8 @@ from act.sources import load_ability
 from act.transfer import transfer
 from conftest import tiny_model
 from torch.func import functional_call
+
+stage = importlib.import_module('act.attribute')  # `act.attribute` is the function
 
 ABILITY = Ability(
     'toy-en',
@@ -119,10 +122,8 @@ def test_a_parameter_that_did_not_change_has_no_part(tokenizer):
 
 def test_linear_in_the_change_of_a_linear_loss(tokenizer, monkeypatch):
     "With a loss that is linear in the weights, the score is what moving a channel brings, at any number of points."
-    import act.attribute
-
     a, b = tiny_model('qwen2_untied'), tiny_model('qwen2_untied', 1)
-    monkeypatch.setattr(act.attribute, 'answer_nats', lambda model, batch: 1000 - model.lm_head.weight.sum())
+    monkeypatch.setattr(stage, 'answer_nats', lambda model, batch: 1000 - model.lm_head.weight.sum())
     one, many = (attribute(a, b, ABILITY, tokenizer, points=k, progress=False) for k in (1, 5))
     gain = (b.lm_head.weight - a.lm_head.weight).sum(1).detach()
     batch_count = len(list(batches(encode(ABILITY, tokenizer, 'predict'), tokenizer)))
