@@ -129,6 +129,11 @@ def test_help_names_a_page_that_exists(name):
     assert len(list(ROOT.glob(f'nbs/[0-9][0-9]_{page}.ipynb'))) == 1, address
 
 
+@pytest.mark.parametrize('name', list(SCRIPTS))
+def test_every_option_says_what_it_is(name):
+    assert not [o.name for o in options(function(name)) if not o.help.strip()]
+
+
 def test_help_tells_the_way_from_studies_and_tools():
     kinds = {name: function(name).parser().epilog.splitlines()[-3] for name in SCRIPTS}
     way = [name for name, kind in kinds.items() if kind.startswith('the way: ')]

@@ -149,9 +149,8 @@ def act_mergekit(
 def act_tasks(
     ability: str,  # names or jsonl files, separated by commas
     out: str,  # folder to create
-    split: Literal[
-        'train', 'localize', 'sft', 'validation', 'test', 'all'
-    ] = 'test',  # train, localize, sft, validation, test or all
+    # train, localize, sft, validation, test or all
+    split: Literal['train', 'localize', 'sft', 'validation', 'test', 'all'] = 'test',
     n: int = None,  # items of each ability; all by default
     write: int = 512,  # tokens that a model may write in the tasks that end in _generate
 ):

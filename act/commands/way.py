@@ -35,9 +35,8 @@ def act_localize(
     device: str = None,  # cpu, cuda, ...
     device_map: str = None,  # auto spreads each model over all devices
     chat: bool = False,  # through the chat template
-    tied: Literal[
-        'embedding', 'lm_head'
-    ] = 'embedding',  # what tied embedding and lm_head count as: embedding or lm_head
+    # what tied embedding and lm_head count as: embedding or lm_head
+    tied: Literal['embedding', 'lm_head'] = 'embedding',
     no_check: bool = False,  # do not compare the two models first
     hold: Literal['both', 'one', 'auto'] = 'auto',  # both models in memory, one at a time, or auto: both when they fit
     disk_gb: float = None,  # GB that may wait on disk when one model is in memory at a time
@@ -124,9 +123,8 @@ def act_transfer(
     mask: str,  # mask file; several separated by commas, one for each donor or all of one
     out: str,  # folder to create
     lam: str = '1',  # lambda; one for all or one for each mask
-    rule: Literal[
-        'sum', 'mean', 'sign'
-    ] = 'sum',  # where several donors claim a channel: sum (the paper's), mean or sign
+    # where several donors claim a channel: sum (the paper's), mean or sign
+    rule: Literal['sum', 'mean', 'sign'] = 'sum',
     no_check: bool = False,  # do not compare shapes, weights and hashes first
 ):
     """Move masked channels:
