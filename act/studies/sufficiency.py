@@ -11,6 +11,7 @@ __all__ = ['ORDERS', 'DOSES', 'DIRECTIONS', 'SUFFICIENCY', 'bottom_p', 'kind_las
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 from dataclasses import replace
 from ..kit.errors import ActError
 from ..kit.processes import bar
@@ -29,15 +30,15 @@ def bottom_p(
     scores: ChannelScores,  # scores to rank by
     p: float,  # fraction of all channels, in (0, 1]
     rank: str = 'raw',  # raw or module
-) -> ChannelMask:  # exactly as many channels as `top_p` takes
+) -> ChannelMask:  # as many channels as a share of p has
     "The channels with the smallest scores."
-    n = scores.map.total
-    k = top_p(scores, p, rank).count
-    if k == n:
-        return top_p(scores, 1.0, rank)
-    rest = ~top_p(scores, (n - k) / n, rank)
-    rest.meta.update(p=p, rank=rank, made='smallest scores first')
-    return rest
+    flat = (scores.normalised() if rank == 'module' else scores).flat()
+    last = flat.argsort(descending=True, stable=True)[-max(1, round(p * len(flat))) :]
+    mask = torch.zeros(len(flat), dtype=torch.bool)
+    mask[last] = True
+    return ChannelMask.from_flat(
+        mask, scores.map, {**scores.meta, 'p': p, 'rank': rank, 'made': 'smallest scores first'}
+    )
 
 # %% ../../nbs/53_sufficiency.ipynb #22-010
 def kind_last(
