@@ -158,7 +158,7 @@ def ceiling(
 # %% ../../nbs/52_disentanglement.ipynb #21-027
 def overlap_curve(
     scores: dict,  # ability -> ChannelScores, of one pair
-    ps=(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5),  # fractions of all channels
+    ps=(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3),  # fractions of all channels
 ) -> pd.DataFrame:  # variant, p, iou (mean over pairs of abilities), chance
     "Mean IoU of two abilities at each fraction; random masks of fraction p have p / (2 - p)."
     rows = [
