@@ -16,13 +16,12 @@ from .fingerprints import tensors_of
 from .hooks import Sums, check_sums, free_memory
 from .kit.errors import ActError
 from .kit.files import begin
-from .kit.processes import bar, gathered, processes
+from .kit.processes import bar, processes
 from .kit.records import sha256
 from .loading import channels_of, check_use, load_model
 from .localize import read_alike
 from .pairs import fit_rows, label_of
 from .scores import Attribution
-from .sources import load_ability
 
 # %% ../nbs/38_attribute.ipynb #at-nats
 def answer_nats(
@@ -180,9 +179,7 @@ def attribute(
     "How much of the fall in loss from target to donor is due to each channel: integrated gradients of the gates."
     if not isinstance(points, int) or points < 0:
         raise ActError(f"points is {points}: give a whole number, or 0 for one gradient at the target")
-    if hold not in ('auto', 'both', 'one'):
-        raise ActError(f"hold is {hold!r}: choose 'both', 'one' or 'auto'")
-    check_use(dtype, device)
+    check_use(dtype, device, hold)
     texts = dict(batch_tokens=batch_tokens, max_length=max_length, chat=chat, eos=eos)
     ability, tokenizer, encoded, meta = read_alike(
         target, donor, ability, tokenizer, dtype, check, positions='predict', **texts

@@ -179,8 +179,11 @@ def load_tokenizer(
 def check_use(
     dtype=None,  # weight type, as in `load_model`
     device=None,  # as for torch
+    hold='auto',  # how many models are in memory, as in `localize`
 ):  # raises ActError for a type or device that cannot be used here
-    "Check a weight type and a device before anything is loaded."
+    "Check a weight type, a device and what is held in memory before anything is loaded."
+    if hold not in ('auto', 'both', 'one'):
+        raise ActError(f"hold is {hold!r}: choose 'both', 'one' or 'auto'")
     if not isinstance(dtype, torch.dtype) and dtype not in (None, 'auto', 'float32', 'bfloat16', 'float16'):
         raise ActError(f"dtype is {dtype!r}: choose float32, bfloat16, float16 or auto")
     try:

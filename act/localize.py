@@ -101,11 +101,9 @@ def localize(
 ) -> ChannelScores:  # one float32 score per channel; raises ActError for pairs that do not fit, empty abilities, NaN
     "Stage 1 of ACT: the mean absolute activation difference delta_i of every channel on an ability's answer tokens."
     models, here = (target, donor), [isinstance(m, torch.nn.Module) for m in (target, donor)]
-    if hold not in ('auto', 'both', 'one'):
-        raise ActError(f"hold is {hold!r}: choose 'both', 'one' or 'auto'")
+    check_use(dtype, device, hold)
     if hold == 'one' and any(here):
         raise ActError("hold='one' takes models by name or folder: those in memory are there already")
-    check_use(dtype, device)
     texts = dict(positions=positions, batch_tokens=batch_tokens, max_length=max_length, chat=chat, eos=eos)
     ability, tokenizer, encoded, meta = read_alike(target, donor, ability, tokenizer, dtype, check, **texts)
     cm, tokens = channels_of(target, tied), meta['tokens']

@@ -8,7 +8,6 @@ __all__ = ['own_differences', 'own_change', 'own_items']
 # %% ../nbs/39_own_change.ipynb #56-imports
 import json
 import torch
-from functools import partial
 from .channels import ChannelMap, enumerate_channels
 from .encoding import batches, encode
 from .hooks import Sums, answer_rows, check_sums, forward_pass, readable_batch

@@ -8,7 +8,7 @@ dropped after each batch. Peak memory is that of a process of its own, from its 
 `model` is a process that only loads the target and reads its weights. What is not measured again stays in the file.
 """
 
-import argparse, json, subprocess, sys, time
+import json, time
 from pathlib import Path
 import torch
 from act.attribute import answer_nats, attribute
@@ -16,7 +16,7 @@ from act.encoding import batches, encode
 from act.kit.records import provenance, write_json
 from act.loading import load_model
 from act.sources import load_ability
-from localize import PAIRS, added
+from localize import PAIRS, added, arguments, peak
 from transfer import summary
 
 
@@ -68,14 +68,6 @@ def one_run(pair, run, points, dtype, device, batch_tokens):
 RUNS = 'model', 'plain', 'plain, gradients freed', 'attribute', 'attribute, changes held', 'attribute, recompute'
 
 
-def peak(pair, run, args):
-    "MB that a run adds at its peak to a process that has imported what it needs."
-    done = subprocess.run([sys.executable, __file__, '--one', pair, run, *args], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr[-2000:])
-    return round(json.loads(done.stdout.splitlines()[-1]))
-
-
 def timed(pairs, rounds, points, dtype, device, batch_tokens):
     "Facts, ratios and single times of every pair."
     rows, facts, ratios = [], {}, {}
@@ -124,20 +116,14 @@ def main(out, pairs, rounds, points, dtype, device, batch_tokens, what, one):
         )
     if 'memory' in what:
         words = [w for k, v in settings.items() for w in (f'--{k}', str(v))]
-        found['memory'] = provenance(**{pair: {run: peak(pair, run, words) for run in RUNS} for pair in pairs})
+        found['memory'] = provenance(
+            **{pair: {run: round(peak(__file__, pair, run, words)) for run in RUNS} for pair in pairs}
+        )
     write_json(found, out)
     print(json.dumps({k: found[k] for k in ('facts', 'ratios', 'memory') if k in found}, indent=1))
 
 
 if __name__ == '__main__':
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--out')
-    p.add_argument('--pairs', nargs='+', default=list(PAIRS))
-    p.add_argument('--rounds', type=int, default=5)
+    p = arguments(__doc__, 'float32')
     p.add_argument('--points', type=int, default=8)
-    p.add_argument('--dtype', default='float32')
-    p.add_argument('--device', default='cpu')
-    p.add_argument('--batch_tokens', type=int, default=4096)
-    p.add_argument('--what', nargs='+', default=['time', 'memory'], choices=['time', 'memory'])
-    p.add_argument('--one', nargs=2, metavar=('PAIR', 'RUN'), help='one run, for its peak memory')
     main(**vars(p.parse_args()))

@@ -54,9 +54,9 @@ def runs(models, tok, items, work, batch_tokens):
     }
 
 
-def peak(pair, name, args):
-    "MB that a run adds at its peak to a process that holds both models."
-    done = subprocess.run([sys.executable, __file__, '--one', pair, name, *args], capture_output=True, text=True)
+def peak(script, pair, name, args):
+    "MB that one run of a script adds at its peak, in a process of its own."
+    done = subprocess.run([sys.executable, script, '--one', pair, name, *args], capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr[-2000:])
     return json.loads(done.stdout.splitlines()[-1])
@@ -137,7 +137,7 @@ def main(out, pairs, rounds, dtype, device, batch_tokens, what, one):
         )
     if 'memory' in what:
         mb = lambda pair, name, budget: round(
-            peak(pair, name, ['--dtype', dtype, '--device', device, '--batch_tokens', str(budget)])
+            peak(__file__, pair, name, ['--dtype', dtype, '--device', device, '--batch_tokens', str(budget)])
         )
         found['memory'] = provenance(
             **{
@@ -152,14 +152,19 @@ def main(out, pairs, rounds, dtype, device, batch_tokens, what, one):
     print(json.dumps({k: found[k] for k in ('facts', 'ratios', 'memory') if k in found}, indent=1))
 
 
-if __name__ == '__main__':
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(doc, dtype):
+    "What a benchmark with pairs, rounds and single runs is called with."
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--out')
     p.add_argument('--pairs', nargs='+', default=list(PAIRS))
     p.add_argument('--rounds', type=int, default=5)
-    p.add_argument('--dtype', default='bfloat16')
+    p.add_argument('--dtype', default=dtype)
     p.add_argument('--device', default='cpu')
     p.add_argument('--batch_tokens', type=int, default=4096)
     p.add_argument('--what', nargs='+', default=['time', 'memory'], choices=['time', 'memory'])
     p.add_argument('--one', nargs=2, metavar=('PAIR', 'RUN'), help='one run, for its peak memory')
-    main(**vars(p.parse_args()))
+    return p
+
+
+if __name__ == '__main__':
+    main(**vars(arguments(__doc__, 'bfloat16').parse_args()))

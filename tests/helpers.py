@@ -4,11 +4,24 @@ import configparser
 import importlib
 import shlex
 import torch
+from act.abilities import Ability, Item
 from act.kit.command import check_given
 from act.sources import load_ability
 from act.channels import enumerate_channels
 from act.finetune import finetune
 from act.masks import ChannelMask, random_mask
+
+# ---- items
+
+TOY = Ability(
+    'toy-en',
+    [
+        Item('two plus two is', ' four'),
+        Item('cuatro y', ' cuatro son ocho'),
+        Item('x', 'y'),
+        Item('q 二加二', '等于四'),
+    ],
+)
 
 # ---- commands
 

@@ -2,7 +2,6 @@
 
 import importlib
 import pytest, torch
-from act.abilities import Ability, Item
 from act.attribute import StraightPath, attribute, midpoints, recompute_activations, trade_aware
 from act.channels import enumerate_channels
 from act.encoding import batches, encode
@@ -11,20 +10,11 @@ from act.masks import random_mask, top_p
 from act.scores import Attribution, ChannelScores
 from act.sources import load_ability
 from act.transfer import transfer
+from helpers import TOY as ABILITY
 from conftest import tiny_model
 from torch.func import functional_call
 
 stage = importlib.import_module('act.attribute')  # `act.attribute` is the function
-
-ABILITY = Ability(
-    'toy-en',
-    [
-        Item('two plus two is', ' four'),
-        Item('cuatro y', ' cuatro son ocho'),
-        Item('x', 'y'),
-        Item('q 二加二', '等于四'),
-    ],
-)
 
 
 def near(a, b, share=0.2):

@@ -11,19 +11,10 @@ from act.kit.errors import ActError
 from act.kit.files import exclusive
 from act.localize import localize
 from act.scores import ChannelScores
+from helpers import TOY as ABILITY
 from conftest import tiny_config, tiny_model
 
 stage = importlib.import_module('act.localize')  # `act.localize` is the function
-
-ABILITY = Ability(
-    'toy-en',
-    [
-        Item('two plus two is', ' four'),
-        Item('cuatro y', ' cuatro son ocho'),
-        Item('x', 'y'),
-        Item('q 二加二', '等于四'),
-    ],
-)
 
 
 def brute(a, b, tok, tied='embedding', positions='read'):

@@ -127,11 +127,11 @@ def act_mask(
     from act.masks import by_kind, one_sided, random_mask, top_p, with_kind
     from act.scores import ChannelScores
 
-    measured = read = ChannelScores.load(scores)
+    measured = ChannelScores.load(scores)
     if retained:
         from act.attribute import trade_aware
 
-        measured = trade_aware(read, ChannelScores.load(retained), mu)
+        measured = trade_aware(measured, ChannelScores.load(retained), mu)
     elif mu != 1:
         raise ActError("--mu weighs an ability that should stay: name its attributions with --retained")
     mask = top_p(measured, p, rank, without)
