@@ -5,16 +5,7 @@ from act.fingerprints import weight_hash
 from act.loading import load_model
 from act.kit.errors import ActError
 from act.zoo.lab import BASIC, LANGUAGES, SPLITS, lab_abilities, lab_ability
-from act.zoo.lab_training import (
-    describe,
-    lab_manifest,
-    lab_models,
-    lab_path,
-    lab_recipe,
-    lab_scores,
-    stream,
-    train_lab,
-)
+from act.zoo.lab_training import describe, lab_manifest, lab_models, lab_path, lab_recipe, lab_scores, stream, train_lab
 
 
 def entities(split, skill):

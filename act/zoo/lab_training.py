@@ -175,7 +175,7 @@ SHIPPED = {  # name of a model that ships with the package -> its full name
     'science-es': 'science-es-medium-1',
     'swahili': 'swahili-medium-1',
     'tied-base': 'tied-base',
-    'tied-maths-en': 'tied-maths-en-mild-1',
+    'tied-maths-en': 'tied-maths-en-medium-1',
 }
 
 
@@ -183,15 +183,14 @@ def lab_models() -> list:
     "Names of the models that ship with the package, the base first."
     return list(SHIPPED)
 
-
 # %% ../../nbs/41_lab_training.ipynb #41-lab-recipe
 def _base_recipe(tied):
     mix = {f'{s}-{o}': w for s, w in (('arithmetic', 1.0), ('science', 1.5)) for o in LANGUAGES}
-    return dict(start=None, mix=mix, tied=tied, steps=7000 if tied else 4000, lr=2e-3, batch=64, warmup=200, seed=0)
+    return dict(start=None, mix=mix, tied=tied, steps=7000 if tied else 3000, lr=2e-3, batch=64, warmup=200, seed=0)
 
 
 def lab_recipe(
-    name: str,  # of a model: 'base', 'maths-en-hard-3', 'tied-base', 'tied-maths-en-mild-1', or one of SHIPPED
+    name: str,  # of a model: 'base', 'maths-en-hard-3', 'tied-base', 'tied-maths-en-medium-1', or one of SHIPPED
 ) -> dict:  # start: the model it begins with, mix: ability -> weight; the rest are arguments of `train`; or ActError
     "How a lab model is trained."
     found = re.fullmatch(
@@ -209,12 +208,11 @@ def lab_recipe(
         start=f'{tied}base',
         mix=dict.fromkeys(TAUGHT[recipe], 1.0),
         steps=STEPS[recipe],
-        lr=GRADES[grade] * 2e-3,
+        lr=GRADES[grade] * 1e-3,
         batch=32,
         warmup=20,
         seed=int(seed),
     )
-
 
 # %% ../../nbs/41_lab_training.ipynb #03-053
 LAB_FOLDER = PACKAGE / 'models' / 'lab'
@@ -230,7 +228,6 @@ def lab_path(
             f"lab/{name} does not ship with the package: act_lab --train --models {name} --out FOLDER makes it"
         )
     return LAB_FOLDER / name
-
 
 # %% ../../nbs/41_lab_training.ipynb #03-058
 def describe(
@@ -257,7 +254,6 @@ def _begun(recipe, out, smoke, hidden, device):
         return new_model(len(tok), tied=recipe['tied'], **shape).to(device or 'cpu'), tok
     start = out / recipe['start']
     return load_model(start if start.exists() else lab_path(start.name), dtype='float32', device=device)
-
 
 # %% ../../nbs/41_lab_training.ipynb #41-train-lab
 def train_lab(
@@ -300,7 +296,6 @@ def train_lab(
         write_json(dict(format='act-lab-2', models=known | made), out / 'manifest.json')
     return made
 
-
 # %% ../../nbs/41_lab_training.ipynb #03-060
 def lab_manifest(
     folder=LAB_FOLDER,  # of a family that `train_lab` wrote; the one that ships by default
@@ -308,11 +303,9 @@ def lab_manifest(
     "The manifest that was written with the weights."
     return json.loads((Path(folder) / 'manifest.json').read_text(encoding='utf-8'))
 
-
 # %% ../../nbs/41_lab_training.ipynb #41-scores
 def lab_scores(
     folder=LAB_FOLDER,  # as for `lab_manifest`
 ) -> pd.DataFrame:
     "The score matrix of a manifest: models x abilities, share of test items answered correctly."
     return pd.DataFrame({m: d['scores'] for m, d in lab_manifest(folder)['models'].items()}).T
-
