@@ -106,7 +106,9 @@ def measure_models(
         entry = dict(row=row, p=p, draw=draw, tuned=tuned, seconds=seconds)
         entry['test'] = {a.name: pack(values[a.name]) for a in test}
         if not tuned:
-            entry['validation'] = {a.name: round(float(values[v.name].mean()), 4) for a, v in zip(bench.val, validation)}
+            entry['validation'] = {
+                a.name: round(float(values[v.name].mean()), 4) for a, v in zip(bench.val, validation)
+            }
         out.append(entry)
     return out
 
