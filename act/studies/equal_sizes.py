@@ -105,10 +105,7 @@ class Rule:
         shown = {k: f'{100 * v:g} %' if k == 'size' else v for k, v in self.limits.items()}
         return self.says.format(**shown)
 
-    def verdict(
-        self,
-        result: EqualSizes,
-    ) -> tuple:  # (the statement, one of JUDGEMENTS, the numbers in words)
+    def verdict(self, result: EqualSizes) -> tuple:  # (the statement, one of JUDGEMENTS, the numbers in words)
         "What a result says about it."
         whole, part, words = self.judge(result, **self.limits)
         return self.text, judgement(whole, part), words
@@ -167,7 +164,9 @@ def judge_goal(result, size, share, lost):  # for `Rule.judge`
     row = max(known, key=lambda row: result.validation(row, size))
     back, cost = (interval(result.find(row, size, column=c)) for c in ('recovered', 'retained'))
     beyond, kept = result.gap(row, 'noise twin (trade-aware)', size)[1] > 0, (back[0] >= share, cost[0] <= lost)
-    words = f'*{row}* (the best causal row on validation items) brings back {_words(back)} %, loses {_words(cost)} points'
+    words = (
+        f'*{row}* (the best causal row on validation items) brings back {_words(back)} %, loses {_words(cost)} points'
+    )
     return beyond and all(kept), beyond and any(kept), words
 
 # %% ../../nbs/58_equal_sizes.ipynb #58-rules
@@ -205,9 +204,7 @@ def verdicts(self: EqualSizes) -> pd.DataFrame:  # indexed by rule: claim, verdi
     return pd.DataFrame.from_dict(found, orient='index', columns=['claim', 'verdict', 'numbers'])
 
 
-def in_words(
-    result: EqualSizes,
-) -> str:  # Markdown
+def in_words(result: EqualSizes) -> str:  # Markdown
     "The verdicts as sentences."
     names = dict(claim='The claim', rule="The paper's rule", score='The score', goal='The goal')
     out = []
