@@ -343,7 +343,7 @@ def room(
     "What the doses of acquiring leave room for, in words."
     t = self.crossings().query("recipe == 'all' and way == 'acquiring' and row == @row").set_index('level')
     parts = [
-        f'{100 * level:.0f} % of the gap takes {interval_text(x, 100, 0)} % of the channels, room for {int(1 / x.value)}'
+        f'{100 * level:.0f} % of the gap takes {interval_text(x, 100, 0)} % of channels, room for {int(1 / x.value)}'
         for level, x in t.iterrows()
     ]
     return f"masks beside each other, no channel in two of them: {'; '.join(parts)}"
