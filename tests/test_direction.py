@@ -178,7 +178,7 @@ def test_trainings_are_found_by_name(tmp_path):
     (tmp_path / 'maths-en-hard-3').mkdir()
     found = trainings_of(tmp_path, ['maths-en'], [3], 'hard')[0]
     assert found['specialist'] == str(tmp_path / 'maths-en-hard-3')
-    assert found['base'] == 'lab/base'
+    assert found['base'] == 'lab/untied-base'
     with pytest.raises(ActError, match='maths-en-hard-4'):
         trainings_of(tmp_path, ['maths-en'], [4], 'hard')
     with pytest.raises(ActError, match='no recipe'):

@@ -31,26 +31,28 @@ ABILITIES = {  # recipe -> direction -> abilities
     'maths-en': dict(recovering=('lab/science-zh', 'lab/arithmetic-zh'), acquiring=('lab/multiplication-en',)),
     'science-zh': dict(recovering=('lab/science-en', 'lab/arithmetic-en'), acquiring=('lab/chemistry-zh',)),
     'swahili': dict(
-        recovering=('lab/science-el', 'lab/arithmetic-el'), acquiring=('lab/multiplication-sw', 'lab/chemistry-sw')
+        recovering=('lab/science-el', 'lab/arithmetic-zh'), acquiring=('lab/multiplication-sw', 'lab/chemistry-sw')
     ),
 }
 
 # %% ../../nbs/46_direction.ipynb #46-trainings-of
 def trainings_of(
-    models,  # folder with trained specialists RECIPE-GRADE-SEED, and a base if it is not the shipped one
+    models,  # folder with trained specialists, as `act_lab --train` names them, and a base if it is not the shipped one
     recipes,  # keys of ABILITIES
     seeds,  # of the trainings
     grade: str = 'medium',  # of the training: mild, medium or hard
+    family: str = 'untied-',  # of the lab: 'untied-', or '' for the tied one
 ) -> list:  # of dicts: name, recipe, grade, seed, specialist, base; raises ActError when one is not there
     "Where the specialists of some trainings are; the first one of grade medium ships with the package."
     models, out = Path(models), []
-    base = str(models / 'base') if (models / 'base').is_dir() else 'lab/base'
+    base = f'{family}base'
+    base = str(models / base) if (models / base).is_dir() else f'lab/{base}'
     for recipe in recipes:
         if recipe not in ABILITIES:
             raise ActError(f"no recipe is called {recipe!r}: choose one of {', '.join(ABILITIES)}")
         for seed in seeds:
-            name = f'{recipe}-{grade}-{seed}'
-            shipped = f'lab/{recipe}' if (grade, seed) == ('medium', 1) else None
+            name = f'{family}{recipe}-{grade}-{seed}'
+            shipped = f'lab/{family}{recipe}' if (grade, seed) == ('medium', 1) else None
             place = str(models / name) if (models / name).is_dir() else shipped
             if place is None:
                 raise ActError(f"there is no folder {name} in {models}: train it with act_lab --train --models {name}")
