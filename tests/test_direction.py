@@ -175,9 +175,9 @@ def test_what_is_no_record(tmp_path):
 
 
 def test_trainings_are_found_by_name(tmp_path):
-    (tmp_path / 'maths-en-hard-3').mkdir()
+    (tmp_path / 'untied-maths-en-hard-3').mkdir()
     found = trainings_of(tmp_path, ['maths-en'], [3], 'hard')[0]
-    assert found['specialist'] == str(tmp_path / 'maths-en-hard-3')
+    assert found['specialist'] == str(tmp_path / 'untied-maths-en-hard-3')
     assert found['base'] == 'lab/untied-base'
     with pytest.raises(ActError, match='maths-en-hard-4'):
         trainings_of(tmp_path, ['maths-en'], [4], 'hard')
