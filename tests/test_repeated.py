@@ -26,7 +26,9 @@ def test_the_sets_contain_each_other_and_have_the_sizes_asked_for(family, tokeni
 def test_every_step_begins_where_the_last_one_moved_to(tokenizer):
     target, donor = pair_of('llama3')
     found = attribute_repeatedly(target, donor, ABILITY, tokenizer, OTHER, mu=2.0, sizes=SIZES[:2], **OPTIONS)
-    first = top_p(trade_aware(*(attribute(target, donor, a, tokenizer, **OPTIONS) for a in (ABILITY, OTHER)), 2.0), 0.02)
+    first = top_p(
+        trade_aware(*(attribute(target, donor, a, tokenizer, **OPTIONS) for a in (ABILITY, OTHER)), 2.0), 0.02
+    )
     assert top_p(found, 0.02) == first
     moved = transfer(target, donor, first, check=False)
     again = trade_aware(*(attribute(moved, donor, a, tokenizer, **OPTIONS) for a in (ABILITY, OTHER)), 2.0).flat()
