@@ -56,8 +56,7 @@ def trainings_of(
             place = str(models / name) if (models / name).is_dir() else shipped
             if place is None:
                 raise ActError(f"there is no folder {name} in {models}: train it with act_lab --train --models {name}")
-            about = dict(name=name, recipe=recipe, grade=grade, seed=seed)
-            out.append(dict(**about, specialist=place, base=base))
+            out.append(dict(name=name, recipe=recipe, grade=grade, seed=seed, specialist=place, base=base))
     return out
 
 # %% ../../nbs/46_direction.ipynb #46-training
