@@ -69,18 +69,18 @@ def attribute_repeatedly(
     if isinstance(retained, ChannelData):
         raise ActError(f"retained is a {retained.noun}: give the ability itself, each step attributes it anew")
     abilities = [load_ability(a, 'localize') for a in (ability, retained) if a is not None]
-    if check and not any(isinstance(m, torch.nn.Module) for m in (target, donor)):
+    if check:
         check_pair(target, donor, texts=[o.prompt + o.answer for a in abilities for o in a], special=not chat)
     pair = [(m, None) if isinstance(m, torch.nn.Module) else load_model(m, device=device) for m in (target, donor)]
     (target, ours), (donor, theirs) = pair
     cm, chosen, steps = channels_of(target, tied), [], []
     differing, taken = int((weight_scores(target, donor, tied=tied).flat() > 0).sum()), torch.zeros(cm.total).bool()
     options = dict(points=points, batch_tokens=batch_tokens, max_length=max_length, chat=chat, eos=eos, tied=tied)
+    options |= dict(check=False, progress=progress)
     counts = sorted({max(1, round(p * cm.total)) for p in sizes})  # as `top_p` counts
     for count in counts:
         model = transfer(target, donor, ChannelMask.from_flat(taken, cm), check=False) if chosen else target
-        now = dict(options, check=check and not steps, progress=progress)
-        scores, nats, known = step_scores(model, donor, abilities, tokenizer or ours or theirs, mu, **now)
+        scores, nats, known = step_scores(model, donor, abilities, tokenizer or ours or theirs, mu, **options)
         steps.append((nats, known))
         chosen += best_of(scores, taken, count - len(chosen)).tolist()
         taken[chosen] = True
