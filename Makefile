@@ -49,7 +49,7 @@ docs: setup  ## the Quarto site in _docs
 	touch README.md  # nbdev would write it anew with Quarto when it is older than nbs/index.ipynb
 	$(BIN)/nbdev_docs
 
-lab: setup  ## retrain the lab family from scratch (about half an hour on 2 cores)
+lab: setup  ## train the shipped lab models again (about an hour on 2 cores)
 	$(BIN)/act_lab --train --out runs/lab
 
 smollm2: setup  ## the SmolLM2 run from the shipped adapters

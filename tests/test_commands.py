@@ -372,6 +372,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, files, line, words):
         'act_findings --finding stability --out {t}/x',
         'act_baselines --out {t}/x',
         'act_merge --out {t}/x',
+        'act_sizes --models {t}/family --recipes swahili --seeds 2 --out {t}/x',
         'act_recipe run --recipe lab-recover --out {t}/x',
         'act_tasks --ability lab/science-zh --out {t}/x',
         'act_explore --out {t}/x.html',
@@ -386,6 +387,7 @@ def test_a_dry_run_checks_and_says_and_leaves_nothing(run, files, line, monkeypa
     monkeypatch.setenv('ACT_DATA', str(t))
     monkeypatch.setenv('ACT_CACHE', str(t / 'cache'))
     shutil.copytree(lab_path('maths-en'), t / 'plain')
+    (t / 'family' / 'swahili-medium-2').mkdir(parents=True)
     before, here = tree(t), sorted(os.listdir('.'))
     code, out, err = run(f'{line.format(t=t)} --dry_run')
     assert (code, err) == (0, ''), err

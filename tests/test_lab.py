@@ -5,16 +5,7 @@ from act.fingerprints import weight_hash
 from act.loading import load_model
 from act.kit.errors import ActError
 from act.zoo.lab import BASIC, LANGUAGES, SPLITS, lab_abilities, lab_ability
-from act.zoo.lab_training import (
-    LAB_RECIPES,
-    describe,
-    lab_manifest,
-    lab_models,
-    lab_path,
-    lab_scores,
-    stream,
-    train_lab,
-)
+from act.zoo.lab_training import describe, lab_manifest, lab_models, lab_path, lab_recipe, lab_scores, stream, train_lab
 
 
 def entities(split, skill):
@@ -73,7 +64,7 @@ def test_word_problems_are_right():
 def test_weights_are_those_of_the_manifest_and_small():
     m, total = lab_manifest()['models'], 0
     assert list(m) == lab_models()
-    assert len(m) >= 5
+    assert len(m) >= 9
     for name, d in m.items():
         size = sum(f.stat().st_size for f in lab_path(name).iterdir())
         total += size
@@ -93,9 +84,36 @@ def test_the_recorded_scores_keep_the_promises():
     assert m.loc['base', basic].min() >= 0.9
     assert len(basic) == 12
     for name in lab_models()[1:]:
-        change, own = m.loc[name] - m.loc['base'], list(LAB_RECIPES[name]['mix'])
+        recipe = lab_recipe(name)
+        if recipe['start'] is None:
+            assert m.loc[name, basic].min() >= 0.9
+            continue
+        change, own = m.loc[name] - m.loc[recipe['start']], list(recipe['mix'])
         assert change[own].max() >= 0.3, name
         assert change[basic].min() <= -0.3, name
+
+
+def test_a_name_says_how_a_model_is_trained():
+    assert lab_recipe('maths-en') == lab_recipe('maths-en-medium-1')
+    mild, hard = (lab_recipe(f'swahili-{grade}-3') for grade in ('mild', 'hard'))
+    assert hard['lr'] == 4 * mild['lr']
+    assert mild['seed'] == 3
+    assert lab_recipe('untied-maths-en-mild-2')['start'] == 'untied-base'
+    assert lab_recipe('base')['tied']
+    assert not lab_recipe('untied-base')['tied']
+    for name in ('maths-en-soft-1', 'maths-en-mild', 'maths-en-mild-0', 'untied', 'nobody'):
+        with pytest.raises(ActError, match='RECIPE-GRADE-SEED'):
+            lab_recipe(name)
+
+
+def test_a_model_is_tied_unless_its_name_says_otherwise():
+    for name in lab_models():
+        assert load_model(lab_path(name))[0].config.tie_word_embeddings != name.startswith('untied-')
+
+
+def test_another_seed_draws_other_items_in_another_order():
+    first, second = ([o.id for o in stream({'multiplication-en': 1}, 20, f'{seed} 0')] for seed in (1, 2))
+    assert first != second
 
 
 def test_a_recorded_score_is_what_the_weights_give():
@@ -126,6 +144,9 @@ def test_smoke_training_makes_a_family(tmp_path):
     assert weight_hash(a) == m['base']['weights'] != m['science-zh']['weights'] == weight_hash(b)
     again = train_lab(tmp_path / 'again', ('base',), smoke=True, progress=False)
     assert again['base']['weights'] == m['base']['weights']
+    more = train_lab(tmp_path / 'lab', ('maths-en-hard-2',), smoke=True, progress=False)['maths-en-hard-2']
+    assert more['recipe']['start'] == 'base'
+    assert list(lab_manifest(tmp_path / 'lab')['models']) == ['base', 'science-zh', 'maths-en-hard-2']
     with pytest.raises(ActError, match='exists already'):
         train_lab(tmp_path / 'lab', ('base',), smoke=True)
 

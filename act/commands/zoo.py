@@ -22,26 +22,31 @@ def as_json(obj) -> str:
 @command(page='40_lab', note=NOTE)
 def act_lab(
     json: bool = False,  # print the score matrix as JSON
-    train: bool = False,  # train the family from scratch
+    train: bool = False,  # train the models that ship, or those that --models names
     out: str = None,  # folder to create, for --train
-    models: str = None,  # some of the models, separated by commas
+    models: str = None,  # names separated by commas: of shipped models, or RECIPE-GRADE-SEED for --train
     smoke: bool = False,  # a tiny version of --train, to test the machinery
     measure: bool = False,  # measure the shipped weights again instead of reading the manifest
     hidden: int = 128,  # width of a new base, for --train
+    device: str = None,  # for --train: cpu, cuda, ...
 ):
-    "Show what each lab model knows, or train the family again: `act_lab`; `act_lab --train --out runs/lab`"
+    """Show what each lab model knows, or train models of the family:
+
+    `act_lab`
+    `act_lab --train --models base,maths-en-hard-3 --out runs/lab`
+    """
     import pandas as pd
     from act.zoo.lab import lab_abilities
-    from act.zoo.lab_training import describe, lab_manifest, lab_path, train_lab
+    from act.zoo.lab_training import describe, lab_manifest, lab_path, lab_recipe, train_lab
 
     names = tuple(models.split(',')) if models else None
     for n in names or ():
-        lab_path(n)
+        (lab_recipe if train else lab_path)(n)
     if train:
         if not out:
             raise ActError("act_lab --train needs --out, a folder to write to")
         try:
-            scores = {n: d['scores'] for n, d in train_lab(out, names, smoke, hidden=hidden).items()}
+            scores = {n: d['scores'] for n, d in train_lab(out, names, smoke, hidden=hidden, device=device).items()}
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"the models that are in {out} are done, name the others with --models to go on"

@@ -209,8 +209,8 @@ def findings(
             out.append(f"**{row}**, {what}: {'; '.join(parts)}.")
     if beaten and differs:
         out.append(
-            "That some rivals do better contradicts the paper, which finds the channels of largest activation"
-            f" difference to be the ones that matter. {differs}"
+            "That some rivals do better does not fit the paper's rule, by which the channels of largest activation"
+            f" difference are the ones that matter. {differs}"
         )
     return '\n\n'.join(out)
 
