@@ -134,7 +134,7 @@ def _whole(name, text):
 # %% ../../nbs/87_commands_studies.ipynb #87-sizes
 @command(page='58_equal_sizes', note=NOTE)
 def act_sizes(
-    models: str,  # folder of the trainings: maths-en-medium-1 and so on, and base unless it is the lab's
+    models: str,  # folder of the trainings: untied-maths-en-medium-1 and so on, and untied-base unless it is the lab's
     out: str,  # folder to write to, one file for each training and skill; OUT.json joins them
     recipes: str = 'maths-en,science-zh,swahili',  # what the specialists were trained as, separated by commas
     grade: Literal['mild', 'medium', 'hard'] = 'medium',  # mild, medium or hard: how far they were trained

@@ -19,6 +19,7 @@ from ..scores import ChannelScores
 from .bench import Bench, draw_items
 from .cases import Case, case_named
 from .concentration import noise_twin
+from .doses import largest
 from .gates import learn_gates
 from ..transfer import transfer
 
@@ -34,12 +35,10 @@ def exactly(
     without=(),  # kinds of module that are left out
 ) -> ChannelMask:  # fewer channels only where so few are left
     "The channels that rank first, as many as `p` of all channels are."
-    flat = (scores.normalised() if rank == 'module' else scores).flat()
-    ranked = torch.cat([torch.full((m.width,), m.kind not in without) for m in scores.map]).nonzero()[:, 0]
-    order = ranked[flat[ranked].argsort(descending=True, stable=True)]
-    mask = torch.zeros(len(flat), dtype=torch.bool)
-    mask[order[: max(1, round(p * len(flat)))]] = True
-    return ChannelMask.from_flat(mask, scores.map, {**scores.meta, 'p': p, 'rank': rank})
+    among = torch.cat([torch.full((m.width,), m.kind not in without) for m in scores.map])
+    mask = largest(scores.normalised() if rank == 'module' else scores, p, among)
+    mask.meta = {**scores.meta, 'p': p, 'rank': rank}
+    return mask
 
 # %% ../../nbs/44_choices.ipynb #44-ranked
 class Ranked(Bench):

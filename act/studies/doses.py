@@ -26,13 +26,16 @@ DOSES = 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0  # shares of all c
 def largest(
     scores: ChannelScores,  # of every channel, signed or not
     dose: float,  # share of all channels, above 0 and at most 1
-) -> ChannelMask:  # raises ActError for an impossible dose
+    among=None,  # (channels,) bool: those that may be chosen; all by default
+) -> ChannelMask:  # fewer channels only where so few may be chosen; raises ActError for an impossible dose
     "The channels with the largest scores, whatever their sign; ties go by the order of channels."
     if not 0 < dose <= 1:
         raise ActError(f"the dose is {dose}: it is a share of all channels, above 0 and at most 1")
-    flat = scores.flat()
-    chosen = torch.zeros(len(flat), dtype=torch.bool)
-    chosen[flat.argsort(descending=True, stable=True)[: max(1, round(dose * len(flat)))]] = True
+    flat, chosen = scores.flat(), torch.zeros(scores.map.total, dtype=torch.bool)
+    ranked = flat.argsort(descending=True, stable=True)
+    if among is not None:
+        ranked = ranked[among[ranked]]
+    chosen[ranked[: max(1, round(dose * len(flat)))]] = True
     return ChannelMask.from_flat(chosen, scores.map, {**scores.meta, 'p': dose})
 
 # %% ../../nbs/48_doses.ipynb #48-orders-code
