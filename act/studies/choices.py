@@ -135,7 +135,7 @@ class Choice:
     make: Callable  # (Ranked, p, draw) -> model
     sizes: tuple = None  # the only sizes that it is made for; any by default
     tuned: bool = True  # whether it is also measured after the light fine-tuning
-    draws: int = 1  # how many models of each size, by chance
+    draws: int = 1  # how many models of each size, by chance; one is fine-tuned
 
     def of(self, sizes) -> list:
         "Those of the sizes that it is made for."
@@ -218,5 +218,5 @@ def models_of(
         choice = case_named(row, CHOICES, 'row')
         after = choice.of((0, *tuned)) if tuned and choice.tuned else []
         tries = [(p, False) for p in choice.of((0, *sizes))] + [(p, True) for p in after]
-        out += [(row, p, draw, sft) for p, sft in tries for draw in range(choice.draws)]
+        out += [(row, p, draw, sft) for p, sft in tries for draw in range(1 if sft else choice.draws)]
     return out

@@ -120,16 +120,16 @@ def _words(numbers, signed=False):
 
 
 def judge_claim(result, size, share, lost, more):  # for `Rule.judge`
-    """Holds when the share, the loss and both differences (from random and from the noise twin) keep their limits and
-    both intervals exclude zero; in part when only the intervals do."""
+    """Holds when the share, the loss and the differences from random and from the noise twin keep their limits and
+    the row is above both, and above fine-tuning on the items, beyond the interval; in part when it is above both."""
     back, cost = (interval(result.find(RULED, size, column=c)) for c in ('recovered', 'retained'))
     gaps = {o: result.gap(RULED, o, size) for o in ('random', 'noise twin (trade-aware)', TUNED_ROW)}
     nulls = [gaps[o] for o in ('random', 'noise twin (trade-aware)')]
     beyond = all(low > 0 for _, low, _ in nulls)
-    whole = beyond and back[0] >= share and cost[0] <= lost and min(value for value, *_ in nulls) >= more
+    kept = back[0] >= share and cost[0] <= lost and min(value for value, *_ in nulls) >= more
     said = ', '.join(f'{_words(d, True)} from *{o}*' for o, d in gaps.items())
     words = f'*{RULED}* brings back {_words(back)} % and loses {_words(cost)} points; its share differs by {said}'
-    return whole, beyond, words
+    return beyond and kept and gaps[TUNED_ROW][1] > 0, beyond, words
 
 
 def judge_rule(result, size, more):  # for `Rule.judge`
@@ -174,7 +174,7 @@ RULES = dict(
     claim=Rule(
         '{size} of the channels, chosen causally, bring back at least {share} % of what was lost, lose at most {lost}'
         ' points of the retained ability, and bring back at least {more} points more than random channels and than a'
-        ' noise twin',
+        ' noise twin, and more than fine-tuning on the same items',
         dict(size=0.02, share=50, lost=5, more=20),
         judge_claim,
     ),
