@@ -21,15 +21,14 @@ def act_findings(
     finding: str,  # concentration, disentanglement, sufficiency, stability or weights
     out: str,  # result file (JSON) to write
     family: str = 'lab',  # lab or smollm2
-    models: str = None,  # folder of a lab pair of another width, instead of a family
 ):
     "Measure one of the paper's findings: `act_findings --finding concentration --family lab --out concentration.json`"
     from act.pairs import check_pair
     from act.sources import load_ability
-    from act.studies.findings import STUDIES, find_family, find_study, of_width
+    from act.studies.findings import STUDIES, find_family, find_study
 
     study = find_study(finding)
-    fam = of_width(models) if models else find_family(family)
+    fam = find_family(family)
     for pair in fam.pairs:
         check_pair(*pair)
     for a in fam.abilities:
@@ -44,13 +43,7 @@ def act_findings(
     print(f'{result!r}\n-> {out}')
     names = list(STUDIES)
     if later := names[names.index(finding) + 1 :]:
-        next_step(
-            'act_findings',
-            finding=later[0],
-            family=None if models else family,
-            models=models,
-            out=beside(out, f'{later[0]}.json'),
-        )
+        next_step('act_findings', finding=later[0], family=family, out=beside(out, f'{later[0]}.json'))
 
 # %% ../../nbs/87_commands_studies.ipynb #87-seeds
 def _seeds(n):

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TOPS', 'CONDITIONS', 'CONCENTRATION', 'top_mass', 'gini', 'participation', 'ccdf', 'concentration', 'noise_twin',
-           'plot_ccdf', 'null_statistics', 'layer_cells', 'versus', 'judge_concentration', 'explain_concentration',
-           'measure_concentration', 'by_size']
+           'plot_ccdf', 'tail', 'score_statistics', 'null_statistics', 'layer_cells', 'kind_text', 'versus',
+           'attribution_stands_out', 'judge_concentration', 'score_text', 'explain_concentration',
+           'measure_concentration']
 
 # %% ../../nbs/51_concentration.ipynb #51-imports
 import copy
@@ -16,10 +17,22 @@ import pandas as pd
 from matplotlib.ticker import LogLocator
 from ..kit.processes import bar
 from ..masks import top_p
-from ..scores import ChannelScores
+from ..scores import ChannelScores, weight_scores
 from ..stats import interval_text
 from .figures import RANKS, WIDTH
-from .findings import Estimates, Finding, Study, collect, judgement, load_pair, side_of
+from act.studies.findings import (
+    Estimates,
+    Finding,
+    Study,
+    attributed,
+    collect,
+    exceeds,
+    judgement,
+    load_pair,
+    row_of,
+    sample_items,
+    side_of,
+)
 
 # %% ../../nbs/51_concentration.ipynb #20-009
 def top_mass(
@@ -117,6 +130,38 @@ def plot_ccdf(
     axes[0].legend()
     return axes
 
+# %% ../../nbs/51_concentration.ipynb #51-tail
+def tail(
+    x,  # channel scores
+) -> float:  # 1: no channel stands out
+    "The largest score as a multiple of the 99th percentile."
+    x = np.asarray(x, float)
+    return float(x.max() / np.quantile(x, 0.99))
+
+# %% ../../nbs/51_concentration.ipynb #51-scores
+def score_statistics(
+    fam,  # a Family
+    target,  # model in memory
+    donor,  # model in memory
+    tok,  # tokenizer of both
+    seeds=(0, 1, 2),  # of items and noise
+) -> pd.DataFrame:  # score, condition, statistic (top_2, tail), value, low, high (range of the seeds)
+    "Concentration of activation difference, weight change and attribution, for the pair and for noise as donor."
+    found = Estimates('score', 'condition', 'statistic')
+    for seed in seeds:
+        items = sample_items(fam, fam.focus[0], seed)
+        for name, other in {'pair': donor, 'noise twin': noise_twin(target, donor, seed)}.items():
+            (acts,) = collect(fam, target, other, tok, fam.focus[:1], seed).values()
+            scores = {
+                'activation difference': acts.pool(),
+                'weight change': weight_scores(target, other),
+                'attribution': attributed(fam, target, other, tok, items),
+            }
+            for score, s in scores.items():
+                x = s.flat().clamp(min=0)
+                found.add(dict(top_2=top_mass(x, 0.02), tail=tail(x)), score, name)
+    return found.table()
+
 # %% ../../nbs/51_concentration.ipynb #20-032
 def null_statistics(
     fam,  # a Family
@@ -169,6 +214,18 @@ def layer_cells(
         )
     return pd.DataFrame(out)
 
+# %% ../../nbs/51_concentration.ipynb #51-kind
+def kind_text(
+    cells: pd.DataFrame,  # from `layer_cells`
+) -> str:
+    "The kind of module that has most of the raw mask, beside its share of all channels."
+    sums = cells.assign(raw=cells.raw * cells.channels).groupby('kind', sort=False)[['raw', 'channels']].sum()
+    shares = 100 * sums / sums.sum()
+    kind = shares.raw.idxmax()
+    raw, channels = shares.raw[kind], shares.channels[kind]
+    text = f'{raw:.0f} % of the raw top 5 % are {kind} channels, which are {channels:.0f} % of all'
+    return f'{text}: the raw ranking is mostly about one kind of module' if raw > 50 else text
+
 # %% ../../nbs/51_concentration.ipynb #20-039
 def versus(
     stats: pd.DataFrame,  # from `null_statistics`
@@ -181,47 +238,84 @@ def versus(
     sides = ['' if name == 'pair' else side_of(means.loc['pair'], r) for name, r in means.iterrows()]
     return means.assign(pair_is=sides).reset_index()
 
+# %% ../../nbs/51_concentration.ipynb #51-stands
+def attribution_stands_out(
+    f,  # a Finding of CONCENTRATION
+) -> bool:  # False where it was not measured
+    "Whether the top 2 % hold more of the attribution than of that of noise."
+    if 'scores' not in f.tables:
+        return False
+    pair, twin = (
+        row_of(f.tables['scores'], score='attribution', condition=c, statistic='top_2') for c in ('pair', 'noise twin')
+    )
+    return exceeds(pair, twin)
+
 # %% ../../nbs/51_concentration.ipynb #20-042
 def judge_concentration(
     f: Finding,  # of CONCENTRATION
 ) -> tuple:  # (one of JUDGEMENTS, the numbers behind it)
-    """Holds when the top 5 % hold at least half of the sum, and more than in the noise twin; in part when either is so
-    in one ranking."""
+    """Least effect: 5 % of the sum. Null: the noise twin. Holds when the top 5 %, ranked raw, hold more of the summed
+    difference than in the twin by the least effect, intervals apart; in part when only the module-normalised do, or
+    the top 2 % of the attribution."""
     rows = {r: versus(f.tables['statistics'], 'top_5', r).set_index('condition') for r in RANKS}
-    half = [d.value['pair'] >= 0.5 for d in rows.values()]
-    above = [d.pair_is['noise twin'] == 'above' for d in rows.values()]
+    above = {r: exceeds(d.loc['pair'], d.loc['noise twin']) for r, d in rows.items()}
     text = '; '.join(
         f"{RANKS[r]} {interval_text(d.loc['pair'], 100, 1)} (noise twin {interval_text(d.loc['noise twin'], 100, 1)})"
         for r, d in rows.items()
     )
-    word = judgement(any(h and a for h, a in zip(half, above)), any(half + above))
-    return word, f'% of the sum in the top 5 %: {text}'
+    return judgement(above['raw'], above['module'] or attribution_stands_out(f)), f'% of the sum in the top 5 %: {text}'
+
+# %% ../../nbs/51_concentration.ipynb #51-score-text
+def score_text(
+    f: Finding,  # of CONCENTRATION
+) -> str:
+    "The other scores in words: their top and tail, and whether attribution is more concentrated than that of noise."
+    if 'scores' not in f.tables:
+        return 'weight change and attribution were not measured'
+    table, parts = f.tables['scores'], []
+
+    def at(score, condition, statistic):
+        return row_of(table, score=score, condition=condition, statistic=statistic)
+
+    def both(score, statistic, scale=1):
+        pair, twin = (interval_text(at(score, c, statistic), scale, 1) for c in ('pair', 'noise twin'))
+        return f'{pair} (noise twin {twin})'
+
+    for score in table.score.unique():
+        top = f"{score}: top 2 % hold {both(score, 'top_2', 100)} %"
+        parts.append(f"{top}, largest over 99th percentile {both(score, 'tail')}")
+    last = (
+        'attribution is more concentrated than that of noise'
+        if attribution_stands_out(f)
+        else 'the attribution of noise is as concentrated, so concentration alone proves nothing'
+    )
+    return f"{'; '.join(parts)}; {last}"
 
 # %% ../../nbs/51_concentration.ipynb #51-explain
 def explain_concentration(
     f: Finding,  # of CONCENTRATION
 ) -> tuple:  # (what was measured, why it may differ)
     "The finding in words, generated from the numbers."
-    parts, half = [], []
+    parts, above = [], False
     lies = dict(above='the pair is above', below='the pair is below', overlaps='the intervals overlap')
     for r, name in RANKS.items():
         d = versus(f.tables['statistics'], 'top_5', r).set_index('condition')
         pair, nulls = d.loc['pair'], d.drop('pair')
         text = '; '.join(f'{k} {interval_text(v, 100, 1)}, {lies[v.pair_is]}' for k, v in nulls.iterrows())
-        half.append(pair.value >= 0.5)
+        above = above or exceeds(pair, nulls.loc['noise twin'])
         parts.append(
             f'{name}: the top 5 % of channels hold {interval_text(pair, 100, 1)} % of the summed difference ({text})'
         )
-    why = (
-        'the top 5 % hold more than half here too'
-        if all(half)
-        else (
-            'the top 5 % hold less than half. These models are smaller than those of the paper, whose own statistic is'
-            ' not known to us; and a share of the sum counts all differences, while the paper speaks of those that'
-            ' matter'
-        )
+    seen = (
+        'the difference is more concentrated than that of noise'
+        if above
+        else 'what concentration there is, noise of the same size has too, or nearly'
     )
-    return '; '.join(parts), why
+    why = (
+        f"{seen}. These models are smaller than those of the paper, whose own statistic is not known to us; and a share"
+        " of the sum counts all differences, while the paper speaks of those that matter"
+    )
+    return f"{'; '.join(parts)}. {kind_text(f.tables['cells'])}. {score_text(f)}", why
 
 # %% ../../nbs/51_concentration.ipynb #20-037
 def measure_concentration(
@@ -234,7 +328,8 @@ def measure_concentration(
     target, donor, tok = load_pair(fam)
     stats, curves = null_statistics(fam, target, donor, tok, seeds, resamples, progress)
     (focus,) = collect(fam, target, donor, tok, fam.focus[:1], seeds[0]).values()
-    tables = dict(statistics=stats, curves=curves, cells=layer_cells(focus.pool()))
+    scores = score_statistics(fam, target, donor, tok, seeds)
+    tables = dict(statistics=stats, curves=curves, cells=layer_cells(focus.pool()), scores=scores)
     return tables, dict(seeds=list(seeds), resamples=resamples)
 
 
@@ -245,14 +340,3 @@ CONCENTRATION = Study(
     judge_concentration,
     explain_concentration,
 )
-
-# %% ../../nbs/51_concentration.ipynb #20-046
-def by_size(
-    findings: list,  # of one kind, on families of several widths
-    statistic: str = 'top_5',  # of `concentration`
-) -> pd.DataFrame:  # family, rank, condition, value, low, high
-    "One statistic of several families, averaged over abilities."
-    rows = [
-        versus(f.tables['statistics'], statistic, r).assign(family=f.family, rank=r) for f in findings for r in RANKS
-    ]
-    return pd.concat(rows)

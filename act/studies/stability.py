@@ -143,7 +143,7 @@ def measure_stability(
     tables = dict(
         curve=pd.DataFrame(curve), words=pd.DataFrame(words), trainings=agree, learned=held, profiles=profiles(first, p)
     )
-    return tables, dict(seeds=list(seeds), resamples=resamples, p=p, training=TRAININGS[fam.kind])
+    return tables, dict(seeds=list(seeds), resamples=resamples, p=p, training=TRAININGS[fam.name])
 
 # %% ../../nbs/55_stability.ipynb #55-above
 def above_noise(

@@ -70,10 +70,10 @@ def bench_of(
 ) -> Bench:  # raises ActError when no recover case belongs to the family
     "The recover case of a family's first pair, with only the abilities to recover and to retain."
     fam = find_family(fam)
-    if fam.kind not in CASES:
+    if fam.name not in CASES:
         raise ActError(f"no recover case belongs to the family {fam.name}: choose one of {', '.join(CASES)}")
-    case, (target, donor) = CASES[fam.kind], fam.pairs[0]
-    n = n or (60 if fam.kind == 'lab' else case.n)
+    case, (target, donor) = CASES[fam.name], fam.pairs[0]
+    n = n or (60 if fam.name == 'lab' else case.n)
     return Bench(replace(case, target=target, donor=donor, others=(), n=n), progress=False)
 
 
@@ -172,7 +172,7 @@ def measure_sufficiency(
     progress: bool = False,  # show a bar
 ) -> tuple:  # (tables, settings)
     "Response against dose, for sufficiency and necessity, with lam as a second axis."
-    ps = ps or (DOSES if fam.kind == 'lab' else (0.01, 0.05, 0.1, 0.25, 1.0))
+    ps = ps or (DOSES if fam.name == 'lab' else (0.01, 0.05, 0.1, 0.25, 1.0))
     bench, normalised = bench_of(fam, n), {'top, module': ORDERS['top, module']}
     measured = doses(bench, ps=ps, seeds=seeds, progress=progress)
     large = [p for p in ps if p >= 0.05]

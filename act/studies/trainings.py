@@ -93,7 +93,7 @@ def wording_agreement(
     Two samples of one wording share no items; samples of two wordings of equal length are taken at the same positions.
     """
     fam = find_family(fam)
-    relations, rows, scores = WORDINGS[fam.kind], [], {}
+    relations, rows, scores = WORDINGS[fam.name], [], {}
     for wording in {w: None for two in relations.values() for w in two}:
         items = wording.items(4 * n)
         scores[wording] = localize_items(target, donor, items, tok, max_length=fam.max_length, progress=False)
@@ -142,7 +142,7 @@ def specialist(
     "Train a specialist from the donor."
     if change not in CHANGES:
         raise ActError(f"no training is called {change!r}: choose one of {', '.join(CHANGES)}")
-    options = dict(TRAININGS[find_family(fam).kind])
+    options = dict(TRAININGS[find_family(fam).name])
     options.update(CHANGES[change](options))
     pool = load_ability(options.pop('ability'), 'train')
     half = pool.sample(len(pool))[options.pop('half', 0) :: 2]
@@ -157,7 +157,7 @@ def learned(
 ) -> pd.DataFrame:  # name, loss (nats per answer token), difference from the donor's, low, high (95 %)
     "Loss of every model on held-out items of the trained ability, and its paired difference from the donor's."
     fam = find_family(fam)
-    ability = load_ability(TRAININGS[fam.kind]['ability'], 'validation', 4 * fam.items)
+    ability = load_ability(TRAININGS[fam.name]['ability'], 'validation', 4 * fam.items)
 
     def loss(model):
         items = evaluate(model, ability, tok, batch_size=8, max_length=fam.max_length, progress=False).items

@@ -189,7 +189,7 @@ def measure_weights(
     for (name, k), rows in spread.groupby(['pair', 'ranking'], sort=False):
         parts.append(dict(pair=name, ranking=k, **effects(rows)))
     bench = bench_of(fam, n)
-    ps = ps or ((0.02, 0.05, 0.1, 0.2) if fam.kind == 'lab' else (0.05, 0.25))
+    ps = ps or ((0.02, 0.05, 0.1, 0.2) if fam.name == 'lab' else (0.05, 0.25))
     orders = ranking_orders(bench, seeds)
     measured = doses(bench, orders, ps, seeds, directions=('sufficiency',), progress=progress)
     tables = dict(
