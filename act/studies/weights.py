@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RANKINGS', 'WEIGHTS', 'weight_rankings', 'rankings', 'correlations', 'ranking_agreement', 'own_share', 'effects',
-           'ranking_orders', 'agreement_by_ability', 'measure_weights', 'averaged', 'judge_weights', 'agreement_text',
-           'explain_weights']
+           'effects_by_chance', 'ranking_orders', 'agreement_by_ability', 'measure_weights', 'averaged',
+           'judge_weights', 'agreement_text', 'explain_weights']
 
 # %% ../../nbs/57_activation_vs_weight.ipynb #57-imports
 import numpy as np
@@ -22,8 +22,8 @@ from ..sources import load_ability
 from ..stats import METRICS, interval_text
 from .concentration import noise_twin
 from .figures import RANKS
-from .findings import Estimates, Finding, Study, judgement, load_pair, row_of
-from .sufficiency import areas, bench_facts, bench_of, doses, responses
+from .findings import LEAST, Estimates, Finding, Study, exceeds, judgement, load_pair, row_of
+from .sufficiency import areas, bench_facts, bench_of, doses, responses, rival_orders
 
 # %% ../../nbs/57_activation_vs_weight.ipynb #24-013
 RANKINGS = 'weight', 'relative weight', 'weight x input', 'own change'
@@ -97,12 +97,21 @@ def effects(
     part = {f: float(variance(value.groupby(names[f]).transform('mean')) / total) for f in names}
     return {**part, 'rest': 1 - sum(part.values())}
 
+# %% ../../nbs/57_activation_vs_weight.ipynb #57-chance
+def effects_by_chance(
+    abilities,  # names, skill-language
+) -> float:  # share of the variance
+    "The share that skill and language together stay below in 95 % of cases when they have no effect."
+    skills, languages = (len(set(part)) for part in zip(*map(skill_language, abilities)))
+    terms, rest = skills + languages - 2, len(abilities) - 1 - (skills + languages - 2)
+    return float(stats.beta.ppf(0.95, terms / 2, rest / 2))
+
 # %% ../../nbs/57_activation_vs_weight.ipynb #24-029
 def ranking_orders(
     bench,  # from `bench_of`
     seeds=(0, 1, 2),  # of localisation items
 ) -> dict:  # name -> function from scores, fraction and seed to a mask, as `doses` takes them
-    "Every ranking, raw and module-normalised, and random channels."
+    "Every ranking, raw and module-normalised, attribution, and random channels."
     weights, rivals = weight_rankings(bench.target, bench.donor), {}
     for s in seeds:
         own, bound = own_items(
@@ -120,6 +129,7 @@ def ranking_orders(
 
     names = 'activation', 'weight', 'weight x input', 'own change'
     out = {f'{k}, {r}': order(k, r) for r in RANKS for k in names}
+    out['attribution'] = rival_orders(bench, seeds)['attribution']
     out['random'] = lambda scores, p, seed: random_mask(top_p(scores, p), seed=seed)
     return out
 
@@ -218,18 +228,23 @@ def averaged(
 def judge_weights(
     f: Finding,  # of WEIGHTS
 ) -> tuple:  # (one of JUDGEMENTS, the numbers behind it)
-    """Holds when the masks of both share more than chance but at most half, and skill and language together carry at
-    least half of the variance of their correlation over abilities; in part when one is so."""
+    """Least effect: 5 % of the mask, 5 % of the variance. Nulls: the noise twin, and skills and languages without
+    effect. Holds when the raw masks of both share at most half, but more than the twin's by the least effect, intervals
+    apart, and skill and language carry more of the variance of their correlation over abilities than chance gives
+    (95th percentile), by the least effect; in part when one is so."""
     both, noise = (
         row_of(averaged(f.tables['agreement']), condition=c, statistic='overlap, raw', ranking='weight')
         for c in ('pair', 'noise twin')
     )
     part = row_of(f.tables['effects'], ranking='weight')
-    true = [f.meta['p'] < both.low and both.high <= 0.5, part.skill + part.language >= 0.5]
+    abilities = f.tables['abilities']
+    chance = effects_by_chance(abilities.ability[abilities.pair == part['pair']].unique())
+    carried = part.skill + part.language
+    true = [exceeds(both, noise) and both.high <= 0.5, carried >= chance + LEAST]
     text = (
         f"% of the top {100 * f.meta['p']:g} % shared, raw: {interval_text(both, 100, 0)} (noise twin"
         f' {interval_text(noise, 100, 0)}); variance of rho with skill {100 * part.skill:.0f} %, with language'
-        f' {100 * part.language:.0f} %'
+        f' {100 * part.language:.0f} % (95 % of chance: below {100 * chance:.0f} %)'
     )
     return judgement(all(true), any(true)), text
 
