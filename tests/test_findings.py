@@ -5,7 +5,7 @@ from itertools import combinations
 from act.abilities import Ability, Item
 from act.sources import load_ability
 from act.channels import ChannelMap, ModuleChannels
-from act.kit.errors import PACKAGE, ActError
+from act.kit.errors import ActError
 from act.fingerprints import weight_hash
 from act.evaluate import evaluate
 from act.commands.studies import act_findings
@@ -26,16 +26,17 @@ from act.studies.figures import RANKS, plot_heat, plot_intervals, save_figure, u
 from act.studies.findings import (
     FAMILIES,
     JUDGEMENTS,
+    LEAST,
     STUDIES,
     Estimates,
     Family,
     Finding,
     collect,
     estimate,
+    exceeds,
     find_family,
     find_study,
     load_pair,
-    of_width,
     recorded,
     row_of,
     side_of,
@@ -217,7 +218,7 @@ SMALL = Family(
 @pytest.mark.parametrize(
     'name, tables',
     [
-        ('concentration', {'statistics', 'curves', 'cells'}),
+        ('concentration', {'statistics', 'curves', 'cells', 'scores'}),
         ('disentanglement', {'summary', 'terms', 'overlaps', 'curve'}),
     ],
 )
@@ -236,7 +237,7 @@ def test_a_small_study_is_whole_and_comes_back(name, tables, tmp_path):
     assert not t.empty
 
 
-@pytest.mark.parametrize('fam', ['lab', 'smollm2', 'lab-32', 'lab-64'])
+@pytest.mark.parametrize('fam', FAMILIES)
 @pytest.mark.parametrize('name', STUDIES)
 def test_recorded_findings_are_whole(name, fam):
     f = recorded(name, fam)
@@ -307,25 +308,27 @@ def test_what_is_refused(tmp_path):
             Finding.load(tmp_path / 'f')
 
 
-def test_bottom_is_the_other_end():
-    s = ChannelScores.from_flat(torch.tensor([5.0, 1.0, 1.0, 4.0, 3.0, 2.0, 9.0, 8.0, 7.0, 6.0]), TEN)
-    assert suf.bottom_p(s, 0.2).flat().nonzero()[:, 0].tolist() == [1, 2]
-    assert suf.bottom_p(s, 1.0).count == 10
+def test_both_ends_of_a_ranking_have_the_size_that_was_asked():
+    s = ChannelScores.from_flat(torch.tensor([5.0, 1.0, 1.0, 4.0, -3.0, 2.0, 9.0, 8.0, 7.0, 6.0]), TEN)
+    assert suf.ranked_p(s, 0.2, last=True).flat().nonzero()[:, 0].tolist() == [2, 4]
+    assert suf.ranked_p(s, 0.2).flat().nonzero()[:, 0].tolist() == [6, 7]
+    assert suf.ranked_p(s, 1.0).count == suf.ranked_p(s, 1.0, last=True).count == 10
     for p in (0.1, 0.3, 0.5, 0.9):
-        assert suf.bottom_p(s, p).count == round(10 * p)
-        assert not (suf.bottom_p(s, p) & top_p(s, 1 - p)).count
+        assert suf.ranked_p(s, p, last=True).count == suf.ranked_p(s, p).count == round(10 * p)
+        assert not (suf.ranked_p(s, p, last=True) & suf.ranked_p(s, 1 - p)).count
 
 
 def test_one_kind_can_be_put_last():
     two = ChannelMap(
         [
-            ModuleChannels('model.embed_tokens', 'embedding', None, 3, (('model.embed_tokens.weight', 1),)),
             ModuleChannels('model.norm', 'norm', None, 3, (('model.norm.weight', 0),)),
+            ModuleChannels('lm_head', 'lm_head', None, 3, (('lm_head.weight', 0),)),
         ],
         tied=None,
     )
-    s = suf.kind_last(ChannelScores.from_flat(torch.tensor([0.0, 0.0, 0.0, 3.0, 2.0, 1.0]), two))
-    assert suf.bottom_p(s, 0.5).flat().tolist() == [False] * 3 + [True] * 3
+    s = ChannelScores.from_flat(torch.tensor([0.0, 0.0, 0.0, 3.0, 2.0, 1.0]), two)
+    assert suf.ranked_p(s, 0.5).flat().tolist() == [False] * 3 + [True] * 3
+    assert suf.ranked_p(suf.kind_last(s), 0.5).flat().tolist() == [True] * 3 + [False] * 3
 
 
 def test_areas_by_hand():
@@ -375,19 +378,26 @@ def test_areas_are_paired_and_zero_against_itself(bench):
 def test_a_small_sufficiency_study_is_whole(tmp_path):
     f = suf.SUFFICIENCY.run('lab', seeds=(0, 1), ps=(0.05, 1.0), lams=(0.5,), n=6)
     again = Finding.load(f.save(tmp_path / 'f.json'))
-    assert set(f.tables) == {'doses', 'areas', 'lams'}
+    assert set(f.tables) == {'doses', 'areas', 'twin', 'lams'}
     assert again.here == f.here
-    assert set(f.tables['doses'].order) == set(suf.ORDERS)
+    assert set(f.tables['doses'].order) == {*suf.ORDERS, 'weight', 'attribution', suf.TWIN}
+    assert set(f.tables['twin'].order) == set(f.tables['doses'].order) - {suf.TWIN}
     assert (again.here, again.why) == (f.here, f.why)
 
 
-def test_other_widths_have_a_case_of_their_own():
-    fam = of_width(PACKAGE / 'models' / 'lab')
-    b = suf.bench_of(fam, n=4)
-    assert fam.kind == 'lab'
-    assert b.case.target.endswith('maths-en')
-    assert b.case.donor.endswith('base')
-    assert len(b.test) == 2
+def test_the_twin_is_moved_channel_by_channel(bench):
+    m = suf.twin_doses(bench, (0.1, 0.2), seeds=(0,))
+    before, after = (m['sufficiency', suf.TWIN, 1.0, p][0] for p in (0.0, 0.2))
+    assert list(before) == list(after)
+    for a, v in bench.values(bench.target, bench.test).items():
+        assert (before[a] == v).all()
+    more = suf.doses(bench, {'random': suf.ORDERS['random']}, (0.1, 0.2), (0,), directions=('sufficiency',))
+    assert set(suf.twin_areas(bench, more | m | {('sufficiency', suf.TWIN, 1.0, 1.0): [after]}).order) == {'random'}
+
+
+def test_rival_orders_have_the_size_that_was_asked(bench):
+    for make in suf.rival_orders(bench, (0,)).values():
+        assert make(bench.scores(0), 0.7, 0).count == suf.ranked_p(bench.scores(0), 0.7).count
 
 
 def test_a_family_without_a_case_is_refused():
@@ -526,7 +536,8 @@ def test_a_small_stability_study_is_whole(monkeypatch, tmp_path):
     monkeypatch.setitem(tra.TRAININGS, 'lab', dict(tra.TRAININGS['lab'], steps=2, batch_size=2))
     f = sta.STABILITY.run(SMALL, seeds=(0, 1), resamples=2)
     again = Finding.load(f.save(tmp_path / 'f.json'))
-    assert set(f.tables) == {'curve', 'words', 'trainings', 'learned', 'profiles'}
+    assert set(f.tables) == {'curve', 'words', 'trainings', 'learned', 'attribution', 'profiles'}
+    assert set(f.tables['trainings']['rank']) == {*RANKS, 'attribution'}
     assert again.here == f.here
     assert {'noise twin', 'another specialist', *tra.CHANGES} - {'reference'} <= set(f.tables['trainings'].name)
     assert list(f.tables['learned'].name) == ['donor', *tra.CHANGES]
@@ -628,9 +639,9 @@ def test_effects_by_hand():
 def test_orders_take_equally_many_channels(bench):
     o = wei.ranking_orders(bench, (0,))
     masks = {k: make(bench.scores(0), 0.1, 0) for k, make in o.items()}
-    assert len(o) == 9
+    assert len(o) == 10
     assert {m.count for m in masks.values()} == {masks['random'].count}
-    assert len({m.hash for m in masks.values()}) == 9
+    assert len({m.hash for m in masks.values()}) == 10
     from act.scores import weight_scores
 
     assert masks['weight, raw'] == top_p(weight_scores(bench.target, bench.donor), 0.1)
@@ -650,62 +661,104 @@ def test_a_small_weights_study_is_whole(tmp_path):
 
 # --- the table of verdicts
 
-est = lambda v, d=0.01: dict(value=v, low=v - d, high=v + d)
+
+def est(v, d=0.01):
+    return dict(value=v, low=v - d, high=v + d)
+
+
+@pytest.mark.parametrize('sign', [1, -1])
+def test_an_effect_must_lie_above_its_null_and_matter(sign):
+    at = lambda v, d: dict(
+        value=sign * v, low=min(sign * (v - d), sign * (v + d)), high=max(sign * (v - d), sign * (v + d))
+    )
+    whole = sign * 2.0
+    assert exceeds(at(0.5, 0.1), at(0.2, 0.1), whole)
+    assert not exceeds(at(0.5, 0.2), at(0.2, 0.2), whole)  # intervals overlap
+    assert not exceeds(at(0.29, 0.01), at(0.2, 0.01), whole)  # too small
+    assert not exceeds(at(0.2, 0.1), at(0.5, 0.1), whole)
+    assert exceeds(at(2 * LEAST + 0.001, 0.01), whole=whole)
+    assert not exceeds(at(0.5, 0.1), whole=0)
+
+
+def scores_of(attribution, noise):
+    rows = [('pair', attribution), ('noise twin', noise)]
+    return pd.DataFrame([dict(score='attribution', condition=c, statistic='top_2', **est(v)) for c, v in rows])
 
 
 @pytest.mark.parametrize(
-    'pair, noise, word',
-    [(0.6, 0.3, 'holds'), (0.6, 0.6, 'in part'), (0.3, 0.2, 'in part'), (0.3, 0.3, 'does not hold')],
+    'raw, module, attribution, word',
+    [
+        (0.6, 0.6, None, 'holds'),
+        (0.54, 0.6, None, 'in part'),
+        (0.54, 0.54, None, 'does not hold'),
+        (0.54, 0.54, 0.9, 'in part'),
+        (0.54, 0.54, 0.5, 'does not hold'),
+    ],
 )
-def test_the_rule_of_concentration(pair, noise, word):
+def test_the_rule_of_concentration(raw, module, attribution, word):
     rows = [
         dict(condition=c, ability='a', rank=r, statistic='top_5', **est(v))
-        for r in ('raw', 'module')
-        for c, v in (('pair', pair), ('noise twin', noise))
+        for r, pair in (('raw', raw), ('module', module))
+        for c, v in (('pair', pair), ('noise twin', 0.5))
     ]
-    assert Finding('concentration', 'lab', dict(statistics=pd.DataFrame(rows)), {}).judgement == word
+    tables = dict(statistics=pd.DataFrame(rows))
+    if attribution:
+        tables['scores'] = scores_of(attribution, 0.5)
+    assert Finding('concentration', 'lab', tables, {}).judgement == word
 
 
 @pytest.mark.parametrize(
-    'far, near, noise, word',
+    'raw, module, word',
     [
-        (0.2, 0.8, 0.4, 'holds'),
-        (0.2, 0.8, 0.2, 'in part'),
-        (0.5, 0.8, 0.9, 'in part'),
-        (0.5, 0.8, 0.5, 'does not hold'),
+        ((0.2, 0.8, 0.4), (0.2, 0.8, 0.4), 'holds'),
+        ((0.7, 0.8, 0.7), (0.2, 0.8, 0.4), 'in part'),
+        ((0.5, 0.8, 0.9), (0.5, 0.8, 0.9), 'in part'),
+        ((0.2, 0.8, 0.24), (0.2, 0.8, 0.24), 'does not hold'),
     ],
 )
-def test_the_rule_of_disentanglement(far, near, noise, word):
-    row = lambda c, r, v: dict(condition=c, variant='module', relation=r, **est(v))
-    t = pd.DataFrame(
-        [
-            row('pair', 'nothing shared', far),
-            row('pair', 'same ability, other items', near),
-            row('noise twin', 'nothing shared', noise),
+def test_the_rule_of_disentanglement(raw, module, word):
+    rows = []
+    for v, (far, near, noise) in dict(raw=raw, module=module).items():
+        rows += [
+            dict(condition='pair', variant=v, relation='nothing shared', **est(far)),
+            dict(condition='pair', variant=v, relation='same ability, other items', **est(near)),
+            dict(condition='noise twin', variant=v, relation='nothing shared', **est(noise)),
         ]
+    assert Finding('disentanglement', 'lab', dict(summary=pd.DataFrame(rows)), dict(p=0.05)).judgement == word
+
+
+def sufficiency_of(metric, all_, twin=None, **orders):
+    "A finding with these differences from random channels, and from the twin; moving everything brings back `all_`."
+    names = {'raw': 'top, raw', 'module': 'top, module', 'attribution': 'attribution'}
+    at = lambda values, d: pd.DataFrame(
+        [dict(direction='sufficiency', order=names[k], column='recovered', **est(v, d)) for k, v in values.items()]
     )
-    assert Finding('disentanglement', 'lab', dict(summary=t), dict(p=0.05)).judgement == word
+    ends = dict(direction='sufficiency', order='random', column='recovered', lam=1.0)
+    tables = dict(areas=at(orders, abs(all_) / 100))
+    tables['doses'] = pd.DataFrame([dict(ends, p=0.0, value=1.0), dict(ends, p=1.0, value=1.0 + all_)])
+    if twin:
+        tables['twin'] = at(twin, abs(all_) / 100)
+    return Finding('sufficiency', 'lab', tables, dict(metric=metric))
 
 
+@pytest.mark.parametrize('metric, all_', [('correct', 60.0), ('bits', -0.5)])
 @pytest.mark.parametrize(
-    'raw, module, metric, word',
+    'orders, twin, word',
     [
-        (5, 5, 'correct', 'holds'),
-        (-5, 5, 'correct', 'in part'),
-        (0, 0, 'correct', 'does not hold'),
-        (-5, 0, 'bits', 'holds'),
-        (5, -5, 'bits', 'in part'),
-        (5, 5, 'bits', 'does not hold'),
+        (dict(raw=0.2, module=0.2), dict(raw=0.2, module=0.2), 'holds'),
+        (dict(raw=0.2, module=0.2), None, 'in part'),  # no twin
+        (dict(raw=0.02, module=0.2), None, 'in part'),  # the raw order's effect is too small
+        (dict(raw=0.02, module=0.03), None, 'does not hold'),
+        (dict(raw=0.2, module=0.0), dict(raw=0.02, module=0.2), 'does not hold'),  # the twin does as well
+        (dict(raw=0.0, module=0.0, attribution=0.5), dict(raw=0.0, module=0.0, attribution=0.4), 'in part'),
+        (dict(raw=-0.2, module=-0.2), dict(raw=0.2, module=0.2), 'does not hold'),
     ],
 )
-def test_the_rule_of_sufficiency(raw, module, metric, word):
-    t = pd.DataFrame(
-        [
-            dict(direction='sufficiency', order=o, column='recovered', **est(v, 1))
-            for o, v in (('top, raw', raw), ('top, module', module), ('bottom, embedding last', 0))
-        ]
-    )
-    assert Finding('sufficiency', 'lab', dict(areas=t), dict(metric=metric)).judgement == word
+def test_the_rule_of_sufficiency(metric, all_, orders, twin, word):
+    twin = twin and {k: v * all_ for k, v in twin.items()}
+    f = sufficiency_of(metric, all_, twin, **{k: v * all_ for k, v in orders.items()})
+    assert f.judgement == word
+    assert ('not measured' in f.brief) == (twin is None)
 
 
 @pytest.mark.parametrize(
@@ -714,6 +767,7 @@ def test_the_rule_of_sufficiency(raw, module, metric, word):
         (0.9, 0.9, 0.9, 'holds'),
         (0.5, 0.9, 0.9, 'in part'),
         (0.5, 0.9, 0.1, 'in part'),
+        (0.54, 0.54, 0.9, 'does not hold'),
         (0.5, 0.1, 0.1, 'does not hold'),
     ],
 )
@@ -729,18 +783,41 @@ def test_the_rule_of_stability(raw, module, one, word):
 
 
 @pytest.mark.parametrize(
-    'share, skill, word',
-    [(0.3, 0.6, 'holds'), (0.7, 0.6, 'in part'), (0.3, 0.1, 'in part'), (0.05, 0.1, 'does not hold')],
+    'share, noise, skill, word',
+    [
+        (0.3, 0.1, 0.85, 'holds'),
+        (0.7, 0.1, 0.85, 'in part'),
+        (0.3, 0.31, 0.85, 'in part'),
+        (0.3, 0.1, 0.6, 'in part'),  # six of eleven degrees of freedom are skill and language
+        (0.3, 0.27, 0.6, 'does not hold'),
+    ],
 )
-def test_the_rule_of_weights(share, skill, word):
+def test_the_rule_of_weights(share, noise, skill, word):
     t = pd.DataFrame(
         [
-            dict(condition=c, ability='a', ranking='weight', statistic='overlap, raw', **est(share))
-            for c in ('pair', 'noise twin')
+            dict(condition=c, ability='a', ranking='weight', statistic='overlap, raw', **est(v))
+            for c, v in (('pair', share), ('noise twin', noise))
         ]
     )
     e = pd.DataFrame([dict(pair='x', ranking='weight', skill=skill, language=0.1, rest=0.9 - skill)])
-    assert Finding('weights', 'lab', dict(agreement=t, effects=e), dict(p=0.05)).judgement == word
+    names = [a.replace('lab/', '') for a in FAMILIES['lab'].abilities]
+    tables = dict(agreement=t, effects=e, abilities=pd.DataFrame(dict(pair='x', ability=names)))
+    assert Finding('weights', 'lab', tables, dict(p=0.05)).judgement == word
+
+
+def test_what_an_old_record_lacks_is_said():
+    for name, words in dict(concentration='not measured', sufficiency='not measured').items():
+        assert words in recorded(name, 'smollm2').here
+    assert 'attribution: not measured' in recorded('disentanglement', 'smollm2').here
+    assert 'attribution: not measured' in recorded('stability', 'smollm2').here
+
+
+def test_the_kind_that_fills_a_raw_mask_is_named():
+    cells = pd.DataFrame(dict(kind=['q', 'lm_head', 'q'], channels=[60, 20, 20], raw=[0.0, 0.2, 0.05]))
+    assert con.kind_text(cells) == (
+        '80 % of the raw top 5 % are lm_head channels, which are 20 % of all:'
+        ' the raw ranking is mostly about one kind of module'
+    )
 
 
 def test_the_table_of_verdicts_has_every_finding():

@@ -365,7 +365,7 @@ def test_notes_that_are_refused(tmp_path, moved):
 
 
 def finding():
-    return recorded('concentration', 'lab-32')
+    return recorded('concentration', 'smollm2')
 
 
 FILES = [

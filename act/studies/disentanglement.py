@@ -20,7 +20,7 @@ from ..overlap import compare, square
 from ..scores import ChannelScores
 from ..stats import interval_text
 from .concentration import noise_twin
-from .figures import WIDTH, plot_lines
+from .figures import WIDTH
 from act.studies.findings import (
     Estimates,
     Finding,

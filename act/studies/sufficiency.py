@@ -8,7 +8,6 @@ __all__ = ['ORDERS', 'DOSES', 'DIRECTIONS', 'TWIN', 'SELECTED', 'SUFFICIENCY', '
            'twin_areas', 'measure_sufficiency', 'judge_sufficiency', 'twin_text', 'explain_sufficiency']
 
 # %% ../../nbs/53_sufficiency.ipynb #53-imports
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -21,7 +20,6 @@ from ..scores import ChannelScores
 from ..stats import METRICS, interval, interval_text
 from .bench import Bench
 from .cases import CASES
-from .figures import RANKS, WIDTH, plot_lines
 from .concentration import noise_twin
 from .findings import POINTS, Finding, Study, exceeds, find_family, judgement, row_of
 from .recovery import group_samples
