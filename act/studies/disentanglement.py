@@ -223,7 +223,7 @@ def terms_of(
 def measure_disentanglement(
     fam,  # a Family
     seeds=(0, 1, 2),  # of items and noise
-    resamples: int = 10,  # of the items, for each seed
+    resamples: int = 5,  # of the items, for each seed
     p: float = 0.05,  # fraction of all channels
     progress: bool = False,  # show a bar
 ) -> tuple:  # (tables, settings)

@@ -124,9 +124,9 @@ def attribution_agreement(
     tok,  # tokenizer of both
     seeds=(0, 1, 2),  # of items and noise
     p: float = 0.05,  # fraction of all channels
-) -> pd.DataFrame:  # change, condition, value, low, high (range of the seeds)
+) -> pd.DataFrame:  # condition, change, value, low, high (range of the seeds)
     "IoU of attribution masks: of two samples that share no item, and of fewer points on the way with eight."
-    found = Estimates('change', 'condition')
+    found = Estimates('condition', 'change')
     for seed in seeds:
         for name, other in {'pair': donor, 'noise twin': noise_twin(target, donor, seed)}.items():
             made = lambda **which: attribution_mask(fam, target, other, tok, seed, p, **which)

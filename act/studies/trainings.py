@@ -25,7 +25,7 @@ from ..sources import load_ability
 from ..stats import paired_bootstrap
 from .concentration import noise_twin
 from .figures import RANKS
-from .findings import POINTS, Estimates, attributed, collect, find_family, sample_items
+from .findings import Estimates, attributed, collect, find_family, sample_items
 
 # %% ../../nbs/54_trainings.ipynb #23-007
 def mask_agreement(
@@ -196,11 +196,11 @@ def attribution_mask(
     tok,  # tokenizer of both
     seed: int = 0,  # of the items
     p: float = 0.05,  # fraction of all channels
-    part: int = 0,  # which third of the sample: samples of two parts share no item
-    points: int = POINTS,  # on the way from target to donor
+    part: int = 0,  # which quarter of the sample: samples of two parts share no item
+    points: int = 2,  # on the way from target to donor
 ) -> ChannelMask:
     "The mask of the first focus ability's attribution."
-    n = max(1, fam.items // 3)
+    n = max(1, fam.items // 4)
     items = sample_items(fam, fam.focus[0], seed)[part * n : (part + 1) * n]
     return top_p(attributed(fam, target, donor, tok, items, points), p)
 
