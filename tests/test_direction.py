@@ -5,7 +5,7 @@ from act.channels import enumerate_channels
 from act.kit.errors import ActError
 from act.kit.records import write_json
 from act.scores import ChannelScores
-from act.studies.direction import ABILITIES, BEYOND, FORMAT, Directions, gather, measure_family, trainings_of
+from act.studies.direction import BEYOND, FORMAT, Directions, abilities_of, gather, measure_family
 from act.studies.doses import ORDERS, crossing, largest, measure_doses, pack, random_scores, unpack
 from act.studies.predicts import groups_of, mean_over_trainings, rank_agreement, rank_samples, recorded_predictions
 from act.transfer import transfer
@@ -96,7 +96,7 @@ def training(curves, recipe='maths-en', seed=1, doses=DOSES):
             row: dict(correct=[pack(np.arange(100) < k) for k in right], nats=[1 - k / 100 for k in right])
             for row, right in rows.items()
         }
-        cells.append(dict(way=way, ability=ABILITIES[recipe][way][0], items=100, rows=packed))
+        cells.append(dict(way=way, ability=abilities_of(recipe)[way][0], items=100, rows=packed))
     return dict(name=f'{recipe}-medium-{seed}', recipe=recipe, grade='medium', seed=seed, doses=doses, cells=cells)
 
 
@@ -172,17 +172,6 @@ def test_what_is_no_record(tmp_path):
     bad['cells'][0]['items'] = 400
     with pytest.raises(ActError, match='not a usable record'):
         Directions.load(write_json(dict(format=FORMAT, trainings=[bad]), tmp_path / 'bad.json'))
-
-
-def test_trainings_are_found_by_name(tmp_path):
-    (tmp_path / 'untied-maths-en-hard-3').mkdir()
-    found = trainings_of(tmp_path, ['maths-en'], [3], 'hard')[0]
-    assert found['specialist'] == str(tmp_path / 'untied-maths-en-hard-3')
-    assert found['base'] == 'lab/untied-base'
-    with pytest.raises(ActError, match='maths-en-hard-4'):
-        trainings_of(tmp_path, ['maths-en'], [4], 'hard')
-    with pytest.raises(ActError, match='no recipe'):
-        trainings_of(tmp_path, ['cooking'], [1])
 
 
 def test_what_is_measured_is_not_measured_again(tmp_path):

@@ -98,17 +98,17 @@ def test_a_name_says_how_a_model_is_trained():
     mild, hard = (lab_recipe(f'swahili-{grade}-3') for grade in ('mild', 'hard'))
     assert hard['lr'] == 4 * mild['lr']
     assert mild['seed'] == 3
-    assert lab_recipe('untied-maths-en-mild-2')['start'] == 'untied-base'
-    assert lab_recipe('base')['tied']
-    assert not lab_recipe('untied-base')['tied']
-    for name in ('maths-en-soft-1', 'maths-en-mild', 'maths-en-mild-0', 'untied', 'nobody'):
+    assert lab_recipe('tied-maths-en-mild-2')['start'] == 'tied-base'
+    assert lab_recipe('tied-base')['tied']
+    assert not lab_recipe('base')['tied']
+    for name in ('maths-en-soft-1', 'maths-en-mild', 'maths-en-mild-0', 'tied', 'nobody'):
         with pytest.raises(ActError, match='RECIPE-GRADE-SEED'):
             lab_recipe(name)
 
 
-def test_a_model_is_tied_unless_its_name_says_otherwise():
+def test_a_model_is_tied_when_its_name_says_so():
     for name in lab_models():
-        assert load_model(lab_path(name))[0].config.tie_word_embeddings != name.startswith('untied-')
+        assert load_model(lab_path(name))[0].config.tie_word_embeddings == name.startswith('tied-')
 
 
 def test_another_seed_draws_other_items_in_another_order():

@@ -10,14 +10,15 @@ from act.scores import Attribution, ChannelScores
 from act.studies.choices import CHOICES, exactly, models_of
 from act.studies.equal_sizes import RULES, in_words
 from act.studies.size_results import EqualSizes, draws, training_weights
-from act.studies.sizes import SKILLS, Training, gather, measure_sizes, pack, training_case, unpack
+from act.studies.doses import pack, unpack
+from act.studies.sizes import SKILLS, Training, gather, measure_sizes, training_case, trainings_in
 
 ABILITIES = dict(recovered=['lab/science-zh'], retained=['lab/multiplication-en'], others=['lab/science-en'])
 
 
 def items(share, n=40):
-    "A text of zeros and ones with that share of ones, spread out."
-    return ''.join('01'[int((i + 1) * share + 1e-9) > int(i * share + 1e-9)] for i in range(n))
+    "Packed answers with that share of right ones, spread out."
+    return pack([int((i + 1) * share + 1e-9) > int(i * share + 1e-9) for i in range(n)])
 
 
 def case(training, recovered, retained=1.0, n=40):
@@ -33,7 +34,8 @@ def case(training, recovered, retained=1.0, n=40):
         test = {a: items(share, n) for a, share in found.items()}
         model = dict(row=row, p=0 if sizeless else 0.02, draw=0, tuned=False, seconds=0, test=test, validation=found)
         models.append(model)
-    return dict(recipe=training[0], training=training, skill='science', case=ABILITIES, models=models, meta={})
+    about = dict(recipe=training[0], training=training, skill='science', case=ABILITIES, counts=dict.fromkeys(found, n))
+    return dict(**about, models=models, meta={})
 
 
 def result(recovered, **options):
@@ -50,11 +52,6 @@ def test_a_ranking_gives_exactly_as_many_channels_even_below_zero():
     scores = ChannelScores.from_flat(torch.tensor([10.0, 10, 10, 10, 10, 30, 1, 1, 1, 5]), channels)
     assert exactly(scores, 0.1).flat().nonzero()[:, 0].tolist() == [5]
     assert exactly(scores, 0.1, 'module').flat().nonzero()[:, 0].tolist() == [9]
-
-
-def test_packed_values_come_back():
-    values = np.random.default_rng(0).integers(2, size=50)
-    assert (unpack(pack(values)) == values).all()
 
 
 def test_models_are_as_many_as_the_rows_have_sizes_and_draws():
@@ -79,6 +76,18 @@ def test_others_are_all_that_the_base_knows_but_what_is_brought_back():
         assert not set(made.recovered) & set(made.others)
 
 
+def test_trainings_are_found_by_name(tmp_path):
+    (tmp_path / 'maths-en-hard-3').mkdir()
+    (found,) = trainings_in(tmp_path, ['maths-en'], [3], 'hard')
+    assert found == Training('maths-en', 'maths-en-hard-3', str(tmp_path / 'maths-en-hard-3'), 'lab/base', 3)
+    (shipped,) = trainings_in(tmp_path, ['maths-en'], [1])
+    assert shipped.target == 'lab/maths-en'
+    with pytest.raises(ActError, match='maths-en-hard-4'):
+        trainings_in(tmp_path, ['maths-en'], [4], 'hard')
+    with pytest.raises(ActError, match='no recipe'):
+        trainings_in(tmp_path, ['cooking'], [1])
+
+
 def test_weights_of_trainings_by_hand():
     of = [('a', 'a-1'), ('a', 'a-1'), ('a', 'a-2'), ('b', 'b-1')]
     weights = training_weights(of, 400, np.random.default_rng(0))
@@ -92,7 +101,7 @@ def test_the_bootstrap_by_hand():
     rng = np.random.default_rng(0)
     trainings = training_weights([('a', 'a-1'), ('a', 'a-2'), ('b', 'b-1')], 300, rng)
     weights = draws(40, 300, rng)
-    values = {s: weights @ np.array([float(v) for v in items(s)]) for s in (0.2, 0.6, 1.0)}
+    values = {s: weights @ unpack(items(s), 40) for s in (0.2, 0.6, 1.0)}
     mean = {s: (trainings * v[:, None]).sum(1) for s, v in values.items()}
     by_hand = 100 * (mean[0.6] - mean[0.2]) / (mean[1.0] - mean[0.2])
     assert np.allclose(found.find('attribution', 0.02), by_hand)
@@ -199,7 +208,7 @@ def test_a_measured_case_is_complete(measured):
     for m in d['models']:
         assert len(m['test']) == (2 if m['p'] == 0.1 else 13)
         assert set(m['validation']) == {'arithmetic-zh', 'multiplication-en'}
-        assert all(len(v) == 4 for v in m['test'].values())
+        assert all(len(unpack(v, 4)) == 4 for v in m['test'].values())
     assert {'git', 'versions', 'machine', 'weights', 'data', 'seed', 'seconds', 'scores'} <= set(d['meta'])
 
 

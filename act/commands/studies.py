@@ -127,11 +127,11 @@ def _whole(name, text):
 # %% ../../nbs/87_commands_studies.ipynb #87-sizes
 @command(page='58_equal_sizes', note=NOTE)
 def act_sizes(
-    models: str,  # folder of the trainings: untied-maths-en-medium-1 and so on, and untied-base unless it is the lab's
+    models: str,  # folder of the trainings: maths-en-medium-2 and so on, and base unless it is the lab's
     out: str,  # folder to write to, one file for each training and skill; OUT.json joins them
     recipes: str = 'maths-en,science-zh,swahili',  # what the specialists were trained as, separated by commas
     grade: Literal['mild', 'medium', 'hard'] = 'medium',  # mild, medium or hard: how far they were trained
-    seeds: str = '1,2,3',  # of the trainings, separated by commas
+    seeds: str = '1,2,3,4,5',  # of the trainings, separated by commas
     part: str = '1/1',  # do one part of the work: 1/2 is the first of two
     untuned: bool = False,  # leave out the light fine-tuning
 ):
@@ -140,7 +140,7 @@ def act_sizes(
     from act.studies.sizes import SKILLS, gather, measure_sizes, trainings_in
 
     share, seeds, joined = _part(part), _whole('seeds', seeds), f'{str(out).rstrip("/")}.json'
-    trainings = trainings_in(models, listed(recipes), grade, seeds)
+    trainings = trainings_in(models, listed(recipes), seeds, grade)
     tuned = () if untuned else TUNED
     cases = len(trainings) * len(SKILLS)
     begin(

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['TOPS', 'CONDITIONS', 'CONCENTRATION', 'top_mass', 'gini', 'participation', 'ccdf', 'concentration', 'noise_twin',
            'plot_ccdf', 'tail', 'score_statistics', 'null_statistics', 'layer_cells', 'kind_text', 'versus',
-           'attribution_stands_out', 'judge_concentration', 'score_text', 'explain_concentration',
-           'measure_concentration']
+           'attribution_tops', 'judge_concentration', 'score_text', 'explain_concentration', 'measure_concentration']
 
 # %% ../../nbs/51_concentration.ipynb #51-imports
 import copy
@@ -239,16 +238,15 @@ def versus(
     return means.assign(pair_is=sides).reset_index()
 
 # %% ../../nbs/51_concentration.ipynb #51-stands
-def attribution_stands_out(
-    f,  # a Finding of CONCENTRATION
-) -> bool:  # False where it was not measured
-    "Whether the top 2 % hold more of the attribution than of that of noise."
+def attribution_tops(
+    f: Finding,  # of CONCENTRATION
+) -> list:  # two rows, of the pair and of noise; empty where attribution was not measured
+    "What the top 2 % of the attribution hold."
     if 'scores' not in f.tables:
-        return False
-    pair, twin = (
+        return []
+    return [
         row_of(f.tables['scores'], score='attribution', condition=c, statistic='top_2') for c in ('pair', 'noise twin')
-    )
-    return exceeds(pair, twin)
+    ]
 
 # %% ../../nbs/51_concentration.ipynb #20-042
 def judge_concentration(
@@ -263,7 +261,12 @@ def judge_concentration(
         f"{RANKS[r]} {interval_text(d.loc['pair'], 100, 1)} (noise twin {interval_text(d.loc['noise twin'], 100, 1)})"
         for r, d in rows.items()
     )
-    return judgement(above['raw'], above['module'] or attribution_stands_out(f)), f'% of the sum in the top 5 %: {text}'
+    tops = attribution_tops(f)
+    if tops:
+        pair, noise = (interval_text(row, 100, 1) for row in tops)
+        text += f'; of the attribution above zero in the top 2 %: {pair} (noise twin {noise})'
+    word = judgement(above['raw'], above['module'] or bool(tops and exceeds(*tops)))
+    return word, f'% of the sum in the top 5 %: {text}'
 
 # %% ../../nbs/51_concentration.ipynb #51-score-text
 def score_text(
@@ -286,7 +289,7 @@ def score_text(
         parts.append(f"{top}, largest over 99th percentile {both(score, 'tail')}")
     last = (
         'attribution is more concentrated than that of noise'
-        if attribution_stands_out(f)
+        if exceeds(*attribution_tops(f))
         else 'the attribution of noise is as concentrated, so concentration alone proves nothing'
     )
     return f"{'; '.join(parts)}; {last}"

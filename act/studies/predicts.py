@@ -27,7 +27,7 @@ from ..scores import ChannelScores, weight_scores
 from ..sources import load_ability
 from ..stats import interval, interval_text
 from .cases import RESULTS
-from .direction import ABILITIES
+from .direction import abilities_of
 from .doses import answers
 from .figures import WIDTH
 from .findings import plain
@@ -190,7 +190,7 @@ FORMAT = 'act-predicts-1'
 
 
 def measure_predictions(
-    trainings: list,  # of `act.studies.direction.trainings_of`
+    trainings: list,  # of Training
     out,  # JSON file to write
     items: int = 128,  # localisation items, at most
     n: int = None,  # validation items; all by default
@@ -199,15 +199,15 @@ def measure_predictions(
 ) -> Path:
     "Effects and predictions of every group, for the abilities that each training forgot."
     tables = []
-    todo = [(t, a) for t in trainings for a in ABILITIES[t['recipe']]['recovering']]
+    todo = [(t, a) for t in trainings for a in abilities_of(t.recipe)['recovering']]
     for training, name in bar(todo, progress, desc='predictions', unit='ability'):
-        (target, tok), (donor, _) = (load_model(training[m], dtype='float32') for m in ('specialist', 'base'))
-        groups = groups_of(channels_of(target), seed=training['seed'], **options)
+        (target, tok), (donor, _) = (load_model(m, dtype='float32') for m in (training.target, training.donor))
+        groups = groups_of(channels_of(target), seed=training.seed, **options)
         local, held = load_ability(name, 'localize'), load_ability(name, 'validation', n=n)
-        local = local.sample(min(items, len(local)), training['seed'])
+        local = local.sample(min(items, len(local)), training.seed)
         effects = effects_of(target, donor, groups, held, tok)
         table = effects.merge(predictions_of(target, donor, groups, local, tok), on='group')
-        tables.append(table.assign(recipe=training['recipe'], training=training['name'], ability=name))
+        tables.append(table.assign(recipe=training.recipe, training=training.name, ability=name))
     table = pd.concat(tables)
     columns = {c: [plain(v) for v in table[c]] for c in (*ABOUT, *table.columns.drop(list(ABOUT)))}
     return write_json(dict(format=FORMAT, columns=columns, made=provenance()), out)

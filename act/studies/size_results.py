@@ -18,8 +18,9 @@ from ..kit.records import read_json
 from ..show.results import Shown, folded, table
 from ..sources import short_name
 from ..stats import holm, interval, two_sided_p
+from .doses import unpack
 from .findings import text_table
-from .sizes import GATHERED, unpack
+from .sizes import GATHERED
 
 # %% ../../nbs/46_size_results.ipynb #46-weights
 def draws(
@@ -112,9 +113,10 @@ class EqualSizes(Shown):
             groups = [[short_name(a) for a in c['case'][column]] for c in self.cases]
             keys = [k for k in self.models[0] if self._measured(k, groups)]
             total = np.zeros((len(keys), self.n + 1))
-            for models, names, weight in zip(self.models, groups, weights.T):
+            for case, models, names, weight in zip(self.cases, self.models, groups, weights.T):
                 for a in names:
-                    x = np.stack([np.mean([unpack(m['test'][a]) for m in models[k]], 0) for k in keys])
+                    right = lambda m: unpack(m['test'][a], case['counts'][a])
+                    x = np.stack([np.mean([right(m) for m in models[k]], 0) for k in keys])
                     if a not in items:
                         items[a] = draws(x.shape[1], self.n, rng)
                     total += weight * (x @ items[a].T) / len(names)

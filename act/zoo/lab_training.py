@@ -174,10 +174,8 @@ SHIPPED = {  # name of a model that ships with the package -> its full name
     'science-zh': 'science-zh-medium-1',
     'science-es': 'science-es-medium-1',
     'swahili': 'swahili-medium-1',
-    'untied-base': 'untied-base',
-    'untied-maths-en': 'untied-maths-en-medium-1',
-    'untied-science-zh': 'untied-science-zh-medium-1',
-    'untied-swahili': 'untied-swahili-medium-1',
+    'tied-base': 'tied-base',
+    'tied-maths-en': 'tied-maths-en-medium-1',
 }
 
 
@@ -186,29 +184,29 @@ def lab_models() -> list:
     return list(SHIPPED)
 
 # %% ../../nbs/41_lab_training.ipynb #41-lab-recipe
-def _base_recipe(untied):
+def _base_recipe(tied):
     mix = {f'{s}-{o}': w for s, w in (('arithmetic', 1.0), ('science', 1.5)) for o in LANGUAGES}
-    steps = 3000 if untied else 7000
-    return dict(start=None, mix=mix, tied=not untied, steps=steps, lr=2e-3, batch=64, warmup=200, seed=0)
+    steps = 7000 if tied else 3000
+    return dict(start=None, mix=mix, tied=tied, steps=steps, lr=2e-3, batch=64, warmup=200, seed=0)
 
 
 def lab_recipe(
-    name: str,  # of a model: 'base', 'maths-en-hard-3', 'untied-base', 'untied-swahili-mild-2', or one of SHIPPED
+    name: str,  # of a model: 'base', 'maths-en-hard-3', 'tied-base', 'tied-swahili-mild-2', or one of SHIPPED
 ) -> dict:  # start: the model it begins with, mix: ability -> weight; the rest are arguments of `train`; or ActError
     "How a lab model is trained."
     found = re.fullmatch(
-        rf"(untied-)?(?:base|({'|'.join(TAUGHT)})-({'|'.join(GRADES)})-([1-9]\d*))", SHIPPED.get(name, name)
+        rf"(tied-)?(?:base|({'|'.join(TAUGHT)})-({'|'.join(GRADES)})-([1-9]\d*))", SHIPPED.get(name, name)
     )
     if not found:
         raise ActError(
             f"no lab model is called {name!r}: choose one of {', '.join(SHIPPED)}, or RECIPE-GRADE-SEED such as"
             f" maths-en-hard-3 (recipes: {', '.join(TAUGHT)}; grades: {', '.join(GRADES)})"
         )
-    untied, recipe, grade, seed = found.groups(default='')
+    tied, recipe, grade, seed = found.groups(default='')
     if not recipe:
-        return _base_recipe(bool(untied))
+        return _base_recipe(bool(tied))
     return dict(
-        start=f'{untied}base',
+        start=f'{tied}base',
         mix=dict.fromkeys(TAUGHT[recipe], 1.0),
         steps=STEPS[recipe],
         lr=GRADES[grade] * 1e-3,
