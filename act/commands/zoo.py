@@ -107,6 +107,6 @@ def act_smollm2(
     elif not out:
         raise ActError("act_smollm2 needs --out, --train or --measure: see act_smollm2 --help")
     else:
-        from act.commands.studies import act_reproduce
+        from act.commands.studies import act_recover
 
-        act_reproduce(out=out, case='smollm2', seeds=seeds, device=device)
+        act_recover(out=out, case='smollm2', seeds=seeds, device=device)

@@ -37,7 +37,6 @@ def abilities_of(
     cases = [training_case(recipe, skill, f'lab/{recipe}') for skill in SKILLS]
     return dict(recovering=[a for c in cases for a in c.recovered], acquiring=list(cases[0].retained))
 
-
 # %% ../../nbs/46_direction.ipynb #46-training
 FORMAT = 'act-direction-1'
 
@@ -60,7 +59,6 @@ def measure_training(
             cells.append(dict(way=way, ability=ability, items=len(t.correct[0]), rows=rows))
     about = dict(name=training.name, recipe=training.recipe, seed=training.seed)
     return dict(**about, doses=[*dict.fromkeys(t.dose)], cells=cells, made=provenance())
-
 
 # %% ../../nbs/46_direction.ipynb #46-family
 def measure_family(

@@ -158,16 +158,21 @@ def judge_score(result, size, more):  # for `Rule.judge`
 
 
 def judge_goal(result, size, share, lost):  # for `Rule.judge`
-    """Holds when the causal row that is best on validation items keeps both limits and is above the noise twin beyond
-    the interval; in part when it keeps one of them."""
+    """Holds when the causal row that is best on validation items keeps both limits and is above the noise twin and, in
+    net value, above every rival at the rival's own best size, beyond the interval; in part when it is above the twin
+    and keeps one of the limits."""
     known = [row for row in CAUSAL if (row, size, False) in result.samples['net']]
     row = max(known, key=lambda row: result.validation(row, size))
     back, cost = (interval(result.find(row, size, column=c)) for c in ('recovered', 'retained'))
     beyond, kept = result.gap(row, 'noise twin (trade-aware)', size)[1] > 0, (back[0] >= share, cost[0] <= lost)
+    net, best = result.find(row, size, column='net'), result.best().drop_duplicates('row').set_index('row').p
+    rivals = [o for o in best.index if o not in (*CAUSAL, 'target', 'donor')]
+    above = [o for o in rivals if interval(net - result.find(o, best[o], column='net'))[1] > 0]
     words = (
-        f'*{row}* (the best causal row on validation items) brings back {_words(back)} %, loses {_words(cost)} points'
+        f'*{row}* (the best causal row on validation items) brings back {_words(back)} %, loses {_words(cost)} points;'
+        f' in net value it is above {len(above)} of {len(rivals)} rivals at their own best size'
     )
-    return beyond and all(kept), beyond and any(kept), words
+    return beyond and all(kept) and above == rivals, beyond and any(kept), words
 
 # %% ../../nbs/58_equal_sizes.ipynb #58-rules
 RULES = dict(

@@ -142,7 +142,7 @@ def load(
         rows = {row: [unpacked(run) for run in runs] for row, runs in d['rows'].items()}
         return cls(case, rows, pd.DataFrame(d['grid']), d['best'], d['meta'])
 
-    return read_json(path, 'act-recovery-2', 'recovery result', 'act_reproduce', make)
+    return read_json(path, 'act-recovery-2', 'recovery result', 'act_recover', make)
 
 # %% ../../nbs/62_recovery.ipynb #30-049
 @patch

@@ -76,7 +76,6 @@ def trainings_in(
             out.append(Training(recipe, name, str(models / name) if there else f'lab/{recipe}', donor, seed))
     return out
 
-
 # %% ../../nbs/45_sizes.ipynb #45-measure-case
 def measure_models(
     bench: Ranked,  # a case in memory
@@ -115,12 +114,13 @@ def record_case(
     n: int = None,  # validation and test items of each ability; all by default
     items: int = 128,  # localisation items of each aim
     others_at=(0.02,),  # sizes at which the other abilities are measured
+    device=None,  # where the models go
     progress: bool = False,  # show a bar
 ) -> dict:  # what goes to the file
     "Measure one skill of one training, with where it comes from."
     start = time.time()
     case = replace(training_case(training.recipe, skill, training.target, training.donor), n=n, items=items)
-    bench = Ranked(case, training.seed)
+    bench = Ranked(case, training.seed, device)
     found = measure_models(bench, models, others_at, progress)
     named = dict(target=training.name, donor=short_name(training.donor))
     meta = provenance(
@@ -148,7 +148,7 @@ def measure_sizes(
     rows=tuple(CHOICES),  # some of CHOICES
     part: tuple = (1, 1),  # which of how many parts of the work, from 1
     progress: bool = True,  # show bars
-    **options,  # of `record_case`: n, items, others_at
+    **options,  # of `record_case`: n, items, others_at, device
 ) -> list:  # the paths of all files, of the other parts too
     "Measure all trainings; files that exist are left as they are."
     out, models = Path(out), models_of(rows, sizes, tuned)
