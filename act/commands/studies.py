@@ -158,23 +158,26 @@ def act_sizes(
     recipes: str = 'maths-en,science-zh,swahili',  # what the specialists were trained as, separated by commas
     grade: Literal['mild', 'medium', 'hard'] = 'medium',  # mild, medium or hard: how far they were trained
     seeds: str = '1,2,3,4,5',  # of the trainings, separated by commas
+    rows: str = None,  # the ways to choose channels, separated by commas; all by default
+    sizes: str = None,  # shares of the channels, separated by commas
     part: str = '1/1',  # do one part of the work: 1/2 is the first of two
     untuned: bool = False,  # leave out the light fine-tuning
 ):
     "Every way to choose channels, at equal sizes: `act_sizes --models runs/family --out runs/sizes`"
-    from act.studies.choices import TUNED, models_of
+    from act.studies.choices import CHOICES, SIZES, TUNED, models_of
     from act.studies.sizes import SKILLS, gather, measure_sizes, trainings_in
 
     share, seeds, joined = _part(part), _whole('seeds', seeds), f'{str(out).rstrip("/")}.json'
     trainings = trainings_in(models, listed(recipes), seeds, grade)
     tuned = () if untuned else TUNED
+    rows, sizes = listed(rows or ','.join(CHOICES)), _floats('sizes', sizes, SIZES, 1)
     cases = len(trainings) * len(SKILLS)
     begin(
         dict.fromkeys(m for t in trainings for m in (t.target, t.donor)),
         {out: 150_000 * cases, joined: 100_000 * cases},
-        f'{cases} cases in {share[1]} parts, {len(models_of(tuned=tuned))} models for each',
+        f'{cases} cases in {share[1]} parts, {len(models_of(rows, sizes, tuned))} models for each',
     )
-    paths = measure_sizes(trainings, out, tuned=tuned, part=share)
+    paths = measure_sizes(trainings, out, sizes=sizes, tuned=tuned, rows=rows, part=share)
     if left := [p for p in paths if not p.exists()]:
         return print(f'{len(left)} of {len(paths)} files are left to other parts, or to this command again')
     print(f'{len(paths)} files -> {gather(out, joined)}')
