@@ -108,9 +108,7 @@ def measured_grades(
 GRADED = 'trade-aware attribution', 'ACT (module-normalised)', 'random', 'noise twin (trade-aware)'  # rows to show
 
 
-def lost_points(
-    result: EqualSizes,
-) -> float:  # points of test items, mean over the cases
+def lost_points(result: EqualSizes) -> float:  # points of test items, mean over the cases
     "How far the targets fell below their donor on what is to be recovered."
     gaps = []
     for case, models in zip(result.cases, result.models):
@@ -127,7 +125,9 @@ def grade_table(
     "Recovered and retained at one size, by grade."
     rows = []
     for grade, result in grades.items():
-        found = result.numbers().query("p == @p and not tuned and row in @GRADED and column in ('recovered', 'retained')")
+        found = result.numbers().query(
+            "p == @p and not tuned and row in @GRADED and column in ('recovered', 'retained')"
+        )
         rows.append(found.assign(grade=grade))
     return pd.concat(rows)
 
@@ -138,7 +138,9 @@ def grade_words(
     "What was lost, and what came back, by grade."
     parts = []
     for grade, result in grades.items():
-        rows = result.numbers().query("p == 0.02 and not tuned and row == 'trade-aware attribution'").set_index('column')
+        rows = (
+            result.numbers().query("p == 0.02 and not tuned and row == 'trade-aware attribution'").set_index('column')
+        )
         back, cost = (interval_text(rows.loc[c], digits=0) for c in ('recovered', 'retained'))
         parts.append(
             f'- *{grade}*: lost {lost_points(result):.0f} points; trade-aware attribution brings back {back} % of them'
