@@ -72,14 +72,12 @@ def test_the_story_is_well_formed_and_says_what_it_is_given():
         story(s, s, s, ChannelMask({m.path: torch.zeros(m.width) for m in other}, other), {}, WORDS, '')
 
 
-def test_brightness_is_relative_to_the_module():
+def test_the_highest_are_bright_and_what_is_below_zero_is_dark():
     cm = enumerate_channels(tiny_model())
-    loud = ChannelScores(
-        {m.path: torch.arange(1.0, m.width + 1) * (100.0 if i % 2 else 1.0) for i, m in enumerate(cm)}, cm
-    )
-    assert np.allclose(
-        brightness(loud), brightness(ChannelScores({m.path: torch.arange(1.0, m.width + 1) for m in cm}, cm)), atol=1e-6
-    )
+    shown = brightness(ChannelScores.from_flat(torch.linspace(-1, 1, cm.total), cm))
+    assert (shown[: cm.total // 2] == 0).all()
+    assert (shown[-max(1, cm.total // 60) :] == 1).all()
+    assert (np.diff(shown) >= 0).all()
 
 
 def public():

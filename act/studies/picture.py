@@ -44,7 +44,7 @@ def activity(
 def pixels(
     values: np.ndarray,  # one number per channel, from 0 to 1
     colour: tuple,  # (red, green, blue), 0 to 255
-    width: int = 128,  # channels in a row of the picture
+    width: int = 160,  # channels in a row of the picture
 ) -> str:  # a `data:` URL of a PNG
     "A transparent picture with one pixel per channel, as opaque as its value."
     from PIL import Image
@@ -59,8 +59,8 @@ def pixels(
 
 # %% ../../nbs/73_picture.ipynb #04-011
 def brightness(scores: ChannelScores) -> np.ndarray:  # one number per channel, from 0 to 1
-    "Values relative to their module's mean; the highest 2 % are at full brightness."
-    flat = scores.normalised().flat().double().numpy()
+    "The highest 2 % are at full brightness; what lies below zero is dark."
+    flat = scores.flat().double().numpy()
     return np.clip(flat / max(np.quantile(flat, 0.98), 1e-30), 0, 1)
 
 # %% ../../nbs/73_picture.ipynb #04-018
@@ -109,16 +109,17 @@ def _bars(y, label, values, kind):
 def story(
     target: ChannelScores,
     donor: ChannelScores,  # `activity` of both
-    scores: ChannelScores,  # their difference, from `localize`
+    scores: ChannelScores,  # what the mask was made from
     mask,  # the channels that move
     bars: dict,  # label -> (retained, recovered), fractions; the first is the target
     words: dict,  # the texts in the picture: target, donor, scores, retained, recovered, and steps (four)
     about: str,  # the same in a sentence, for those who cannot see it
 ) -> str:  # SVG; raises ActError when the channels do not agree
-    "The claim as layers: both models, their difference, what is kept of it, and where that goes."
+    "The claim as layers: both models, the scores of their channels, what is kept, and where that goes."
     if not target.map == donor.map == scores.map == mask.map:
         raise ActError("the picture needs activities, scores and mask of the same channels")
-    on, (t, d, s) = mask.flat().numpy(), map(brightness, (target, donor, scores))
+    shown = target.normalised(), donor.normalised(), scores
+    on, (t, d, s) = mask.flat().numpy(), map(brightness, shown)
     parts = [
         _panel(20, 44, words['target']),
         _pixels(t, _OURS, 20, 44),

@@ -202,6 +202,24 @@ def differences(
     found = pd.DataFrame(out, columns=['against', 'column', 'difference', 'low', 'high', 'p'])
     return found.assign(holm=holm(found.p))
 
+# %% ../../nbs/46_size_results.ipynb #46-accuracy
+@patch
+def accuracy(
+    self: EqualSizes,
+    row: str,
+    p: float = 0,  # size; 0 for a row without one
+    tuned: bool = False,  # after fine-tuning
+    column: str = 'recovered',  # or retained
+) -> float:  # share of test items answered correctly
+    "The mean over abilities, cases, trainings and recipes."
+    weights = training_weights([(c['recipe'], c['training']) for c in self.cases], 0, np.random.default_rng(0))[0]
+    total = 0.0
+    for case, models, weight in zip(self.cases, self.models, weights):
+        names = [short_name(a) for a in case['case'][column]]
+        right = [unpack(m['test'][a], case['counts'][a]).mean() for m in models[row, p, tuned] for a in names]
+        total += weight * np.mean(right)
+    return float(total)
+
 # %% ../../nbs/46_size_results.ipynb #46-best
 @patch
 def validation(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ASKED', 'MOVED', 'FORMAT', 'GRADED', 'measure_variant', 'measure_variants', 'recorded_variants', 'tails',
-           'tail_words', 'measured_grades', 'lost_points', 'grade_table', 'grade_words']
+           'tail_words', 'measured_grades', 'grade_table', 'grade_words']
 
 # %% ../../nbs/58_variants.ipynb #58v-imports
 import numpy as np
@@ -13,11 +13,10 @@ from pathlib import Path
 from ..kit.processes import bar
 from ..kit.records import provenance, read_json, write_json
 from ..loading import channels_of
-from ..sources import short_name
 from ..stats import interval_text
 from .cases import RESULTS
 from .concentration import score_statistics
-from .doses import ORDERS, measure_doses, unpack
+from .doses import ORDERS, measure_doses
 from .findings import Family, load_pair, plain
 from .size_results import EqualSizes
 
@@ -108,16 +107,6 @@ def measured_grades(
 GRADED = 'trade-aware attribution', 'ACT (module-normalised)', 'random', 'noise twin (trade-aware)'  # rows to show
 
 
-def lost_points(result: EqualSizes) -> float:  # points of test items, mean over the cases
-    "How far the targets fell below their donor on what is to be recovered."
-    gaps = []
-    for case, models in zip(result.cases, result.models):
-        for name in map(short_name, case['case']['recovered']):
-            t, d = (unpack(models[end, 0, False][0]['test'][name], case['counts'][name]) for end in ('target', 'donor'))
-            gaps.append(d.mean() - t.mean())
-    return 100 * float(np.mean(gaps))
-
-
 def grade_table(
     grades: dict,  # from `measured_grades`
     p: float = 0.02,  # size
@@ -138,13 +127,11 @@ def grade_words(
     "What was lost, and what came back, by grade."
     parts = []
     for grade, result in grades.items():
-        rows = (
-            result.numbers().query("p == 0.02 and not tuned and row == 'trade-aware attribution'").set_index('column')
-        )
+        rows = result.numbers().query("p == 0.02 and not tuned and row == 'trade-aware attribution'").set_index('column')
         back, cost = (interval_text(rows.loc[c], digits=0) for c in ('recovered', 'retained'))
+        lost = 100 * (result.accuracy('donor') - result.accuracy('target'))
         parts.append(
-            f'- *{grade}*: lost {lost_points(result):.0f} points; trade-aware attribution brings back {back} % of them'
-            f' and costs {cost}'
+            f'- *{grade}*: lost {lost:.0f} points; trade-aware attribution brings back {back} % of them and costs {cost}'
         )
     lines = '\n'.join(parts)
     return f'**Grades.** What the specialists lost, and what 2 % of the channels bring back:\n\n{lines}'
