@@ -144,7 +144,7 @@ def test_the_rules_refuse_when_the_nulls_show_the_same():
 
 def test_a_claim_that_training_on_the_same_items_beats_holds_in_part():
     v = result({**STRONG, 'tuned on all items': 0.97}).verdicts().verdict
-    assert v.to_dict() == dict(claim='in part', rule='holds', score='holds', goal='holds')
+    assert v.to_dict() == dict(claim='in part', rule='holds', score='holds', goal='in part')
 
 
 def test_a_claim_that_costs_too_much_holds_in_part():
@@ -188,6 +188,18 @@ def test_the_best_size_is_chosen_on_validation_items():
     best = EqualSizes([one], n=10).best().set_index(['row', 'column'])
     assert best.p['random', 'net'] == 0.5
     assert best.value['random', 'recovered'] == 0
+
+
+def test_a_stage_that_only_some_trainings_have_is_read_from_those():
+    one, other = (case(t, {'random': share}) for t, share in (('a-1', 0.4), ('a-2', 0.8)))
+    (model,) = [m for m in one['models'] if m['row'] == 'random']
+    one['models'].append({**model, 'tuned': True, 'test': model['test'] | {'science-zh': items(0.6)}})
+    found = EqualSizes([one, other], n=50)
+    assert found.find('random', 0.02)[0] == pytest.approx(50)
+    assert found.find('random', 0.02, tuned=True)[0] == pytest.approx(50)
+    assert found.trainings().loc['a'].to_dict() == dict(before=2, after=1)
+    alone = EqualSizes([one], n=50)
+    assert np.allclose(found.find('random', 0.02, tuned=True), alone.find('random', 0.02, tuned=True))
 
 
 @pytest.fixture(scope='module')

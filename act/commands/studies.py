@@ -170,7 +170,7 @@ def act_sizes(
     share, seeds, joined = _part(part), _whole('seeds', seeds), f'{str(out).rstrip("/")}.json'
     trainings = trainings_in(models, listed(recipes), seeds, grade)
     tuned = () if untuned else TUNED
-    rows, sizes = listed(rows or ','.join(CHOICES)), _floats('sizes', sizes, SIZES, 1)
+    rows, sizes = listed(rows) if rows else list(CHOICES), _floats('sizes', sizes, SIZES, 1)
     cases = len(trainings) * len(SKILLS)
     begin(
         dict.fromkeys(m for t in trainings for m in (t.target, t.donor)),

@@ -6,7 +6,7 @@
 __all__ = ['PACKAGE', 'ActError', 'imported', 'beside', 'listed']
 
 # %% ../../nbs/00_errors.ipynb #00-imports
-import importlib
+import importlib, os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def listed(
     while parts:
         n = 1
         for m in range(len(parts), 1, -1):
-            if Path(','.join(parts[:m])).exists():
+            if os.path.exists(','.join(parts[:m])):  # False too for what is too long for a name
                 n = m
                 break
         found.append(','.join(parts[:n]))

@@ -106,32 +106,44 @@ class EqualSizes(Shown):
 
     @cached_property
     def samples(self) -> dict:  # column -> (row, p, tuned) -> (n + 1,): the estimate, then its resamples
-        "Bootstrap over trainings and items, the same draws for every model."
-        rng, items, out = np.random.default_rng(self.seed), {}, {}
-        weights = training_weights([(c['recipe'], c['training']) for c in self.cases], self.n, rng)
-        for column, made in COLUMNS.items():
-            groups = [[short_name(a) for a in c['case'][column]] for c in self.cases]
-            keys = [k for k in self.models[0] if self._measured(k, groups)]
-            total = np.zeros((len(keys), self.n + 1))
-            for case, models, names, weight in zip(self.cases, self.models, groups, weights.T):
-                for a in names:
-                    right = lambda m: unpack(m['test'][a], case['counts'][a])
-                    x = np.stack([np.mean([right(m) for m in models[k]], 0) for k in keys])
-                    if a not in items:
-                        items[a] = draws(x.shape[1], self.n, rng)
-                    total += weight * (x @ items[a].T) / len(names)
-            found = dict(zip(keys, total))
-            ends = [found[end, 0, False] for end in ('target', 'donor')] if found else ()
-            if column == 'recovered' and ends[1][0] <= ends[0][0]:
-                raise ActError("the targets lost nothing that the donor has: there is no share that could come back")
-            out[column] = {k: made.value(x, *ends) for k, x in found.items()}
+        "Bootstrap over trainings and items, the same draws for all models that the same cases have."
+        out = {column: {} for column in COLUMNS}
+        for column in COLUMNS:
+            groups = defaultdict(list)
+            for key in dict.fromkeys(k for models in self.models for k in models):
+                groups[self._cases_with(key, column)].append(key)
+            for which, keys in groups.items():
+                if which:
+                    out[column] |= self._values(column, which, keys)
         out['net'] = {k: x - out['retained'][k] for k, x in out['recovered'].items()}
         return out
 
-    def _measured(self, key, groups):
-        "Whether all cases have a model with values of all the abilities."
-        each = zip(self.models, groups)
-        return all(names and key in models and set(names) <= set(models[key][0]['test']) for models, names in each)
+    def _names(self, i, column):
+        "The abilities of a case's column."
+        return [short_name(a) for a in self.cases[i]['case'][column]]
+
+    def _cases_with(self, key, column):
+        "Which cases have such a model, with answers to all the column's abilities."
+        tests = [models[key][0]['test'] if key in models else {} for models in self.models]
+        return tuple(i for i, t in enumerate(tests) if t and set(self._names(i, column)) <= set(t))
+
+    def _values(self, column, which, keys):
+        "Samples of some models over some cases."
+        rng, items, total = np.random.default_rng(self.seed), {}, 0
+        ends, cases = [('target', 0, False), ('donor', 0, False)], [self.cases[i] for i in which]
+        weights = training_weights([(c['recipe'], c['training']) for c in cases], self.n, rng)
+        for i, case, weight in zip(which, cases, weights.T):
+            names = self._names(i, column)
+            for a in names:
+                right = lambda m: unpack(m['test'][a], case['counts'][a])
+                x = np.stack([np.mean([right(m) for m in self.models[i][k]], 0) for k in [*ends, *keys]])
+                if a not in items:
+                    items[a] = draws(x.shape[1], self.n, rng)
+                total = total + weight * (x @ items[a].T) / len(names)
+        target, donor, *found = total
+        if column == 'recovered' and donor[0] <= target[0]:
+            raise ActError("the targets lost nothing that the donor has: there is no share that could come back")
+        return {k: COLUMNS[column].value(x, target, donor) for k, x in zip(keys, found)}
 
     def find(
         self,
@@ -171,6 +183,18 @@ class EqualSizes(Shown):
         "All rows of one size, and those without a size."
         found = self.numbers().query('p in (0, @p) and tuned == @tuned')
         return text_table(found, 'row', 'column', digits=1).rename_axis(index=None, columns=None)
+
+    def trainings(self) -> pd.DataFrame:  # recipes x (before, after fine-tuning): how many trainings were measured
+        "How many trainings stand behind the rows."
+        rows = defaultdict(lambda: defaultdict(set))
+        for case, models in zip(self.cases, self.models):
+            for tuned in {tuned for _, _, tuned in models}:
+                rows[case['recipe']]['after' if tuned else 'before'].add(case['training'])
+        return (
+            pd.DataFrame({r: {k: len(v) for k, v in found.items()} for r, found in rows.items()})
+            .T.fillna(0)
+            .astype(int)
+        )
 
     def __repr__(self):
         return self.table().to_string()

@@ -172,7 +172,7 @@ def gather(
     cases = [read_json(f, FORMAT, 'measurement at equal sizes', 'act_sizes') for f in files]
     if not cases:
         raise ActError(f"{folder} has no measurement: make some with act_sizes --out {folder}")
-    made = [[(m['row'], m['p'], m['draw'], m['tuned']) for m in c['models']] for c in cases]
+    made = [[(m['row'], m['p'], m['draw']) for m in c['models'] if not m['tuned']] for c in cases]
     for f, models in zip(files, made):
         if models != made[0]:
             raise ActError(f"{f} and {files[0]} measured different rows or sizes: measure all of them in the same way")

@@ -127,7 +127,9 @@ def grade_words(
     "What was lost, and what came back, by grade."
     parts = []
     for grade, result in grades.items():
-        rows = result.numbers().query("p == 0.02 and not tuned and row == 'trade-aware attribution'").set_index('column')
+        rows = (
+            result.numbers().query("p == 0.02 and not tuned and row == 'trade-aware attribution'").set_index('column')
+        )
         back, cost = (interval_text(rows.loc[c], digits=0) for c in ('recovered', 'retained'))
         lost = 100 * (result.accuracy('donor') - result.accuracy('target'))
         parts.append(
