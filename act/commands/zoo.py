@@ -28,6 +28,7 @@ def act_lab(
     smoke: bool = False,  # a tiny version of --train, to test the machinery
     measure: bool = False,  # measure the shipped weights again instead of reading the manifest
     hidden: int = 128,  # width of a new base, for --train
+    steps: int = None,  # optimiser steps of a new base, for --train
     device: str = None,  # for --train: cpu, cuda, ...
 ):
     """Show what each lab model knows, or train models of the family:
@@ -46,7 +47,7 @@ def act_lab(
         if not out:
             raise ActError("act_lab --train needs --out, a folder to write to")
         try:
-            scores = {n: d['scores'] for n, d in train_lab(out, names, smoke, hidden=hidden, device=device).items()}
+            scores = {n: d['scores'] for n, d in train_lab(out, names, smoke, hidden=hidden, steps=steps, device=device).items()}
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"the models that are in {out} are done, name the others with --models to go on"

@@ -264,6 +264,7 @@ def train_lab(
     smoke: bool = False,  # 1 % of the steps, a tiny model, few items: to test the machinery
     progress: bool = True,  # show bars
     hidden: int = 128,  # width of the residual stream of a new base; the shipped family has 128
+    steps: int = None,  # optimiser steps of a new base; those of its recipe by default
     device=None,  # cpu, cuda, ...
 ) -> dict:  # name -> entry of the manifest: recipe, last_loss, seconds, provenance, and what `describe` says
     "Train models, write them as bf16 checkpoints, and measure every one on every ability."
@@ -271,6 +272,8 @@ def train_lab(
     recipes = {name: lab_recipe(name) for name in models or SHIPPED}
     for name, recipe in recipes.items():
         check_absent(out / name)
+        if steps and recipe['start'] is None:
+            recipe.update(steps=steps)
         if smoke:
             recipe.update(steps=max(2, recipe['steps'] // 100), batch=8)
     begin(
