@@ -47,7 +47,10 @@ def act_lab(
         if not out:
             raise ActError("act_lab --train needs --out, a folder to write to")
         try:
-            scores = {n: d['scores'] for n, d in train_lab(out, names, smoke, hidden=hidden, steps=steps, device=device).items()}
+            scores = {
+                n: d['scores']
+                for n, d in train_lab(out, names, smoke, hidden=hidden, steps=steps, device=device).items()
+            }
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"the models that are in {out} are done, name the others with --models to go on"

@@ -268,11 +268,13 @@ def train_lab(
     device=None,  # cpu, cuda, ...
 ) -> dict:  # name -> entry of the manifest: recipe, last_loss, seconds, provenance, and what `describe` says
     "Train models, write them as bf16 checkpoints, and measure every one on every ability."
+    if steps is not None and steps < 1:
+        raise ActError(f"steps is {steps}: a base takes at least one")
     out, made = Path(out), {}
     recipes = {name: lab_recipe(name) for name in models or SHIPPED}
     for name, recipe in recipes.items():
         check_absent(out / name)
-        if steps and recipe['start'] is None:
+        if steps is not None and recipe['start'] is None:
             recipe.update(steps=steps)
         if smoke:
             recipe.update(steps=max(2, recipe['steps'] // 100), batch=8)
