@@ -21,17 +21,8 @@ from ..masks import ChannelMask, top_p, with_kind
 from ..scores import ChannelScores
 from ..sources import load_ability
 from ..stats import interval, interval_text
-from act.studies.methods import (
-    ACTIVATIONS,
-    METHODS,
-    Method,
-    by_p_and_lam,
-    by_p_and_rank,
-    evenly,
-    moving,
-    rows_of,
-    tries,
-)
+from .methods import ACTIVATIONS, METHODS, Method, by_p_and_lam
+from .methods import by_p_and_rank, evenly, moving, rows_of, tries
 from ..own_change import own_items
 from .recovery import Recovery, plot_point
 from ..transfer import transfer

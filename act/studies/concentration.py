@@ -19,19 +19,8 @@ from ..masks import top_p
 from ..scores import ChannelScores, weight_scores
 from ..stats import interval_text
 from .figures import RANKS, WIDTH
-from act.studies.findings import (
-    Estimates,
-    Finding,
-    Study,
-    attributed,
-    collect,
-    exceeds,
-    judgement,
-    load_pair,
-    row_of,
-    sample_items,
-    side_of,
-)
+from .findings import Estimates, Finding, Study, attributed, collect
+from .findings import exceeds, judgement, load_pair, row_of, sample_items, side_of
 
 # %% ../../nbs/51_concentration.ipynb #20-009
 def top_mass(

@@ -21,18 +21,8 @@ from ..scores import ChannelScores
 from ..stats import interval_text
 from .concentration import noise_twin
 from .figures import WIDTH
-from act.studies.findings import (
-    Estimates,
-    Finding,
-    Study,
-    attributed,
-    collect,
-    exceeds,
-    judgement,
-    load_pair,
-    row_of,
-    sample_items,
-)
+from .findings import Estimates, Finding, Study, attributed, collect
+from .findings import exceeds, judgement, load_pair, row_of, sample_items
 
 # %% ../../nbs/52_disentanglement.ipynb #21-009
 def shared(
