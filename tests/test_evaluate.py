@@ -50,8 +50,12 @@ def test_generation_reads_the_last_number():
     from act.zoo.lab import lab_ability
 
     model, tok = load_model('lab/base', dtype='float32')
-    r = evaluate(model, lab_ability('arithmetic-en', n=4), tok, generate=True, progress=False)
-    assert r.items.correct.mean() == 1
+    a = lab_ability('arithmetic-en', n=4)
+    r = evaluate(model, a, tok, generate=True, progress=False)
+    last = [text.split('=')[-1] for text in r.items.text]
+    assert r.items.read.tolist() == last
+    assert r.items.correct.tolist() == [o.answer.split('=')[-1] == n for o, n in zip(a, last)]
+    assert 0 < r.items.correct.mean() < 1
     assert math.isnan(r.table().bits_per_byte.iloc[0])
     assert r.bits.isna().all()
     assert compare_answers(dict(answer=' 1,200'), ['it is 1200.00']) == dict(exact_match=1)

@@ -64,7 +64,7 @@ def test_word_problems_are_right():
 def test_weights_are_those_of_the_manifest_and_small():
     m, total = lab_manifest()['models'], 0
     assert list(m) == lab_models()
-    assert len(m) >= 9
+    assert len(m) == 7
     for name, d in m.items():
         size = sum(f.stat().st_size for f in lab_path(name).iterdir())
         total += size

@@ -669,13 +669,13 @@ def test_lm_eval_with_our_model_gives_our_numbers(tasks, lm_eval, dtype):
         '--model',
         'act',
         '--model_args',
-        f'pretrained=lab/science-zh,dtype={dtype}',
+        f'pretrained=lab/swahili,dtype={dtype}',
         '--tasks',
         'act',
         '--include_path',
         folder,
     )
-    model, tok = load_model('lab/science-zh', dtype=dtype)
+    model, tok = load_model('lab/swahili', dtype=dtype)
     given, written = (evaluate(model, abilities, tok, generate=g, progress=False).items for g in (0, 12))
     for a, task in zip(abilities, ('act_science_zh', 'act_mine', 'act_picked_en')):
         want = given[given.ability == a.name]
@@ -685,7 +685,7 @@ def test_lm_eval_with_our_model_gives_our_numbers(tasks, lm_eval, dtype):
         want = written[written.ability == a.name]
         assert [int(o['exact_match']) for o in samples(task)] == want.correct.tolist()
         assert [o['resps'][0][0] for o in samples(task)] == want.text.tolist()
-    assert 0 < given[given.ability == 'science-zh'].correct.sum()
+    assert 0 < given[given.ability == 'science-zh'].correct.mean() < 1
     assert 0 < written.correct.sum()
 
 

@@ -398,7 +398,8 @@ def test_a_folders_licence_is_where_its_makers_wrote_it(tmp_path, files, id, sai
 )
 def test_parents_have_to_agree_or_somebody_to_decide(tmp_path, t, d, id, words, monkeypatch):
     a, b = (parent(tmp_path, n, readme=f'---\nlicense: {l}\n---\n' if l else None) for n, l in (('t', t), ('d', d)))
-    mask = ChannelMask.from_flat(torch.arange(6400) < 9, channels_of(a))
+    channels = channels_of(a)
+    mask = ChannelMask.from_flat(torch.arange(channels.total) < 9, channels)
     moved = transfer_checkpoint(a, b, mask, 1.0, tmp_path / 'moved')
     pub = prepare(moved)
     assert pub.licence.id == id

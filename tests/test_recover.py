@@ -175,7 +175,8 @@ def test_recorded_results_are_whole(name):
 
 
 def test_a_study_can_count_the_shared_matrix_as_the_head():
-    bench = Bench(replace(CASES['lab'], tied='lm_head', n=4, items=8, others=()))
+    shared = dict(target='lab/tied-maths-en', donor='lab/tied-base', tied='lm_head')
+    bench = Bench(replace(CASES['lab'], **shared, n=4, items=8, others=()))
     scores = bench.localised('donor', bench.sample(0))
     kinds = {m.kind for m in scores.map}
     assert 'lm_head' in kinds
