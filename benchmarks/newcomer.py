@@ -36,7 +36,7 @@ def run(name, command, where, home):
     return dict(
         command=command if isinstance(command, str) else ' '.join(command),
         seconds=round(seconds, 1),
-        output=text.rstrip().split('\n')[-60:],
+        output=text.rstrip().split('\n')[-90:],
     )
 
 

@@ -14,6 +14,7 @@ from ..kit.files import atomic_folder, begin, check_absent
 from ..loading import check_use
 from .choices import CHOICES, models_of
 from .equal_sizes import in_words, plot_trade
+from .figures import use_style
 from .size_results import COLUMNS, EqualSizes
 from .sizes import Training, gather, measure_sizes, training_case
 
@@ -44,11 +45,13 @@ def main_figures(
     numbers, made = result.numbers(), {}
     for stage, tuned in dict(before=False, after=True).items():
         for p in sizes if (numbers.tuned == tuned).any() else ():
-            ax, text = plot_trade(numbers, p, tuned), io.StringIO()
             name = f'{stage}-{100 * p:g}'.replace('.', '_')
-            ax.figure.savefig(text, format='svg')
-            ax.figure.savefig(out / f'{name}.png', dpi=200)
-            plt.close(ax.figure)
+            with plt.rc_context():
+                use_style()
+                figure, text = plot_trade(numbers, p, tuned).figure, io.StringIO()
+                figure.savefig(text, format='svg', bbox_inches='tight')
+                figure.savefig(out / f'{name}.png', dpi=200, bbox_inches='tight')
+                plt.close(figure)
             svg = text.getvalue()[text.getvalue().index('<svg') :]
             (out / f'{name}.svg').write_text(svg)
             made[f'{100 * p:g} % of the channels, {stage} light fine-tuning: up and left is better.'] = svg
