@@ -142,6 +142,11 @@ def test_the_rules_refuse_when_the_nulls_show_the_same():
     assert v.to_dict() == dict.fromkeys(RULES, 'does not hold')
 
 
+def test_the_rule_of_the_paper_holds_by_its_own_ranking_alone():
+    v = result({'trade-aware attribution': 0.95, 'ACT (module-normalised)': 0.5}).verdicts().verdict
+    assert v['rule'] == 'in part'
+
+
 def test_a_claim_that_training_on_the_same_items_beats_holds_in_part():
     v = result({**STRONG, 'tuned on all items': 0.97}).verdicts().verdict
     assert v.to_dict() == dict(claim='in part', rule='holds', score='holds', goal='in part')
