@@ -262,8 +262,8 @@ def test_trade_aware_refuses_another_pair(tokenizer):
         trade_aware(first, other)
 
 
-def test_what_is_found_brings_the_ability_back_on_the_lab():
-    "Two percent of the channels, without fine-tuning; as many random ones bring nothing."
+def test_what_is_found_brings_part_of_the_ability_back_on_the_lab():
+    "Two percent of the channels bring back a quarter of what was lost, without fine-tuning; random ones hardly any."
     from act.evaluate import evaluate
     from act.loading import load_model
 
@@ -272,11 +272,14 @@ def test_what_is_found_brings_the_ability_back_on_the_lab():
     s = attribute(target, donor, load_ability('lab/science-zh', 'localize', 128), tok, progress=False)
     mask, held_out = top_p(s, 0.02), load_ability('lab/science-zh', 'validation', 100)
 
-    def share(m):
-        return evaluate(transfer(target, donor, m), held_out, tok, progress=False).table().accuracy.iloc[0]
+    def right(model):
+        return evaluate(model, held_out, tok, progress=False).table().accuracy.iloc[0]
 
-    assert share(mask) > 0.8
-    assert share(random_mask(mask)) < 0.45
+    without, lost = right(target), right(donor) - right(target)
+    found, drawn = ((right(transfer(target, donor, m)) - without) / lost for m in (mask, random_mask(mask)))
+    assert lost > 0.4
+    assert found > 0.25
+    assert drawn < 0.1
 
 
 def test_two_processes_give_what_one_gives(launch, tmp_path):

@@ -638,13 +638,13 @@ def test_effects_by_hand():
 
 def test_orders_take_equally_many_channels(bench):
     o = wei.ranking_orders(bench, (0,))
-    masks = {k: make(bench.scores(0), 0.1, 0) for k, make in o.items()}
+    masks = {k: make(bench.scores(0), 0.3, 0) for k, make in o.items()}  # smaller raw ones are rows of lm_head alone
     assert len(o) == 10
     assert {m.count for m in masks.values()} == {masks['random'].count}
     assert len({m.hash for m in masks.values()}) == 10
     from act.scores import weight_scores
 
-    assert masks['weight, raw'] == top_p(weight_scores(bench.target, bench.donor), 0.1)
+    assert masks['weight, raw'] == top_p(weight_scores(bench.target, bench.donor), 0.3)
 
 
 @pytest.mark.slow
