@@ -246,7 +246,8 @@ class Study:
         "Measure the study on a family."
         fam = find_family(fam)
         tables, meta = self.measure(fam, **settings)
-        return Finding(self.name, fam.name, tables, about(fam, **meta))
+        rounded = lambda v: float(f'{v:.6g}') if isinstance(v, float) else v  # as the file will have it
+        return Finding(self.name, fam.name, {k: t.map(rounded) for k, t in tables.items()}, about(fam, **meta))
 
 # %% ../../nbs/50_findings.ipynb #50-studies
 STUDIES = {  # name -> module and object

@@ -164,8 +164,10 @@ def area(
     ps: np.ndarray,  # doses above zero, rising
     diff: np.ndarray,  # (..., doses), the difference between two curves
 ):
-    "Mean difference over the logarithm of the dose (trapezoids)."
+    "Mean difference over the logarithm of the dose (trapezoids); of one dose, the difference there."
     x = np.log10(np.asarray(ps, float))
+    if len(x) == 1:
+        return np.asarray(diff)[..., 0]
     return np.trapezoid(diff, x, axis=-1) / (x[-1] - x[0])
 
 # %% ../../nbs/53_sufficiency.ipynb #22-022
