@@ -192,7 +192,7 @@ def test_a_spread_model_learns_the_same(tmp_path, launch):
 
     Plain, with an adapter, masked, stopped early, and stopped by a crash and resumed.
     """
-    model, tok = load_model('lab/maths-en', dtype='float32')
+    model, tok = load_model('lab/tied-maths-en', dtype='float32')
     mask = mask_of(model)
     mask.save(tmp_path / 'mask.safetensors')
     done = launch(
@@ -206,7 +206,7 @@ from act.masks import ChannelMask
 from helpers import HARD, hard
 to, mask = sys.argv[1], ChannelMask.load(sys.argv[1] + '/mask.safetensors')
 def save(kind, name, **kw):
-    model, tok = importlib.import_module('act.training').load_for_training('lab/maths-en', None)
+    model, tok = importlib.import_module('act.training').load_for_training('lab/tied-maths-en', None)
     report = hard(model.float(), tok, mask, kind, **kw)
     assert (report.model is None) == bool(processes()[0])
     if report.model is not None:
