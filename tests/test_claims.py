@@ -2,7 +2,8 @@
 
 import numpy as np, pandas as pd, pytest
 from act.studies.claims import finding_rows, merge_rows, paper_table, recovery_rows
-from act.studies.findings import FAMILIES, JUDGEMENTS, STUDIES
+from act.studies.families import FAMILIES
+from act.studies.findings import JUDGEMENTS, STUDIES
 from act.studies.merge import Merged
 from act.studies.cases import MergeCase
 from act.studies.cases import Case

@@ -23,20 +23,16 @@ from act.studies import (
 from act.studies.bench import Bench
 from act.studies.cases import CASES
 from act.studies.figures import RANKS, plot_heat, plot_intervals, save_figure, use_style
+from act.studies.families import FAMILIES, Family, collect, find_family, load_pair
 from act.studies.findings import (
-    FAMILIES,
     JUDGEMENTS,
     LEAST,
     STUDIES,
     Estimates,
-    Family,
     Finding,
-    collect,
     estimate,
     exceeds,
-    find_family,
     find_study,
-    load_pair,
     recorded,
     row_of,
     side_of,

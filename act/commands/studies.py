@@ -26,7 +26,8 @@ def act_findings(
     "Measure one of the paper's findings: `act_findings --finding concentration --family lab --out concentration.json`"
     from act.pairs import check_pair
     from act.sources import load_ability
-    from act.studies.findings import STUDIES, find_family, find_study
+    from act.studies.families import find_family
+    from act.studies.findings import STUDIES, find_study
 
     study = find_study(finding)
     fam = find_family(family)

@@ -11,7 +11,8 @@ __all__ = ['RECORDED_RECOVERIES', 'RECORDED_MERGES', 'KNOWN', 'CLAIM_ROWS', 'cla
 import pandas as pd
 from ..stats import METRICS
 from .cases import RESULTS
-from .findings import FAMILIES, JUDGEMENTS, STUDIES, judgement, recorded
+from .families import FAMILIES
+from .findings import JUDGEMENTS, STUDIES, judgement, recorded
 from .merge import Merged
 from .recovery import Recovery
 

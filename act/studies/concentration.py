@@ -19,8 +19,8 @@ from ..masks import top_p
 from ..scores import ChannelScores, weight_scores
 from ..stats import interval_text
 from .figures import RANKS, WIDTH
-from .findings import Estimates, Finding, Study, attributed, collect
-from .findings import exceeds, judgement, load_pair, row_of, sample_items, side_of
+from .families import attributed, collect, load_pair, sample_items
+from .findings import Estimates, Finding, Study, beside_twin, exceeds, judgement, row_of, side_of
 
 # %% ../../nbs/51_concentration.ipynb #20-009
 def top_mass(
@@ -246,14 +246,10 @@ def judge_concentration(
     the top 2 % of the attribution."""
     rows = {r: versus(f.tables['statistics'], 'top_5', r).set_index('condition') for r in RANKS}
     above = {r: exceeds(d.loc['pair'], d.loc['noise twin']) for r, d in rows.items()}
-    text = '; '.join(
-        f"{RANKS[r]} {interval_text(d.loc['pair'], 100, 1)} (noise twin {interval_text(d.loc['noise twin'], 100, 1)})"
-        for r, d in rows.items()
-    )
+    text = '; '.join(f"{RANKS[r]} {beside_twin(d.loc['pair'], d.loc['noise twin'], 100, 1)}" for r, d in rows.items())
     tops = attribution_tops(f)
     if tops:
-        pair, noise = (interval_text(row, 100, 1) for row in tops)
-        text += f'; of the attribution above zero in the top 2 %: {pair} (noise twin {noise})'
+        text += f'; of the attribution above zero in the top 2 %: {beside_twin(*tops, 100, 1)}'
     word = judgement(above['raw'], above['module'] or bool(tops and exceeds(*tops)))
     return word, f'% of the sum in the top 5 %: {text}'
 
@@ -266,12 +262,9 @@ def score_text(
         return 'weight change and attribution were not measured'
     table, parts = f.tables['scores'], []
 
-    def at(score, condition, statistic):
-        return row_of(table, score=score, condition=condition, statistic=statistic)
-
     def both(score, statistic, scale=1):
-        pair, twin = (interval_text(at(score, c, statistic), scale, 1) for c in ('pair', 'noise twin'))
-        return f'{pair} (noise twin {twin})'
+        at = lambda condition: row_of(table, score=score, condition=condition, statistic=statistic)
+        return beside_twin(at('pair'), at('noise twin'), scale, 1)
 
     for score in table.score.unique():
         top = f"{score}: top 2 % hold {both(score, 'top_2', 100)} %"

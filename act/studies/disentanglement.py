@@ -18,11 +18,12 @@ from ..kit.processes import bar
 from ..masks import top_p
 from ..overlap import compare, square
 from ..scores import ChannelScores
+from ..sources import short_name
 from ..stats import interval_text
 from .concentration import noise_twin
 from .figures import WIDTH
-from .findings import Estimates, Finding, Study, attributed, collect
-from .findings import exceeds, judgement, load_pair, row_of, sample_items
+from .families import attribution_mask, collect, load_pair
+from .findings import Estimates, Finding, Study, exceeds, judgement, row_of
 
 # %% ../../nbs/52_disentanglement.ipynb #21-009
 def shared(
@@ -173,13 +174,9 @@ def attribution_overlap(
     p: float = 0.05,  # fraction of all channels
 ) -> dict:  # ('attribution', relation) -> mean overlap
     "Mean overlap of attribution masks by what two abilities share, and of two halves of one ability's items."
-    n, halves = max(1, fam.items // 4), ({}, {})
-    for a in fam.abilities:
-        items = sample_items(fam, a, seed)
-        for masks, part in zip(halves, (items[:n], items[n : 2 * n])):
-            masks[items.name] = top_p(attributed(fam, target, donor, tok, part, points=2), p)
-    one, other = halves
-    means = pd.DataFrame([mean_overlap(masks) for masks in halves]).mean().to_dict()
+    mask = lambda ability, part: attribution_mask(fam, target, donor, tok, ability, seed, p, part)
+    one, other = ({short_name(a): mask(a, part) for a in fam.abilities} for part in (0, 1))
+    means = pd.DataFrame([mean_overlap(masks) for masks in (one, other)]).mean().to_dict()
     same = np.mean([shared(dict(a=one[k], b=other[k])).overlap[0] for k in one])
     return {('attribution', r): v for r, v in {**means, 'same ability, other items': same}.items()}
 

@@ -228,10 +228,9 @@ BRIEF = dict(
 
 def in_brief(result: EqualSizes) -> str:  # Markdown, a line for the claim, the rule and the score
     "One sentence each for the claim, the paper's rule, and the score."
-    found = result.verdicts()
-    lines = [
-        f'- **{name.capitalize()}**, {BRIEF[name]}: {v.verdict}. At 2 %, {v.numbers}.'
-        for name, v in found.iterrows()
-        if name in BRIEF
-    ]
-    return '\n'.join(lines).replace('. At 2 %, at', '. At')
+    lines = []
+    for name, says in BRIEF.items():
+        _, word, numbers = RULES[name].verdict(result)
+        size = 100 * RULES[name].limits['size']
+        lines.append(f'- **{name.capitalize()}**, {says}: {word}. At {size:g} %, {numbers}.')
+    return '\n'.join(lines)

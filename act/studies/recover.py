@@ -6,8 +6,7 @@
 __all__ = ['CAPTIONS', 'recover', 'stages', 'report_html', 'write_tables', 'write_study']
 
 # %% ../../nbs/63_recover.ipynb #63-imports
-import html, io, json, time
-import matplotlib.pyplot as plt
+import html, time
 import pandas as pd
 from pathlib import Path
 from ..fingerprints import weight_hash
@@ -16,6 +15,7 @@ from ..masks import top_p
 from ..stats import interval_text
 from .bench import Bench
 from .cases import CASES, case_named
+from .figures import captioned, report_page, write_figure
 from .methods import METHODS, ROWS
 from .recovery import Recovery, plot_grid
 
@@ -62,11 +62,6 @@ def stages(
     return rec.table().loc[list(names)].rename(index=names)[list(rec.case.groups)]
 
 # %% ../../nbs/63_recover.ipynb #30-063
-_STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
-table{border-collapse:collapse;font-size:.85rem;display:block;overflow-x:auto}
-th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #ddd}
-th:first-child{text-align:left}figure{display:inline-block;margin:.5rem;vertical-align:top;max-width:26rem}
-figure svg{max-width:100%;height:auto}figcaption{font-size:.85rem;color:#444}"""
 CAPTIONS = dict(
     rows='Retained against recovered on test items, with 95 % intervals over items and seeds.',
     grid='All settings tried on validation items; a ring marks the chosen one.',
@@ -88,22 +83,18 @@ def report_html(
     d['text'] = [interval_text((r.difference, r.low, r.high), signed=True) for r in d.itertuples()]
     wide = d.pivot(index='against', columns='column', values='text').rename_axis(index=None, columns=None)
     against = wide.loc[d.against.unique(), ['retained', 'recovered', 'mean']]
-    pictures = ''.join(f'<figure>{figures[k]}<figcaption>{CAPTIONS[k]}</figcaption></figure>' for k in figures)
-    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width"><title>ACT: recovery of {recovered}</title>
-<style>{_STYLE}</style></head><body>
-<h1>Recovering {recovered}</h1>
+    figures = {CAPTIONS[k]: svg for k, svg in figures.items()}
+    body = f"""<h1>Recovering {recovered}</h1>
 <p>Target <b>{html.escape(case.target)}</b>, donor <b>{html.escape(case.donor)}</b>. Retained: {retained}.
 Others: {others}. Unit: {rec.metric.label()}; in brackets the 95 % bootstrap interval over items and
 {len(rec.meta['seeds'])} seeds.</p>
 {rec.table().to_html(border=0)}
 <h2>ACT (module-normalised) against each row</h2>
 <p>Differences, this method minus the row, paired by item and seed.</p>{against.to_html(border=0)}
-<h2>Pictures</h2>{pictures}
+<h2>Pictures</h2>{captioned(figures)}
 <h2>Settings</h2><p>Chosen on validation items, by the mean of retained and recovered.</p>
-{pd.DataFrame(rec.best).T.to_html(border=0)}
-<details><summary>Where these numbers come from</summary>
-<pre>{html.escape(json.dumps(rec.meta, indent=1))}</pre></details></body></html>"""
+{pd.DataFrame(rec.best).T.to_html(border=0)}"""
+    return report_page(f'recovery of {recovered}', body, rec.meta)
 
 # %% ../../nbs/63_recover.ipynb #30-062
 def write_tables(
@@ -132,10 +123,5 @@ def write_study(
     write_tables(rec, out)
     figures = {}
     for name, draw in dict(rows=rec.plot, grid=lambda: plot_grid(rec), scores=scores.plot, mask=mask.plot).items():
-        figure, text = draw().figure, io.StringIO()
-        figure.savefig(text, format='svg')
-        figure.savefig(out / f'{name}.png', dpi=200)
-        plt.close(figure)
-        figures[name] = text.getvalue()[text.getvalue().index('<svg') :]
-        (out / f'{name}.svg').write_text(figures[name])
+        figures[name] = write_figure(draw(), out, name)
     (out / 'report.html').write_text(report_html(rec, figures))

@@ -16,9 +16,10 @@ from ..masks import ChannelMask, top_p
 from ..stats import interval_text
 from .concentration import noise_twin
 from .figures import RANKS
-from .findings import Estimates, Finding, Study, collect, estimate, exceeds, judgement, load_pair, row_of
+from .families import attribution_mask, collect, load_pair
+from .findings import Estimates, Finding, Study, beside_twin, estimate, exceeds, judgement, row_of
 from ..overlap import iou
-from .trainings import CHANGES, TRAININGS, attribution_mask, mask_agreement, trainings, wording_agreement
+from .trainings import CHANGES, TRAININGS, mask_agreement, trainings, wording_agreement
 
 # %% ../../nbs/55_stability.ipynb #23-010
 SAMPLE_SIZES = 1, 2, 4, 8, 16, 24, 48, 96, 128  # items
@@ -129,7 +130,7 @@ def attribution_agreement(
     found = Estimates('condition', 'change')
     for seed in seeds:
         for name, other in {'pair': donor, 'noise twin': noise_twin(target, donor, seed)}.items():
-            made = lambda **which: attribution_mask(fam, target, other, tok, seed, p, **which)
+            made = lambda **which: attribution_mask(fam, target, other, tok, fam.focus[0], seed, p, **which)
             most = made(points=REFERENCE)
             changes = {
                 'other items': made(points=REFERENCE, part=1),
@@ -235,8 +236,8 @@ def attribution_text(
         return 'attribution: not measured'
     table, parts = f.tables['attribution'], []
     for change in table.change.unique():
-        pair, twin = (interval_text(row_of(table, change=change, condition=c), 100, 0) for c in ('pair', 'noise twin'))
-        parts.append(f'{change} {pair} (noise twin {twin})')
+        two = (row_of(table, change=change, condition=c) for c in ('pair', 'noise twin'))
+        parts.append(f'{change} {beside_twin(*two, 100, 0)}')
     rows = f.tables['trainings'].query("rank == 'attribution'").to_dict('records')
     trained = '; '.join(f"{r['name']} {interval_text(r, 100, 0)}" for r in rows)
     return (

@@ -21,7 +21,8 @@ from ..stats import METRICS, interval, interval_text
 from .bench import Bench
 from .cases import CASES
 from .concentration import noise_twin
-from .findings import POINTS, Finding, Study, exceeds, find_family, judgement, row_of
+from .families import POINTS, find_family
+from .findings import Finding, Study, exceeds, judgement, row_of
 from .recovery import group_samples
 from ..transfer import transfer
 

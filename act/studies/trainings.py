@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORDINGS', 'TRAININGS', 'CHANGES', 'mask_agreement', 'Wording', 'wording_agreement', 'swap_lora', 'specialist',
-           'learned', 'paired_agreement', 'attribution_mask', 'trainings']
+           'learned', 'paired_agreement', 'trainings']
 
 # %% ../../nbs/54_trainings.ipynb #54-imports
 import re
@@ -18,14 +18,15 @@ from ..kit.errors import ActError
 from ..kit.processes import bar
 from ..loading import load_model
 from ..localize import localize_items
-from ..masks import ChannelMask, top_p
+from ..masks import top_p
 from ..overlap import iou
 from ..scores import ChannelScores
 from ..sources import load_ability
 from ..stats import paired_bootstrap
 from .concentration import noise_twin
 from .figures import RANKS
-from .findings import Estimates, attributed, collect, find_family, sample_items
+from .families import attribution_mask, collect, find_family
+from .findings import Estimates
 
 # %% ../../nbs/54_trainings.ipynb #23-007
 def mask_agreement(
@@ -188,22 +189,6 @@ def paired_agreement(
     draws = zip(*[zip(a[k].resamples(resamples, seed), b[k].resamples(resamples, seed)) for k in a])
     return full, [mean(two) for two in draws]
 
-# %% ../../nbs/54_trainings.ipynb #54-attr
-def attribution_mask(
-    fam,  # a Family
-    target,  # model in memory
-    donor,  # model in memory
-    tok,  # tokenizer of both
-    seed: int = 0,  # of the items
-    p: float = 0.05,  # fraction of all channels
-    part: int = 0,  # which quarter of the sample: samples of two parts share no item
-    points: int = 2,  # on the way from target to donor
-) -> ChannelMask:
-    "The mask of the first focus ability's attribution."
-    n = max(1, fam.items // 4)
-    items = sample_items(fam, fam.focus[0], seed)[part * n : (part + 1) * n]
-    return top_p(attributed(fam, target, donor, tok, items, points), p)
-
 # %% ../../nbs/54_trainings.ipynb #23-030
 def trainings(
     fam,  # a Family, or its name
@@ -219,12 +204,13 @@ def trainings(
     models = {c: specialist(fam, donor, tok, c).model for c in bar(list(CHANGES), progress, desc='trainings')}
     localised = lambda model, seed: collect(fam, model, donor, tok, fam.focus, seed)
     reference = {s: localised(models['reference'], s) for s in seeds}
-    masks = {s: attribution_mask(fam, models['reference'], donor, tok, s, p) for s in seeds}
+    attributed = lambda model, seed: attribution_mask(fam, model, donor, tok, fam.focus[0], seed, p)
+    masks = {s: attributed(models['reference'], s) for s in seeds}
 
     def add(name, model, seed):
         full, draws = paired_agreement(reference[seed], localised(model, seed), resamples, seed, p)
         found.add(full, name)
-        found.add(dict(attribution=iou(masks[seed], attribution_mask(fam, model, donor, tok, seed, p))), name)
+        found.add(dict(attribution=iou(masks[seed], attributed(model, seed))), name)
         for one in draws:
             found.add(one, name, resample=True)
 

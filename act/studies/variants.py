@@ -13,11 +13,13 @@ from pathlib import Path
 from ..kit.processes import bar
 from ..kit.records import provenance, read_json, write_json
 from ..loading import channels_of
-from ..stats import interval_text
+from ..stats import interval, interval_text
 from .cases import RESULTS
 from .concentration import score_statistics
 from .doses import ORDERS, measure_doses
-from .findings import Family, load_pair, plain
+from .families import Family, about, load_pair
+from .findings import plain
+from .equal_sizes import RULED
 from .size_results import EqualSizes
 
 # %% ../../nbs/58_variants.ipynb #58v-variant
@@ -31,9 +33,11 @@ def measure_variant(
     seeds=(0, 1, 2),  # of localisation items and noise
     items: int = 96,  # localisation items
     n: int = None,  # test items; all by default
-) -> dict:  # hidden, channels, tied, target and donor (share of test items right), scores, shares (at 2 %, by order)
+) -> (
+    dict
+):  # hidden, channels, tied, target and donor (share of test items right), scores, shares (at 2 %, by order), meta
     "The tails of three scores, and what 2 % of the channels bring back."
-    fam = Family('variant', '', ((target, donor),), (ASKED,), (ASKED,), items)
+    fam = Family('variant', 'a lab of its own training', ((target, donor),), (ASKED,), (ASKED,), items)
     a, b, tok = load_pair(fam)
     table = measure_doses(a, b, ASKED, tok, MOVED, (0.02, 1.0), items, n, seeds[0])
     ends = table[table.row == 'random'].set_index('dose').correct.map(np.mean)
@@ -45,6 +49,7 @@ def measure_variant(
         donor=float(ends[1.0]),
         scores=score_statistics(fam, a, b, tok, seeds).map(plain).to_dict('list'),
         shares={r: plain(s) for r, s in table[table.dose == 0.02].set_index('row').share.items()},
+        meta=about(fam, seeds=list(seeds), n=n),
     )
 
 # %% ../../nbs/58_variants.ipynb #58v-all
@@ -93,7 +98,7 @@ def tail_words(
     lines = '\n'.join(parts)
     return f'**Tails.** The largest activation difference over the 99th percentile, and what comes back:\n\n{lines}'
 
-
+# %% ../../nbs/58_variants.ipynb #58v-measured
 def measured_grades(
     folder=RESULTS,  # with equal-sizes-lab.json, and equal-sizes-GRADE.json for other grades that were measured
 ) -> dict:  # grade -> EqualSizes of the first training of every recipe
@@ -101,8 +106,7 @@ def measured_grades(
     names = dict(mild='equal-sizes-mild', medium='equal-sizes-lab', hard='equal-sizes-hard')
     paths = {grade: Path(folder) / f'{name}.json' for grade, name in names.items()}
     found = {grade: EqualSizes.load(path) for grade, path in paths.items() if path.exists()}
-    first = lambda result: [c for c in result.cases if c['meta']['seed'] == 1]
-    return {grade: EqualSizes(first(result), result.meta) for grade, result in found.items()}
+    return {grade: result.part(seeds=[1]) for grade, result in found.items()}
 
 # %% ../../nbs/58_variants.ipynb #58v-grades
 GRADED = 'trade-aware attribution', 'ACT (module-normalised)', 'random', 'noise twin (trade-aware)'  # rows to show
@@ -128,13 +132,9 @@ def grade_words(
     "What was lost, and what came back, by grade."
     parts = []
     for grade, result in grades.items():
-        rows = (
-            result.numbers().query("p == 0.02 and not tuned and row == 'trade-aware attribution'").set_index('column')
-        )
-        back, cost = (interval_text(rows.loc[c], digits=0) for c in ('recovered', 'retained'))
+        found = {c: result.find(RULED, 0.02, column=c) for c in ('recovered', 'retained')}
+        back, cost = (interval_text(interval(x), digits=0) for x in found.values())
         lost = 100 * (result.accuracy('donor') - result.accuracy('target'))
-        parts.append(
-            f'- *{grade}*: lost {lost:.0f} points; trade-aware attribution brings back {back} % of them and costs {cost}'
-        )
+        parts.append(f'- *{grade}*: lost {lost:.0f} points; {RULED} brings back {back} % of them and costs {cost}')
     lines = '\n'.join(parts)
     return f'**Grades.** What the specialists lost, and what 2 % of the channels bring back:\n\n{lines}'

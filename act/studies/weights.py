@@ -22,7 +22,8 @@ from ..sources import load_ability
 from ..stats import METRICS, interval_text
 from .concentration import noise_twin
 from .figures import RANKS
-from .findings import LEAST, Estimates, Finding, Study, exceeds, judgement, load_pair, row_of
+from .families import load_pair
+from .findings import LEAST, Estimates, Finding, Study, beside_twin, exceeds, judgement, row_of
 from .sufficiency import areas, bench_facts, bench_of, doses, responses, rival_orders
 
 # %% ../../nbs/57_activation_vs_weight.ipynb #24-013
@@ -242,8 +243,8 @@ def judge_weights(
     carried = part.skill + part.language
     true = [exceeds(both, noise) and both.high <= 0.5, carried >= chance + LEAST]
     text = (
-        f"% of the top {100 * f.meta['p']:g} % shared, raw: {interval_text(both, 100, 0)} (noise twin"
-        f' {interval_text(noise, 100, 0)}); variance of rho with skill {100 * part.skill:.0f} %, with language'
+        f"% of the top {100 * f.meta['p']:g} % shared, raw: {beside_twin(both, noise, 100, 0)}"
+        f'; variance of rho with skill {100 * part.skill:.0f} %, with language'
         f' {100 * part.language:.0f} % (95 % of chance: below {100 * chance:.0f} %)'
     )
     return judgement(all(true), any(true)), text
@@ -257,10 +258,11 @@ def agreement_text(
     scale, digits = (1, 2) if statistic.startswith('rho') else (100, 0)
     rows = averaged(f.tables['agreement'])
 
-    def at(condition, ranking):
-        return interval_text(row_of(rows, condition=condition, statistic=statistic, ranking=ranking), scale, digits)
+    def both(ranking):
+        at = lambda condition: row_of(rows, condition=condition, statistic=statistic, ranking=ranking)
+        return beside_twin(at('pair'), at('noise twin'), scale, digits)
 
-    return '; '.join(f"{k} {at('pair', k)} (noise twin {at('noise twin', k)})" for k in RANKINGS)
+    return '; '.join(f'{k} {both(k)}' for k in RANKINGS)
 
 # %% ../../nbs/57_activation_vs_weight.ipynb #57-explain
 def explain_weights(
