@@ -151,9 +151,38 @@ class Watch(TrainerCallback):
         for k, t in self.best.items():
             local_part(named[k]).copy_(t)
 
+# %% ../nbs/31_training.ipynb #31-losses
+def answer_losses(
+    logits: torch.Tensor,  # (batch, width, vocabulary)
+    labels: torch.Tensor,  # (batch, width): token ids, -100 where nothing is to be learned
+) -> tuple:  # (batch,) sums of -log p over the answer tokens, in nats; (batch,) how many they are
+    "The loss of each item, and its answer tokens."
+    labels = labels[:, 1:]
+    nats = torch.nn.functional.cross_entropy(logits[:, :-1].float().mT, labels, reduction='none')
+    return nats.sum(1), (labels != -100).sum(1)
+
+
+def mean_loss(
+    found,  # an EvalPrediction: sums and numbers, as `answer_losses` gives them, of all items
+) -> dict:  # loss: nats per answer token
+    "The validation loss: all answer tokens count alike."
+    return dict(loss=found.predictions.sum(dtype='float64') / found.label_ids.sum())
+
 # %% ../nbs/31_training.ipynb #13-204
 class StateTrainer(Trainer):
-    "Hugging Face's Trainer, whose states can be read back for every type of model."
+    "Hugging Face's Trainer, whose states can be read back for every type of model, and whose batches all count alike."
+
+    def __init__(
+        self,
+        *args,  # of `Trainer`
+        **options,  # of `Trainer`
+    ):
+        super().__init__(*args, compute_metrics=mean_loss, **options)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        read = {k: v for k, v in inputs.items() if k != 'labels'}
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return None, *answer_losses(model(**read).logits, inputs['labels'])
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()

@@ -80,12 +80,12 @@ HARD = dict(
 )
 
 
-def hard(model, tok, mask, kind, batch_size=4, **kw):
+def hard(model, tok, mask, kind, **kw):
     "Fine-tune a model of the lab in one of the ways of HARD."
     kw = {**HARD[kind], **kw}
     if kw.pop('mask', 0):
         kw['mask'] = mask
     if kw.pop('validation', 0):
         kw['validation'] = load_ability('lab/science-zh', 'validation', 16)
-    options = dict(steps=8, batch_size=batch_size, progress=False)
+    options = dict(steps=8, batch_size=4, progress=False)
     return finetune(model, load_ability('lab/science-zh', 'sft', 24), tok, **{**options, **kw})

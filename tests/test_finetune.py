@@ -122,6 +122,22 @@ def test_early_stopping_puts_the_best_weights_back(tokenizer):
     assert abs(again.eval_losses[0][1] - best) < 1e-4
 
 
+def test_validation_does_not_depend_on_batches(tokenizer):
+    items = [
+        Item('9 plus 9 is', ' 18'),
+        Item('one, two, three and on to', ' four, five, six, seven'),
+        Item('8 is', ' 8'),
+    ]
+    val, m, token = Ability('uneven-en', items, eos=True), tiny_model(), dict(steps=1, lr=1e-12, eval_steps=1)
+    found = [run(m, tokenizer, validation=val, batch_size=k, **token).eval_losses[0][1] for k in (1, 2, 3)]
+    nats, count = 0.0, 0
+    for row in training_rows([val], tokenizer, False, None):
+        loss = m(torch.tensor([row['input_ids']]), labels=torch.tensor([row['labels']])).loss.item()
+        learned = sum(t != -100 for t in row['labels'])
+        nats, count = nats + loss * learned, count + learned
+    assert found == pytest.approx([nats / count] * 3, rel=1e-5)
+
+
 def test_lora_is_merged_and_its_adapter_gives_the_same_model(tokenizer, tmp_path):
     from peft import PeftModel
 
@@ -188,7 +204,7 @@ open(f'{sys.argv[1]}/rank%dof%d' % processes(), 'w').write(f'{weight_hash(report
 
 
 def test_a_spread_model_learns_the_same(tmp_path, launch):
-    """Two processes with FSDP against one process with batches of twice the size; the second never reads the weights.
+    """Two processes with FSDP against one process with twice the batches a step; the second never reads the weights.
 
     Plain, with an adapter, masked, stopped early, and stopped by a crash and resumed.
     """
@@ -235,7 +251,7 @@ open(f'{{to}}/begun-{{processes()[0]}}', 'w').write(f'{{begun}}')
     new = {k: load_file(tmp_path / f'{k}.safetensors') for k in HARD}
     for kind in HARD:
         one, old = (
-            dict(hard(model, tok, mask, kind, batch_size=8).model.named_parameters()),  # so it validates alike too
+            dict(hard(model, tok, mask, kind, accumulate=2).model.named_parameters()),
             dict(model.named_parameters()),
         )
         assert one.keys() == new[kind].keys()
