@@ -17,6 +17,7 @@ from ..kit.processes import bar
 from ..kit.records import provenance, read_json, write_json
 from ..loading import load_model
 from ..show.results import Shown, table
+from ..sources import load_ability
 from ..stats import interval_text
 from .cases import RESULTS
 from .doses import crossing, measure_doses, pack, unpack
@@ -59,7 +60,9 @@ def measure_training(
             }
             cells.append(dict(way=way, ability=ability, items=len(t.correct[0]), rows=rows))
     about = dict(name=training.name, recipe=training.recipe, seed=training.seed)
-    return dict(**about, doses=[*dict.fromkeys(t.dose)], cells=cells, made=provenance())
+    data = {c['ability']: load_ability(c['ability'], 'test', options.get('n')).hash for c in cells}
+    made = provenance(weights=training.weights, data=data)
+    return dict(**about, doses=[*dict.fromkeys(t.dose)], cells=cells, made=made)
 
 # %% ../../nbs/46_direction.ipynb #46-family
 def measure_family(

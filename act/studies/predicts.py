@@ -210,7 +210,9 @@ def measure_predictions(
         tables.append(table.assign(recipe=training.recipe, training=training.name, ability=name))
     table = pd.concat(tables)
     columns = {c: [plain(v) for v in table[c]] for c in (*ABOUT, *table.columns.drop(list(ABOUT)))}
-    return write_json(dict(format=FORMAT, columns=columns, made=provenance()), out)
+    data = {a: load_ability(a, 'validation', n=n).hash for _, a in todo}
+    made = provenance(weights={t.name: t.weights for t in trainings}, data=data, items=items)
+    return write_json(dict(format=FORMAT, columns=columns, made=made), out)
 
 
 def recorded_predictions(

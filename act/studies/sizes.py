@@ -56,6 +56,11 @@ class Training:
     donor: str = 'lab/base'  # folder or name of the model that it was trained from
     seed: int = 1  # of the order of its items; and of all that is drawn when it is measured
 
+    @property
+    def weights(self) -> dict:  # target and donor: hexadecimal hashes
+        "Names for the weights of both models."
+        return dict(target=weight_hash(self.target), donor=weight_hash(self.donor))
+
 
 def trainings_in(
     models,  # folder with a model in NAME/ for each training, and their base unless it is the shipped one
@@ -128,7 +133,7 @@ def record_case(
         scores={k.removeprefix('score: '): round(v[0], 2) for k, v in bench.seconds.items() if k.startswith('score')},
         peak_memory_mb=peak_memory() >> 20,
         seed=training.seed,
-        weights=dict(target=weight_hash(bench.target), donor=weight_hash(bench.donor)),
+        weights=training.weights,
         data={a.name: a.hash for a in bench.test},
         validation={a.name: a.hash for a in bench.val},
         localize={a.name: a.hash for a in (bench.read, bench.kept)},
