@@ -71,7 +71,8 @@ class Attribution(ChannelScores):
     def __repr__(self):
         s = self.flat().double().sort(descending=True).values
         top = float(s[: max(1, round(0.01 * len(s)))].sum())
-        out = f"{self.map.total:,} channels, {int((s > 0).sum()):,} above zero; sum {float(s.sum()):.3g}, top 1 % {top:.3g}"
+        total = round(float(s.sum()), 6) or 0
+        out = f"{self.map.total:,} channels, {int((s > 0).sum()):,} above zero; sum {total:.3g}, top 1 % {top:.3g}"
         if {'nats_target', 'nats_donor'} <= self.meta.keys():
             out += f"; nats {self.meta['nats_target']:.3f} -> {self.meta['nats_donor']:.3f}"
         if {'ability', 'tokens'} <= self.meta.keys():

@@ -20,11 +20,14 @@ from localize import PAIRS, added, arguments, peak
 from transfer import summary
 
 
+ITEMS = dict(lab=400, smollm2=6)  # of each pair; gradients of the larger one take a while without a GPU
+
+
 def load(pair, dtype, device, batch_tokens, times=1):
     "(target, its tokenizer, the ability, its batches)"
-    target, _, name, n = PAIRS[pair]
+    target, _, name, _ = PAIRS[pair]
     model, tok = load_model(target, dtype, device)
-    items = load_ability(name, 'localize', times * n)
+    items = load_ability(name, 'localize', times * ITEMS[pair])
     return model, tok, items, list(batches(encode(items, tok, 'predict'), tok, batch_tokens, padding_side='left'))
 
 
@@ -51,8 +54,8 @@ def plain(model, work, points, free=False):
 def one_run(pair, run, points, dtype, device, batch_tokens):
     "A run in a process of its own."
     if run.startswith('attribute'):
-        target, donor, name, n = PAIRS[pair]
-        items = load_ability(name, 'localize', 4 * n)
+        target, donor, name, _ = PAIRS[pair]
+        items = load_ability(name, 'localize', 4 * ITEMS[pair])
         options = dict(points=points, dtype=dtype, device=device, batch_tokens=batch_tokens, progress=False)
         attribute(
             target, donor, items, hold='both' if 'held' in run else 'one', recompute='recompute' in run, **options

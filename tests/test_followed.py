@@ -255,7 +255,9 @@ def test_the_guide_with_other_models(started, name, ability):
     end = json.loads(said.splitlines()[-1])
     assert end['mask']['ability'] == ability
     assert end['tried'] == 8
-    assert [*end['test']] == ['target', 'target + SFT', 'random mask + SFT', 'ACT without SFT', 'ACT']
+    assert [*end['test']] == [
+        *('target', 'target + SFT', 'random + SFT', 'activation + SFT', 'attribution', 'attribution + SFT')
+    ]
     assert all([*row] == ['retained', 'recovered'] for row in end['test'].values())
 
 
