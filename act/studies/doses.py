@@ -63,10 +63,11 @@ def answers(
     model,  # in memory
     ability,  # an Ability: its test items
     tokenizer,  # of the model
-) -> dict:  # correct: (items,) of 0 and 1; nats per answer token
-    "What a model answers, item by item, and how likely the right answers are."
+) -> dict:  # correct: (items,) of 0 and 1; each: (items,) nats over the mean number of tokens; nats: their mean
+    "What a model answers, item by item, and how likely the right answers are, in nats per answer token."
     items = evaluate(model, ability, tokenizer, progress=False).items
-    return dict(correct=items.correct.to_numpy(), nats=float(-items.loglik.sum() / items.tokens.sum()))
+    each = (-items.loglik / items.tokens.mean()).to_numpy()
+    return dict(correct=items.correct.to_numpy(), each=each, nats=float(each.mean()))
 
 
 def measure_doses(
@@ -79,7 +80,7 @@ def measure_doses(
     items: int = 128,  # localisation items, at most
     n: int = None,  # test items; all by default
     seed: int = 0,  # of the localisation items and the random channels
-) -> pd.DataFrame:  # row, dose (from 0), share of the gap closed, nats per answer token, correct (items,)
+) -> pd.DataFrame:  # row, dose (from 0), share of the gap closed, and what `answers` gives
     "Move the channels with the largest scores, dose by dose, and answer the test items."
     if not doses or doses[-1] != 1:
         raise ActError(f"the doses are {doses}: the last one must be 1, the whole donor")
