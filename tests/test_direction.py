@@ -165,6 +165,27 @@ def test_trainings_of_other_doses_do_not_mix():
         Directions([training(ALIKE), training(ALIKE, seed=2, doses=[0.0, 0.02, *DOSES[2:]])])
 
 
+def in_nats(curves, **kw):
+    "As `training`, compared by nats: every item has its own."
+    found = training(curves, **kw)
+    for cell in found['cells']:
+        for row, right in zip(cell['rows'].values(), curves[cell['way']].values()):
+            row['nats'] = [[(1 - k / 100) * (1 + i / 10) for i in range(11)] for k in right]
+            row['correct'] = [pack(np.zeros(100))] * len(right)
+    return dict(found, metric='nats')
+
+
+def test_a_gap_in_nats_by_hand():
+    d = Directions([in_nats(ASYMMETRIC)])
+    assert d.gaps().before.tolist() == pytest.approx([-1.5, -1.5])  # the mean over the items
+    assert d.gaps().counted.all()
+    reached = d.crossings().set_index(['recipe', 'way', 'row', 'level']).value
+    assert reached['maths-en', 'recovering', 'attribution', 0.5] == 0.01
+    assert d.verdict().startswith('holds: ')
+    with pytest.raises(ActError, match='read them apart'):
+        Directions([in_nats(ASYMMETRIC), training(ASYMMETRIC, seed=2)])
+
+
 def test_what_is_no_record(tmp_path):
     with pytest.raises(ActError, match='no trainings'):
         gather(tmp_path)
