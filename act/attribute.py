@@ -16,7 +16,7 @@ from .fingerprints import tensors_of
 from .hooks import Sums, check_sums, free_memory
 from .kit.errors import ActError
 from .kit.files import begin
-from .kit.processes import bar, processes
+from .kit.processes import bar, processes, warn
 from .kit.records import sha256
 from .loading import channels_of, check_use, load_model
 from .localize import read_alike
@@ -153,6 +153,19 @@ def recompute_activations(model):  # changed in place
         if hasattr(module, 'attention_dropout'):
             module.attention_dropout = 0.0
 
+# %% ../nbs/38_attribute.ipynb #at-check-complete
+def check_complete(
+    scores: Attribution,  # of several points
+):
+    "Warn when the scores miss the fall in loss by more than a fifth of what the loss ranges over on the way."
+    nats = scores.meta['nats_target'], *scores.meta['nats_path'], scores.meta['nats_donor']
+    found, fall = scores.flat().double().sum().item(), nats[0] - nats[-1]
+    if abs(found - fall) > max(0.02, 0.2 * (max(nats) - min(nats))):
+        warn(
+            f"the scores add up to {found:.3f} nats per answer token, but the loss falls by {fall:.3f}: take more points"
+            f" than {scores.meta['points']}"
+        )
+
 # %% ../nbs/38_attribute.ipynb #at-attribute
 def attribute(
     target,  # the model that receives: in memory, or what `load_model` takes
@@ -207,7 +220,10 @@ def attribute(
     check_sums(total, (target, donor))
     data = {p: (s / meta['tokens'] / (points or 1)).float() for p, s in total.items()}
     meta |= dict(nats_target=nats[0], nats_donor=nats[1], nats_path=nats[2:])
-    return Attribution(data, cm, meta)
+    found = Attribution(data, cm, meta)
+    if points > 1:
+        check_complete(found)
+    return found
 
 # %% ../nbs/38_attribute.ipynb #at-trade
 def trade_aware(

@@ -311,3 +311,14 @@ def test_nan_weights_are_named(pair, tokenizer):
         b.model.layers[0].self_attn.k_proj.bias[1] = float('nan')
     with pytest.raises(ActError, match='k_proj.bias'):
         attribute(a, b, ABILITY, tokenizer, progress=False)
+
+
+@pytest.mark.parametrize('missed, warned', [(0.0, False), (0.15, False), (0.25, True)])
+def test_scores_that_miss_the_fall_are_said_so(tokenizer, recwarn, missed, warned):
+    s = attribute(*pair_of('qwen2'), ABILITY, tokenizer, points=1, progress=False)
+    donor = 1.0 - (s.flat().double().sum().item() + missed)
+    recwarn.clear()
+    stage.check_complete(
+        Attribution(s.data, s.map, s.meta | dict(nats_target=1.0, nats_path=[1.5, 0.5], nats_donor=donor))
+    )
+    assert bool(recwarn) == warned
