@@ -1,6 +1,6 @@
 "The picture of the home page and the reference: drawn and listed from what is there."
 
-import base64, importlib, io, json, re, sys
+import base64, contextlib, importlib, inspect, io, json, re, sys
 import numpy as np, pytest, torch
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
@@ -93,6 +93,15 @@ def test_every_public_name_stands_in_the_reference():
     text = reference()
     for module, o in public():
         assert f'- [`{o.__name__}`](' in text, f'{module}.{o.__name__}'
+
+
+def test_no_signature_names_a_folder_of_this_machine():
+    shown = []
+    for module, o in public():
+        with contextlib.suppress(TypeError, ValueError):  # has no signature
+            defaults = [p.default for p in inspect.signature(o).parameters.values()]
+            shown += [f'{module}.{o.__name__}' for d in defaults if isinstance(d, Path) and d.is_absolute()]
+    assert not shown, 'give None and look the path up: the site prints defaults'
 
 
 def test_an_entry_is_a_line_of_a_list():

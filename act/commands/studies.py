@@ -7,7 +7,7 @@ __all__ = ['NOTE', 'act_findings', 'act_reproduce', 'act_recover', 'act_merge', 
            'act_explore']
 
 # %% ../../nbs/87_commands_studies.ipynb #87-imports
-import math
+import math, textwrap
 from pathlib import Path
 from typing import Literal
 from ..kit.command import command, next_step
@@ -67,9 +67,10 @@ def act_reproduce(
             print(f"{name}: {', '.join(case['case'][name])} ({column.unit}, with 95 % intervals over test items)")
     for stage, table in main_tables(result).items():
         print(f'\n{stage} light fine-tuning\n{table.to_string()}')
-    print(f"\n{in_words(result)}\n")
+    for words in in_words(result).replace('*', '').split('\n\n'):
+        print(f'\n{textwrap.fill(words, 100)}')
     made = case['meta']
-    print(f"{made['seconds']} s, peak memory {made['peak_memory_mb']:,} MB; report.html, tables and figures in {out}")
+    print(f"\n{made['seconds']} s, peak memory {made['peak_memory_mb']:,} MB; report.html, tables and figures in {out}")
     next_step('act_sizes', models='runs/family', out=beside(out, 'sizes'))
 
 # %% ../../nbs/87_commands_studies.ipynb #87-seeds

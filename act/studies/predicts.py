@@ -216,9 +216,10 @@ def measure_predictions(
 
 
 def recorded_predictions(
-    path=RESULTS / 'predicts-lab.json',  # what `measure_predictions` wrote
+    path=None,  # what `measure_predictions` wrote
 ) -> pd.DataFrame:  # recipe, training, ability, group, kind, channels, nats, correct, and a column for each score
     "Recorded effects and predictions; by default those that ship with the package."
+    path = path or RESULTS / 'predicts-lab.json'
     return read_json(path, FORMAT, 'record of predictions', 'measure_predictions', lambda d: pd.DataFrame(d['columns']))
 
 # %% ../../nbs/89_predicts.ipynb #89-words

@@ -70,9 +70,10 @@ def measure_variants(
 
 
 def recorded_variants(
-    path=RESULTS / 'variants-lab.json',  # what `measure_variants` wrote
+    path=None,  # what `measure_variants` wrote
 ) -> dict:  # name -> as `measure_variant` gives it
     "Recorded variants; by default those that ship with the package."
+    path = path or RESULTS / 'variants-lab.json'
     return read_json(path, FORMAT, 'record of variants', 'measure_variants', lambda d: d['variants'])
 
 # %% ../../nbs/58_variants.ipynb #58v-tails
@@ -100,11 +101,11 @@ def tail_words(
 
 # %% ../../nbs/58_variants.ipynb #58v-measured
 def measured_grades(
-    folder=RESULTS,  # with equal-sizes-lab.json, and equal-sizes-GRADE.json for other grades that were measured
+    folder=None,  # with equal-sizes-lab.json, and equal-sizes-GRADE.json for other grades that were measured
 ) -> dict:  # grade -> EqualSizes of the first training of every recipe
     "The record at equal sizes, for specialists that were pushed half as hard, as usual, or twice as hard."
     names = dict(mild='equal-sizes-mild', medium='equal-sizes-lab', hard='equal-sizes-hard')
-    paths = {grade: Path(folder) / f'{name}.json' for grade, name in names.items()}
+    paths = {grade: Path(folder or RESULTS) / f'{name}.json' for grade, name in names.items()}
     found = {grade: EqualSizes.load(path) for grade, path in paths.items() if path.exists()}
     return {grade: result.part(seeds=[1]) for grade, result in found.items()}
 

@@ -304,14 +304,14 @@ def train_lab(
 
 # %% ../../nbs/41_lab_training.ipynb #03-060
 def lab_manifest(
-    folder=LAB_FOLDER,  # of a family that `train_lab` wrote; the one that ships by default
+    folder=None,  # of a family that `train_lab` wrote; the one that ships by default
 ) -> dict:  # format, models: name -> entry
     "The manifest that was written with the weights."
-    return json.loads((Path(folder) / 'manifest.json').read_text(encoding='utf-8'))
+    return json.loads((Path(folder or LAB_FOLDER) / 'manifest.json').read_text(encoding='utf-8'))
 
 # %% ../../nbs/41_lab_training.ipynb #41-scores
 def lab_scores(
-    folder=LAB_FOLDER,  # as for `lab_manifest`
+    folder=None,  # as for `lab_manifest`
 ) -> pd.DataFrame:
     "The score matrix of a manifest: models x abilities, share of test items answered correctly."
     return pd.DataFrame({m: d['scores'] for m, d in lab_manifest(folder)['models'].items()}).T
