@@ -83,9 +83,10 @@ def plot_trade(
     cells = found.set_index(['row', 'column'])[['value', 'low', 'high']]
     rows = [row for row in found.row.unique() if row not in ('target', 'donor')]
     _, ax = plt.subplots(figsize=(1.9 * WIDTH, 3.4))
-    for row, colour, marker in zip(rows, cycle(sns.color_palette('colorblind')), cycle('osD^vXP')):
+    colours = sns.color_palette('colorblind')
+    for i, (row, colour, marker) in enumerate(zip(rows, cycle(colours), cycle('osD^v'))):
         x, y = (tuple(cells.loc[(row, column)]) for column in ('retained', 'recovered'))
-        plot_point(ax, x, y, colour, fmt=marker, label=row, ms=4.5, lw=0.7)
+        plot_point(ax, x, y, colour, i >= len(colours), fmt=marker, label=row, ms=4.5, lw=0.7)
     ax.set(xlabel=COLUMNS['retained'].unit, ylabel=COLUMNS['recovered'].unit)
     ax.legend(loc='center left', bbox_to_anchor=(1, 0.5))
     return ax
