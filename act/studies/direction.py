@@ -321,9 +321,10 @@ def verdict(self: Directions) -> str:
     if not held:
         return 'cannot be judged: no recipe has a gap that counts, and is half closed, in both directions'
     parts = []
-    for recipe in held:
+    for recipe in [*held, 'all'] if ('all', BEYOND) in t.index else held:
         ours, random = (interval_text(t.loc[(recipe, row)], 1, 1) for row in ('attribution', 'random'))
-        parts.append(f'{recipe} {ours} times as many by attribution, {random} by random channels')
+        name = 'mean curve' if recipe == 'all' else recipe
+        parts.append(f'{name} {ours} times as many by attribution, {random} by random channels')
     left = [r for r in self.recipes if r not in held]
     return (
         f"{judgement(all(held.values()), any(held.values()))}: channels for acquiring half of the gap, against those"
