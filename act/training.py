@@ -157,7 +157,7 @@ def answer_losses(
     labels: torch.Tensor,  # (batch, width): token ids, -100 where nothing is to be learned
 ) -> tuple:  # (batch,) sums of -log p over the answer tokens, in nats; (batch,) how many they are
     "The loss of each item, and its answer tokens."
-    labels = labels[:, 1:]
+    labels = labels[:, 1:].to(logits.device)
     nats = torch.nn.functional.cross_entropy(logits[:, :-1].float().mT, labels, reduction='none')
     return nats.sum(1), (labels != -100).sum(1)
 
