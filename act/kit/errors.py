@@ -40,11 +40,13 @@ def listed(
     "Split names at commas, but not at a comma inside an existing path."
     parts, found = (text or '').split(','), []
     while parts:
-        n = 1
-        for m in range(len(parts), 1, -1):
-            if os.path.exists(','.join(parts[:m])):  # False too for what is too long for a name
+        n, path = 1, parts[0]
+        for m, part in enumerate(parts[1:], 2):
+            path += f',{part}'
+            if len(os.path.basename(path)) > 255 or len(path) > 4096:
+                break  # no file has a longer name
+            if os.path.exists(path):
                 n = m
-                break
         found.append(','.join(parts[:n]))
         parts = parts[n:]
     return [o for o in found if o]
