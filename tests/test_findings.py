@@ -824,7 +824,7 @@ def test_the_table_of_verdicts_has_every_finding():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', [n for n in STUDIES if n not in ('disentanglement', 'weights')])  # these take minutes
+@pytest.mark.parametrize('name', STUDIES)
 def test_the_lab_measured_again_gives_what_was_recorded(name):
     old, new = recorded(name, 'lab'), find_study(name).run('lab')
     assert new.judgement == old.judgement
