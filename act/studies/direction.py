@@ -34,8 +34,7 @@ WAYS = dict(  # direction -> (target, donor), as fields of Training
 )
 CALLED = dict(target='specialist', donor='base')  # field of Training -> what that model is called here
 REAL = {  # specialist of SmolLM2 -> direction -> abilities
-    'smollm2/maths': dict(recovering=['xquad-text/es'], acquiring=['gsm8k/en']),
-    'smollm2/spanish': dict(recovering=['gsm8k/en'], acquiring=['xquad-text/es']),
+    'smollm2/maths': dict(recovering=['xquad-text/es', 'xquad-text/de'], acquiring=['gsm8k/en']),
 }
 
 
@@ -366,8 +365,8 @@ def measure_real(
     out,  # as in `measure_all`
     doses: tuple = (0.01, 0.05, 0.2, 0.5, 1.0),  # shares of all channels; the last is 1
     items: int = 128,  # localisation items
-    n: int = 12,  # test items
-    points: int = 4,  # of attribution
+    n: int = 32,  # test items
+    points: int = 8,  # of attribution
     max_length: int = 160,  # tokens of a localisation item
     progress: bool = True,  # show a bar
 ) -> list:  # of paths
