@@ -5,7 +5,8 @@ from act.channels import enumerate_channels
 from act.kit.errors import ActError
 from act.kit.records import write_json
 from act.scores import ChannelScores
-from act.studies.direction import BEYOND, FORMAT, Directions, abilities_of, gather, measure_family
+from act.studies.both_ways import FORMAT, abilities_of, measure_family
+from act.studies.direction import BEYOND, Directions, gather
 from act.studies.doses import ORDERS, crossing, largest, measure_doses, pack, random_scores, unpack
 from act.studies.predicts import groups_of, mean_over_trainings, rank_agreement, rank_samples, recorded_predictions
 from act.transfer import transfer

@@ -27,7 +27,7 @@ from ..scores import ChannelScores, weight_scores
 from ..sources import load_ability
 from ..stats import interval, interval_text
 from .cases import RESULTS
-from .direction import abilities_of
+from .both_ways import abilities_of
 from .doses import answers
 from .figures import WIDTH
 from .findings import plain
