@@ -20,7 +20,7 @@ from .kit.errors import ActError, PACKAGE
 from .kit.processes import bar, gathered, processes, quiet
 from .loading import load_model
 from .pairs import label_of
-from .sources import LANGUAGE_NAMES, load_ability
+from .sources import SOURCES, load_ability
 
 # %% ../nbs/36_harness.ipynb #14-302
 def answer_logliks(
@@ -243,22 +243,11 @@ def _dataset(ability, eos=None):
     return dict(test=Dataset.from_list(rows))
 
 # %% ../nbs/36_harness.ipynb #14-024
-_WORDS = 'bn de en es fr ja ru sw th zh'  # languages of MSVAMP
-_XQUAD = 'ar de el en es hi ro ru th tr vi zh'
-_ARC = 'ar bn ca da de en es eu fr gu hi hr hu hy id is it kn ml mr nb ne nl pt ro ru sk sr sv ta te uk vi zh'
-_TASKS = [  # template, source, languages, end of the name
-    ('loglikelihood', 'gsm8k', 'en', ''),
-    ('loglikelihood', 'mgsm', f'{_WORDS} te', ''),
-    ('loglikelihood', 'msvamp', _WORDS, ''),
-    ('generate', 'gsm8k', 'en', '_generate'),
-    ('generate', 'mgsm', f'{_WORDS} te', '_generate'),
-    ('generate', 'msvamp', _WORDS, '_generate'),
-    ('loglikelihood', 'xquad', _XQUAD, ''),
-    ('loglikelihood', 'xquad-text', _XQUAD, ''),
-    ('choices', 'exams', ' '.join(LANGUAGE_NAMES), ''),
-    ('choices', 'exams-science', ' '.join(LANGUAGE_NAMES), ''),
-    ('choices', 'arc', _ARC, ''),
-]
+_TEMPLATES = {  # template -> sources, and how the names of its tasks end
+    'loglikelihood': (('gsm8k', 'mgsm', 'msvamp', 'xquad', 'xquad-text'), ''),
+    'generate': (('gsm8k', 'mgsm', 'msvamp'), '_generate'),
+    'choices': (('exams', 'exams-science', 'arc', 'arc-easy', 'sciq', 'piqa', 'openbookqa'), ''),
+}
 
 
 def write_tasks(
@@ -267,7 +256,8 @@ def write_tasks(
 ) -> list:  # names of the tasks
     "Write a task file for every ability of the lab and every public source."
     names = []
-    for kind, source, languages, end in [('loglikelihood', 'lab', ' '.join(lab), ''), *_TASKS]:
+    public = [(k, s, SOURCES[s].languages, end) for k, (sources, end) in _TEMPLATES.items() for s in sources]
+    for kind, source, languages, end in [('loglikelihood', 'lab', ' '.join(lab), ''), *public]:
         for language in languages.split():
             name = f'act_{source}_{language}{end}'.replace('-', '_')
             text = f'include: act_{kind}.yaml\ntask: {name}\ndataset_kwargs:\n  spec: {source}/{language}\n'

@@ -74,9 +74,32 @@ def _in_science(row, lang):
     subject = row.get('subject', row.get('info', {}).get('subject'))
     return _in_language(row, lang) and subject in ('Biology', 'Chemistry', 'Physics', 'Geology', 'Science')
 
+
+def _asked(question, choices, right):
+    "A question whose choices are not listed; the right one comes last, so that a tie between choices is wrong."
+    *others, answer = (f' {text}' for text in (*choices[:right], *choices[right + 1 :], choices[right]))
+    return f'Question: {question}\nAnswer:', answer, (*others, answer)
+
+
+def _lettered(row):
+    choices = row['choices']
+    if not isinstance(choices, dict):  # the local layout
+        choices = dict(text=choices, label=row['labels'])
+    right = choices['label'].index(row.get('answerKey', row.get('answer')))
+    return _asked(row['question'] if 'question' in row else row['question_stem'], choices['text'], right)
+
+
+def _sciq(row):
+    return _asked(row['question'], [row['correct_answer'], *(row[f'distractor{i}'] for i in (1, 2, 3))], 0)
+
+
+def _piqa(row):
+    return _asked(row['goal'], [row['sol1'], row['sol2']], row['label'])
+
 # %% ../nbs/18_sources.ipynb #02-018
 SHARES = dict(train=0.6, localize=0.1, sft=0.1, validation=0.08, test=0.12)  # of the groups, in one file for all splits
 _FEW = dict(train=0.0, localize=0.2, sft=0.1, validation=0.2, test=0.5)  # where there are some hundred rows
+_ASKED = dict(train=0.0, localize=0.15, sft=0.05, validation=0.1, test=0.7)  # for accuracy, which takes many items
 
 
 @dataclass(frozen=True)
@@ -87,6 +110,7 @@ class Source:
     local: str  # file in the folder that ACT_DATA names
     item: Callable  # row -> prompt, answer and, for multiple choice, all choices
     files: dict  # split -> file; the other splits share the file under 'other'
+    languages: str = ''  # with spaces between; those of its files
     group: str = None  # column that rows share which must stay in one split; by default each row is a group
     ids: bool = False  # this column holds the same values in all languages
     shares: dict = field(default_factory=lambda: SHARES)  # split -> share of the groups of a file
@@ -95,6 +119,7 @@ class Source:
     keep: Callable = lambda row, lang: True  # which rows of a file count
 
 
+_SPOKEN = 'bn de en es fr ja ru sw th zh'
 LANGUAGE_NAMES = dict(  # as EXAMS names them
     ar='Arabic',
     bg='Bulgarian',
@@ -113,11 +138,19 @@ LANGUAGE_NAMES = dict(  # as EXAMS names them
     tr='Turkish',
     vi='Vietnamese',
 )
+
+
+def _questions(hub, configuration, folder, item):
+    "A source of English questions of which the validation file is used, in all splits."
+    return Source((hub, configuration), folder + '/{file}.jsonl', item, dict(other='validation'), 'en', shares=_ASKED)
+
+
 _XQUAD = Source(
     ('google/xquad', 'xquad.{lang}'),
     'xquad/{lang}.jsonl',
     _xquad,
     dict(test='validation', other='validation'),
+    'ar de el en es hi ro ru th tr vi zh',
     group='context',
 )
 _EXAMS = Source(
@@ -125,31 +158,47 @@ _EXAMS = Source(
     'exams/{file}.jsonl',
     _exams,
     dict(test='test', validation='dev', other='train'),
+    ' '.join(LANGUAGE_NAMES),
     group='question',
     keep=_in_language,
 )
 SOURCES = {
     'gsm8k': Source(
-        ('openai/gsm8k', 'main'), 'gsm8k/{file}.jsonl', _gsm8k, dict(test='test', other='train'), group='question'
+        ('openai/gsm8k', 'main'), 'gsm8k/{file}.jsonl', _gsm8k, dict(test='test', other='train'), 'en', group='question'
     ),
     'mgsm': Source(
-        ('juletxara/mgsm', '{lang}'), 'mgsm/{lang}.jsonl', _mgsm, dict(test='test', other='test'), shares=_FEW
+        ('juletxara/mgsm', '{lang}'),
+        'mgsm/{lang}.jsonl',
+        _mgsm,
+        dict(test='test', other='test'),
+        f'{_SPOKEN} te',
+        shares=_FEW,
     ),
     'xquad': _XQUAD,
     'xquad-text': replace(_XQUAD, item=_text, once=True, splits='xquad'),
     'exams': _EXAMS,
     'msvamp': Source(
-        ('Mathoctopus/MSVAMP', '{lang}'), 'msvamp/{lang}.jsonl', _msvamp, dict(test='test', other='test'), shares=_FEW
+        ('Mathoctopus/MSVAMP', '{lang}'),
+        'msvamp/{lang}.jsonl',
+        _msvamp,
+        dict(test='test', other='test'),
+        _SPOKEN,
+        shares=_FEW,
     ),
     'arc': Source(
         ('alexandrainst/m_arc', '{lang}'),
         'arc/{lang}/{file}.jsonl',
         _arc,
         dict(test='test', validation='val', other='train'),
+        'ar bn ca da de en es eu fr gu hi hr hu hy id is it kn ml mr nb ne nl pt ro ru sk sr sv ta te uk vi zh',
         group='id',
         ids=True,
     ),
     'exams-science': replace(_EXAMS, splits='exams', keep=_in_science),
+    'arc-easy': _questions('allenai/ai2_arc', 'ARC-Easy', 'arc-easy', _lettered),
+    'sciq': _questions('allenai/sciq', 'default', 'sciq', _sciq),
+    'piqa': _questions('ybisk/piqa', 'plain_text', 'piqa', _piqa),
+    'openbookqa': _questions('allenai/openbookqa', 'main', 'openbookqa', _lettered),
 }
 
 # %% ../nbs/18_sources.ipynb #18-split
@@ -260,6 +309,9 @@ def _named(spec, split):
     if not is_file and not (head in SOURCES and tail):
         known = ', '.join(f'{source}/LANGUAGE' for source in SOURCES)
         raise ActError(f"no ability is called {spec!r}: pass a .jsonl file, lab/SKILL-LANGUAGE, or one of {known}")
+    source = SOURCES.get(head)
+    if not is_file and '{lang}' not in source.local and tail not in source.languages.split():
+        raise ActError(f"{head} has no language {tail!r}: choose one of {source.languages.replace(' ', ', ')}")
     if split not in (*SHARES, 'all'):
         raise ActError(f"no split is called {split!r}: choose one of {', '.join(SHARES)} or all")
     if is_file:

@@ -3,7 +3,7 @@
 import json, warnings, pytest, torch
 from act.abilities import Ability, Item, read_jsonl
 from act.encoding import batches, encode
-from act.sources import SHARES, SPLIT_FROM, load_ability, short_name
+from act.sources import SHARES, SOURCES, SPLIT_FROM, load_ability, short_name
 from act.kit.errors import ActError
 from act.kit.processes import ActWarning
 from act.kit.records import sha256
@@ -286,6 +286,32 @@ def test_worked_answers_lose_their_calculator_notes(mirror):
     assert o.answer.startswith(' So ')
     assert '<<' not in o.answer
     assert '####' in o.answer
+
+
+@pytest.mark.parametrize(
+    'source, row',
+    [
+        ('arc-easy', dict(question='q', choices=['a', 'b', 'c'], labels=['1', '2', '3'], answer='2')),
+        ('arc-easy', dict(question='q', choices=dict(text=['a', 'b', 'c'], label=['A', 'B', 'C']), answerKey='B')),
+        ('openbookqa', dict(question_stem='q', choices=['a', 'b', 'c'], labels=['A', 'B', 'C'], answer='B')),
+        ('openbookqa', dict(question_stem='q', choices=dict(text=['a', 'b'], label=['A', 'B']), answerKey='B')),
+        ('sciq', dict(question='q', correct_answer='b', distractor1='a', distractor2='c', distractor3='d', support='')),
+        ('piqa', dict(goal='q', sol1='a', sol2='b', label=1)),
+    ],
+)
+def test_questions_are_asked_without_their_choices_and_ties_are_wrong(source, row):
+    prompt, answer, choices = SOURCES[source].item(row)
+    assert (prompt, answer) == ('Question: q\nAnswer:', ' b')
+    assert choices[0] == ' a'
+    assert choices[-1] == ' b'
+    assert len(set(choices)) == len(choices) >= 2
+
+
+def test_a_language_that_a_source_lacks_is_refused(mirror):
+    for spec, known in (('gsm8k/es', 'en'), ('sciq/de', 'en'), ('exams/xx', 'ar, bg')):
+        with pytest.raises(ActError, match=f"has no language .{spec[-2:]}.: choose one of {known}"):
+            load_ability(spec)
+    assert load_ability('mgsm/es', 'all')
 
 
 def test_no_data_names_both_ways(monkeypatch, tmp_path):
