@@ -63,6 +63,12 @@ class Ranked(Bench):
         return self.done[key]
 
     @property
+    def reading(self) -> dict:
+        "How items are read for every score, as the case says: options of `attribute` and the others."
+        c = self.case
+        return dict(max_length=c.max_length, chat=c.chat, tied=c.tied, check=False, progress=False)
+
+    @property
     def read(self) -> Ability:
         "The localisation items of the recovered ability."
         return self.once('items of the recovered', lambda: self.sample(self.seed))
@@ -90,9 +96,7 @@ def attributed(
     "Attribution on some of the items, for some donor."
 
     def score(bench):
-        return attribute(
-            bench.target, getattr(bench, donor), getattr(bench, items), bench.tok, check=False, progress=False
-        )
+        return attribute(bench.target, getattr(bench, donor), getattr(bench, items), bench.tok, **bench.reading)
 
     return score
 
@@ -107,17 +111,14 @@ def both(
 
 def repeatedly(bench):  # a Ranked
     "Attribute, move, attribute again: trade-aware at every step."
-    return attribute_repeatedly(
-        bench.target, bench.donor, bench.read, bench.tok, retained=bench.kept, check=False, progress=False
-    )
+    ends = bench.target, bench.donor
+    return attribute_repeatedly(*ends, bench.read, bench.tok, retained=bench.kept, **bench.reading)
 
 
 SCORES = {  # name -> function from a Ranked to ChannelScores
     'weight': lambda bench: bench.weights,
     'activation': lambda bench: bench.localised('donor', bench.read),
-    'own change': lambda bench: own_change(
-        bench.target, bench.donor, bench.read, bench.tok, check=False, progress=False
-    ),
+    'own change': lambda bench: own_change(bench.target, bench.donor, bench.read, bench.tok, **bench.reading),
     'attribution': attributed(),
     'retained': attributed('kept'),
     'trade-aware': both('attribution', 'retained'),
@@ -170,7 +171,7 @@ def interpolated(bench, p, draw):  # for `Choice.make`
 
 def gated(bench, p, draw):  # for `Choice.make`
     "Move the channels whose gates training opened."
-    options = dict(retained=bench.kept, seed=bench.seed)
+    options = dict(retained=bench.kept, seed=bench.seed, max_length=bench.case.max_length)
     learn = lambda: learn_gates(bench.target, bench.donor, bench.read, bench.tok, p, **options)
     gates = bench.once(f'score: gates {p:g}', learn)
     return transfer(bench.target, bench.donor, exactly(gates, p), check=False)

@@ -90,6 +90,7 @@ def learn_gates(
     lr: float = 0.1,  # step size of the gates' logits
     batch: int = 16,  # items of each ability in a step
     seed: int = 0,  # of the draws
+    max_length: int = None,  # cut longer items on the right
     progress: bool = False,  # show a bar
 ) -> ChannelScores:  # the gates; `top_p(scores, p)` is the learned mask. Raises ActError for settings and models
     "Train one gate for each channel: the ability back, the retained one kept, and the mean gate near p."
@@ -103,7 +104,9 @@ def learn_gates(
     work, meta = [], {}
     for role, wanted, weight in (('recovered', ability, 1.0), ('retained', retained, mu)):
         if wanted is not None:
-            read, tokenizer, encoded, said = read_alike(target, donor, wanted, tokenizer, positions='predict')
+            read, tokenizer, encoded, said = read_alike(
+                target, donor, wanted, tokenizer, positions='predict', max_length=max_length
+            )
             work.append((role, encoded, weight))
             meta = {**said, **meta, role: read.name}
     gated, draws = GatedModel(target, donor), torch.Generator().manual_seed(seed)
