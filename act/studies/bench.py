@@ -81,6 +81,11 @@ class Bench:
         self.weights = weight_scores(self.target, self.donor, tied=self.case.tied)
         self.given = dict(target=self.target, donor=self.donor)
 
+    @property
+    def reading(self) -> dict:
+        "How items are read for every score, as the case says: options of `localize`, `attribute` and the others."
+        return dict(max_length=self.case.max_length, chat=self.case.chat, tied=self.case.tied, progress=False)
+
     @contextmanager
     def clock(self, stage):
         "Record how long a stage takes."
@@ -132,10 +137,8 @@ def localised(
     items: Ability,  # what both models read
 ) -> ChannelScores:
     "Scores of every channel: that model against the target."
-    c = self.case
-    options = dict(max_length=c.max_length, chat=c.chat, tied=c.tied, progress=False)
     with self.clock('localise'):
-        return localize(self.target, self.given[name], items, self.tok, **options)
+        return localize(self.target, self.given[name], items, self.tok, **self.reading)
 
 
 @patch

@@ -63,12 +63,6 @@ class Ranked(Bench):
         return self.done[key]
 
     @property
-    def reading(self) -> dict:
-        "How items are read for every score, as the case says: options of `attribute` and the others."
-        c = self.case
-        return dict(max_length=c.max_length, chat=c.chat, tied=c.tied, check=False, progress=False)
-
-    @property
     def read(self) -> Ability:
         "The localisation items of the recovered ability."
         return self.once('items of the recovered', lambda: self.sample(self.seed))
@@ -96,7 +90,9 @@ def attributed(
     "Attribution on some of the items, for some donor."
 
     def score(bench):
-        return attribute(bench.target, getattr(bench, donor), getattr(bench, items), bench.tok, **bench.reading)
+        return attribute(
+            bench.target, getattr(bench, donor), getattr(bench, items), bench.tok, check=False, **bench.reading
+        )
 
     return score
 
@@ -112,13 +108,15 @@ def both(
 def repeatedly(bench):  # a Ranked
     "Attribute, move, attribute again: trade-aware at every step."
     ends = bench.target, bench.donor
-    return attribute_repeatedly(*ends, bench.read, bench.tok, retained=bench.kept, **bench.reading)
+    return attribute_repeatedly(*ends, bench.read, bench.tok, retained=bench.kept, check=False, **bench.reading)
 
 
 SCORES = {  # name -> function from a Ranked to ChannelScores
     'weight': lambda bench: bench.weights,
     'activation': lambda bench: bench.localised('donor', bench.read),
-    'own change': lambda bench: own_change(bench.target, bench.donor, bench.read, bench.tok, **bench.reading),
+    'own change': lambda bench: own_change(
+        bench.target, bench.donor, bench.read, bench.tok, check=False, **bench.reading
+    ),
     'attribution': attributed(),
     'retained': attributed('kept'),
     'trade-aware': both('attribution', 'retained'),

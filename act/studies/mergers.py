@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RULES', 'MERGERS', 'MERGE_ROWS', 'claims', 'changes_on', 'conflicts', 'MergeBench', 'top_masks', 'priority', 'merge',
-           'merging', 'by_rule', 'random_masks']
+           'merging', 'by_rule', 'random_masks', 'merge_attributed', 'by_fusion_bench', 'merge_sparing']
 
 # %% ../../nbs/64_mergers.ipynb #64-imports
 import itertools
@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from typing import Callable
 from fastcore.basics import patch
+from ..attribute import attribute, trade_aware
 from ..kit.errors import ActError
 from ..masks import ChannelMask, random_mask, top_p
 from ..overlap import iou
@@ -21,6 +22,7 @@ from ..sources import short_name
 from .baselines import by_mergekit, tune_at, tune_jointly, unchanged
 from .bench import Bench, draw_items
 from .cases import MergeCase
+from .rivals import FUSIONS, busy_inputs, merge_with_fusion_bench, sparing
 from .methods import Method, by_p_and_lam, by_p_and_rank, rows_of, tries
 from ..transfer import mask_slices, transfer
 
@@ -168,9 +170,70 @@ def random_masks(bench, p, rank, seed):
     return {s: random_mask(mask, seed=100 * seed + i) for i, (s, mask) in enumerate(masks.items())}
 
 
+def _causal(bench, specialist, seed):
+    "Attributions of a specialist's own abilities and of all others', base against specialist, once for each seed."
+    key = 'attribution', specialist, seed
+    if key not in bench.acts:
+        own = bench.case.specialists[specialist]
+        rest = [a for names in bench.case.aims.values() for a in names if a not in own]
+        ends, size = (bench.target, bench.specialists[specialist]), bench.case.items
+        bench.acts[key] = [
+            attribute(*ends, draw_items(names, size, seed), bench.tok, check=False, **bench.reading)
+            for names in (own, rest)
+        ]
+    return bench.acts[key]
+
+
+def merge_attributed(
+    bench,
+    seed: int,  # of the localisation items
+    p: float,  # fraction of the channels, for each specialist
+    lam: float = 1.0,  # lambda, for all
+    mu: float = 0.0,  # weight of what the others and the base can do
+):  # a model
+    "Merge on the channels of the largest attribution, trade-aware if `mu` is above 0: for `Method.make`."
+    masks = {}
+    for s in bench.specialists:
+        gain, cost = _causal(bench, s, seed)
+        masks[s] = top_p(trade_aware(gain, cost, mu) if mu else gain, p)
+    return merge(bench.target, bench.specialists, masks, lam)
+
+
+def by_fusion_bench(
+    method: str,  # a key of FUSIONS
+):  # for `Method.make`
+    "Merge the case's specialists with fusion_bench."
+    return lambda bench, seed, weight: merge_with_fusion_bench(
+        method, bench.target, list(bench.specialists.values()), weight
+    )
+
+
+def merge_sparing(
+    bench,
+    seed: int,  # of the calibration items
+    weight: float,  # of task arithmetic
+    omega: float,  # of AIM
+):  # a model
+    "Task arithmetic by mergekit, then AIM, calibrated on what the base can do: for `Method.make`."
+    key = 'busy', seed
+    if key not in bench.acts:
+        items = draw_items(bench.case.shared, bench.case.items, seed)
+        bench.acts[key] = busy_inputs(bench.target, items, bench.tok, bench.case.max_length)
+    merged = by_mergekit('task_arithmetic')(bench, seed, weight)
+    return sparing(bench.target, merged, bench.acts[key], omega)
+
+
 _WEIGHTS = tries('weight', *((w,) for w in (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)))
 _AVERAGES = tries('weight', *((w,) for w in (0.25, 0.2, 0.15, 0.1, 0.22, 0.18, 0.12, 0.05)))
 _DENSITIES = (0.25, 0.5), (0.5, 0.5), (0.25, 0.2), (0.5, 0.2), (0.75, 0.5), (1.0, 0.2), (0.25, 0.8), (0.5, 0.8)
+_SCALES = tries('scale', *((s,) for s in (1.0, 0.75, 0.5, 1.5, 0.35, 2.0, 0.25, 3.0)))
+_TOPS = tries('scale select_topk', *((s, k) for s in (1.0, 2.0) for k in (1.0, 0.5, 0.2, 0.1)))
+_DELLA = tries('weight density epsilon', *((w, d, 0.1) for d in (0.5, 0.8) for w in (0.25, 0.5, 0.15, 0.75)))
+_CRUMBS = tries('weight density gamma', *((w, d, 0.01) for d in (0.9, 0.5) for w in (0.25, 0.5, 0.15, 0.75)))
+_SUMS = tries('weight', *((w,) for w in (1.0, 0.75, 0.5, 1.5, 0.35, 2.0, 0.25, 3.0)))
+_SPARED = tries('weight omega', *((w, o) for w in (0.25, 0.4) for o in (0.4, 0.2, 0.6, 0.0)))
+_SMALL = tries('p lam', *((p, lam) for lam in (1.0, 0.5) for p in (0.1, 0.3, 0.05, 0.5)))
+_TRADED = tries('p mu', *((p, mu) for mu in (1.0, 2.0) for p in (0.1, 0.3, 0.05, 0.5)))
 _RATES = tries('lr steps', *((lr, steps) for steps in (1, 4) for lr in (0.3, 1.0, 3.0, 10.0)))
 MERGERS = {
     'random masks': Method(merging(random_masks), by_p_and_lam()),
@@ -180,10 +243,20 @@ MERGERS = {
     'ACT (mean)': Method(by_rule('mean'), by_p_and_lam('module')),
     'ACT (sign)': Method(by_rule('sign'), by_p_and_lam('module')),
     'ACT (priority)': Method(by_rule('priority'), by_p_and_lam('module')),
+    'attribution': Method(merge_attributed, _SMALL),
+    'trade-aware attribution': Method(merge_attributed, _TRADED),
     'linear (mergekit)': Method(by_mergekit('linear'), _AVERAGES),
     'task arithmetic (mergekit)': Method(by_mergekit('task_arithmetic'), _WEIGHTS),
     'TIES (mergekit)': Method(by_mergekit('ties'), tries('weight density', *_DENSITIES)),
     'DARE-TIES (mergekit)': Method(by_mergekit('dare_ties'), tries('weight density', *_DENSITIES)),
+    'DELLA (mergekit)': Method(by_mergekit('della'), _DELLA),
+    'breadcrumbs (mergekit)': Method(by_mergekit('breadcrumbs'), _CRUMBS),
+    'SCE (mergekit)': Method(by_mergekit('sce', ('select_topk',)), _TOPS),
+    'model stock (mergekit)': Method(by_mergekit('model_stock'), _SCALES),
+    'RAM (mergekit)': Method(by_mergekit('ram'), _SCALES),
+    'TSV-M (fusion_bench)': Method(by_fusion_bench('tsv_m'), _SUMS),
+    'Iso-C (fusion_bench)': Method(by_fusion_bench('iso_c'), _SUMS),
+    'AIM': Method(merge_sparing, _SPARED),
     'light SFT only': Method(unchanged, _RATES, tune_at),
     'joint SFT': Method(unchanged, _RATES, tune_jointly),
 }
