@@ -6,21 +6,15 @@ Every method makes a model; hypervolume and winners by hand.
 import sys
 import numpy as np, pandas as pd, pytest, torch
 from dataclasses import replace
-from act.studies.baselines import (
+from act.studies.alternatives import (
     BASELINES,
     BASELINE_ROWS,
-    hypervolume,
     layer_mask,
     merge_with_mergekit,
     move_by_depth,
-    options,
-    plot_methods,
-    plot_pareto,
-    scaled,
     top_of_kinds,
-    volumes,
-    winners,
 )
+from act.studies.baselines import hypervolume, options, plot_methods, plot_pareto, scaled, volumes, winners
 from act.channels import ChannelMap, ModuleChannels, enumerate_channels
 from act.fingerprints import weight_hash
 from act.kit.errors import ActError
@@ -56,7 +50,7 @@ def test_mergekit_does_what_the_formulas_say(bench):
     assert close(
         BASELINES['task arithmetic (mergekit)'].make(bench, 0, weight=0.25), linear
     )  # the donor is the base of the only task vector
-    assert close(BASELINES['full task vector'].make(bench, 0, p=1.0, lam=0.75), linear)
+    assert close(BASELINES['WiSE-FT'].make(bench, 0, p=1.0, lam=0.75), linear)
 
 
 def layer_everything(m):

@@ -128,7 +128,8 @@ def act_baselines(
     device: str = None,  # cpu, cuda, ...
 ):
     "All baselines on one case: `act_baselines --case lab --out runs/baselines`"
-    from act.studies.baselines import BASELINES, BASELINE_ROWS, winners
+    from act.studies.alternatives import BASELINES, BASELINE_ROWS
+    from act.studies.baselines import winners
     from act.studies.recover import recover
 
     rec = recover(case, out, _seeds(seeds), device, rows=BASELINE_ROWS, methods=BASELINES)

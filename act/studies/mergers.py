@@ -19,7 +19,7 @@ from ..masks import ChannelMask, random_mask, top_p
 from ..overlap import iou
 from ..scores import weight_scores
 from ..sources import short_name
-from .baselines import by_mergekit, tune_at, tune_jointly, unchanged
+from .alternatives import by_mergekit, tune_at, tune_jointly, unchanged
 from .bench import Bench, draw_items
 from .cases import MergeCase
 from .rivals import FUSIONS, busy_inputs, merge_with_fusion_bench, sparing

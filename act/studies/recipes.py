@@ -14,7 +14,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from ..finetune import finetune
 from ..kit.errors import ActError, PACKAGE
-from .baselines import BASELINES, BASELINE_ROWS
+from .alternatives import BASELINES, BASELINE_ROWS
 from .bench import Bench
 from .cases import Case, MergeCase
 from .merge import merge_study, plot_merged
