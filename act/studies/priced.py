@@ -186,7 +186,7 @@ class Priced(Shown):
         column: str = 'recovered',  # recovered or retained (shares), or an ability (difference from the target)
     ) -> np.ndarray:  # (n + 1,): the estimate, then its resamples
         "What a model brings back or costs, in percent; of an ability, points or bits gained."
-        key = (row, p, tuned) if (row, p, tuned) in self.tests else (row, 0, tuned)
+        key = (row, 0, tuned) if (row, 0, tuned) in self.tests else (row, p, tuned)
         if column not in ('recovered', 'retained'):
             gain = self.means(key, column) - self.means(('target', 0, False), column)
             return 100 * gain if self.units[column] == 'correct' else gain
