@@ -258,8 +258,9 @@ def verdict(self: Directions) -> str:
     if not held:
         return 'cannot be judged: no recipe has a gap that counts, and is half closed, in both directions'
     parts = []
-    for recipe in [*held, 'all'] if ('all', BEYOND) in t.index else held:
-        ours, random = (interval_text(t.loc[(recipe, row)], 1, 1) for row in ('attribution', 'random'))
+    for recipe in [*held, 'all'] if len(self.recipes) > 1 and ('all', BEYOND) in t.index else held:
+        found = (t.loc[(recipe, row)] for row in ('attribution', 'random'))
+        ours, random = (interval_text(x, 1, 1 if x.value >= 0.1 else 2) for x in found)
         name = 'mean curve' if recipe == 'all' else recipe
         parts.append(f'{name} {ours} times as many by attribution, {random} by random channels')
     left = [r for r in self.recipes if r not in held]

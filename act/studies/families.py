@@ -7,12 +7,13 @@ __all__ = ['FAMILIES', 'POINTS', 'Family', 'find_family', 'load_pair', 'sample_i
            'attribution_mask', 'about']
 
 # %% ../../nbs/50_families.ipynb #50f-imports
+import warnings
 from dataclasses import dataclass
 from ..abilities import Ability
 from ..attribute import attribute
 from ..fingerprints import weight_hash
 from ..kit.errors import ActError
-from ..kit.processes import bar
+from ..kit.processes import ActWarning, bar
 from ..kit.records import provenance
 from ..loading import load_model
 from ..localize import localize_items
@@ -121,9 +122,10 @@ def attributed(
     points: int = POINTS,  # on the way from target to donor
 ) -> Attribution:
     "The attribution of an ability to the channels of a pair."
-    return attribute(
-        target, donor, ability, tokenizer, points=points, max_length=fam.max_length, check=False, progress=False
-    )
+    options = dict(points=points, max_length=fam.max_length, check=False, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', ActWarning)  # few points do for masks that are compared with each other
+        return attribute(target, donor, ability, tokenizer, **options)
 
 # %% ../../nbs/50_families.ipynb #50f-mask
 def attribution_mask(
