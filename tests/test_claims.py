@@ -1,6 +1,7 @@
 "The paper against what was measured: every claim has a row, verdicts follow their rules."
 
 import numpy as np, pandas as pd, pytest
+from pathlib import Path
 from act.studies.claims import finding_rows, merge_rows, paper_table, recovery_rows
 from act.studies.families import FAMILIES
 from act.studies.findings import JUDGEMENTS, STUDIES
@@ -9,6 +10,7 @@ from act.studies.cases import MergeCase
 from act.studies.cases import Case
 from act.studies.recovery import Recovery
 
+NOTEBOOKS = Path(__file__).resolve().parent.parent / 'nbs'
 META = dict(machine=dict(cpu='c', gpu=None, cores=2), git='abc', data={'lab/x': 'h'})
 
 
@@ -32,18 +34,29 @@ def recovery(target, plain, sft, act, kept=95, random=(90, 20)):
 @pytest.mark.parametrize(
     'rec, verdicts',
     [
-        (recovery(20, 40, 30, 60), ('holds', 'holds', 'holds')),
-        (recovery(20, 40, 60, 60), ('in part', 'holds', 'holds')),
-        (recovery(20, 20, 60, 20, random=(95, 20)), ('does not hold', 'holds', 'in part')),
-        (recovery(20, 40, 30, 60, kept=60, random=(50, 20)), ('holds', 'does not hold', 'holds')),
-        (recovery(20, 40, 30, 60, kept=94), ('holds', 'holds', 'holds')),
-        (recovery(20, 40, 30, 60, random=(95, 90)), ('holds', 'holds', 'does not hold')),
+        (recovery(20, 40, 30, 60), ('holds', 'holds')),
+        (recovery(20, 40, 60, 60), ('in part', 'holds')),  # fine-tuning alone does as much
+        (recovery(20, 40, 30, 60, random=(95, 60)), ('in part', 'holds')),  # and so do random channels
+        (recovery(20, 40, 30, 60, random=(95, 58)), ('in part', 'holds')),  # less than a twentieth of the gap
+        (recovery(20, 20, 60, 20), ('does not hold', 'holds')),
+        (recovery(20, 40, 30, 60, kept=60), ('holds', 'does not hold')),
+        (recovery(20, 40, 30, 60, kept=94), ('holds', 'holds')),
     ],
 )
 def test_verdicts_of_recovering(rec, verdicts):
     rows = recovery_rows(dict(x=rec))
-    assert tuple(r['verdict'] for r in rows[:3]) == verdicts == tuple(r['verdict'] for r in rows[3:])
+    assert tuple(r['verdict'] for r in rows[:2]) == verdicts == tuple(r['verdict'] for r in rows[2:])
     assert all(r['paper'] == 'not public' for r in rows)
+
+
+def test_where_nothing_could_be_lost_there_is_no_verdict():
+    rec = recovery(20, 40, 30, 60)
+    rec.rows['full task vector + SFT'] = [dict(k=at(95), r=at(90))]
+    assert [r['verdict'] for r in recovery_rows(dict(x=rec))] == ['holds', ''] * 2
+    assert 'nothing was at stake' in recovery_rows(dict(x=rec))[1]['measured']
+    rec = recovery(20, 40, 30, 60)
+    rec.rows['full task vector + SFT'] = [dict(k=at(50), r=at(90))]
+    assert [r['verdict'] for r in recovery_rows(dict(x=rec))] == ['holds', 'holds'] * 2
 
 
 @pytest.mark.parametrize('act, verdict', [(90, 'holds'), (50, 'does not hold')])
@@ -73,7 +86,9 @@ def test_every_claim_stands_in_the_table():
     assert (t.measured.str.len() > 10).all()
     assert (t.revision.str.len() > 6).all()
     assert len(finding_rows()) == len(STUDIES) * len(FAMILIES)
-    assert set(t[t.source == 'first-hand'].verdict) <= set(JUDGEMENTS)
+    assert set(t[t.source == 'first-hand'].verdict) <= {*JUDGEMENTS, ''}
+    assert set(t.kind) == {'claim', 'rule', 'use'}
+    assert all((NOTEBOOKS / f'{page}.ipynb').is_file() for page in t.page)
     assert set(t.paper) == {
         '< 5 % of channels',
         'not public',
