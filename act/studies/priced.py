@@ -19,14 +19,14 @@ from ..fingerprints import weight_hash
 from ..kit.errors import ActError
 from ..kit.processes import bar, peak_memory
 from ..kit.records import provenance, read_json, write_json
-from ..show.results import Shown, folded, table
+from ..show.results import folded, table
 from ..sources import short_name
 from ..stats import interval
 from .cases import Case, case_named
 from .choices import CHOICES, Ranked
 from .doses import pack, unpack
 from .findings import judgement, plain, text_table
-from .size_results import draws
+from .size_results import Compared, draws
 
 # %% ../../nbs/47_priced.ipynb #47p-one
 def priced_answers(
@@ -106,7 +106,7 @@ def measure_priced(
     return [path for path in (name(s, r) for s, r in work) if path.exists()]
 
 # %% ../../nbs/47_priced.ipynb #47p-class
-class Priced(Shown):
+class Priced(Compared):
     "All rows of a pair: `.gaps()`, `.numbers()`, `.table()`, `.gap()`, `.price()`, `.verdict()`."
 
     def __init__(
@@ -228,17 +228,6 @@ class Priced(Shown):
         found = self.numbers().query('p in (0, @p) and tuned == @tuned')
         return text_table(found, 'row', 'column', digits=2).rename_axis(index=None, columns=None)
 
-    def gap(
-        self,
-        row: str,
-        other: str,  # the row to compare with
-        p: float,  # size of both
-        column: str = 'recovered',
-        tuned: bool = False,  # after fine-tuning
-    ) -> tuple:  # (difference, low, high)
-        "The paired difference of two rows of equal size."
-        return interval(self.find(row, p, tuned, column) - self.find(other, p, tuned, column))
-
     def __repr__(self):
         return self.table().to_string()
 
@@ -304,6 +293,6 @@ def verdict(
     said = lambda x: f'{x[0]:.0f} [{x[1]:.0f}, {x[2]:.0f}]'
     more = ', '.join(f'{said(x)} points of the share above *{other}*' for other, x in gaps.items())
     return (
-        f'{judgement(part and whole, part)}: at {100 * p:g} % of the channels *{row}* brings back {said(back)} % of what'
-        f' was lost, {more}, for {said(cost)} % of what had been gained'
+        f'{judgement(part and whole, part)}: at {100 * p:g} % of the channels *{row}* brings back {said(back)} % of'
+        f' what was lost, {more}, for {said(cost)} % of what had been gained'
     )
