@@ -325,6 +325,10 @@ SPECS = (
     'exams-science/es',
     'msvamp/sw',
     'arc/es',
+    'arc-easy/en',
+    'sciq/en',
+    'piqa/en',
+    'openbookqa/en',
 )
 
 
@@ -376,6 +380,14 @@ def rows(tmp_path, monkeypatch):
         'arc/es/test.jsonl',
         [dict(id=str(i), instruction=f'¿Cuál es {i}?', option_a=str(i), option_b='otro', answer='A') for i in n],
     )
+    for name, question in (('arc-easy', 'question'), ('openbookqa', 'question_stem')):
+        asked = [
+            {question: f'Which is {i}?', 'choices': ['none', str(i)], 'labels': list('AB'), 'answer': 'B'} for i in n
+        ]
+        put(f'{name}/validation.jsonl', asked)
+    wrong = {f'distractor{k}': f'not {k}' for k in (1, 2, 3)}
+    put('sciq/validation.jsonl', [dict(question=f'Which is {i}?', correct_answer=str(i), **wrong) for i in n])
+    put('piqa/validation.jsonl', [dict(goal=f'Make {i}', sol1='wait', sol2=f'add {i}', label=1) for i in n])
     monkeypatch.setenv('ACT_DATA', str(tmp_path))
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
 
