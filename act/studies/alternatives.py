@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BASELINES', 'BASELINE_ROWS', 'modules_mask', 'merge_with_mergekit', 'by_mergekit', 'layer_mask', 'swap_layers',
-           'unchanged', 'tune_at', 'tune_jointly', 'tune_adapter', 'move_attributed', 'move_gated', 'by_elements',
-           'move_embedding', 'top_of_kinds', 'move_by_depth']
+           'unchanged', 'tune_at', 'tune_jointly', 'tune_adapter', 'causal_mask', 'move_attributed', 'move_gated',
+           'by_elements', 'move_embedding', 'top_of_kinds', 'move_by_depth']
 
 # %% ../../nbs/65_alternatives.ipynb #65a-imports
 import tempfile
@@ -140,16 +140,23 @@ def tune_adapter(bench, model, seed, r, lr):
     return tune_at(bench, model, seed, lr, lora=dict(r=r, lora_alpha=2 * r, target_modules='all-linear'))
 
 # %% ../../nbs/65_alternatives.ipynb #66-causal
-def _causal(bench, seed):
-    "Attributions of what should come back and of what should stay, once for each seed."
-    key = 'attribution', seed
+def causal_mask(
+    bench,
+    donor,  # a model that the bench has in memory
+    gained: tuple,  # abilities that the donor is to bring
+    kept: tuple,  # abilities that should stay
+    seed: int,  # of the localisation items
+    p: float,  # fraction of the channels
+    mu: float = 0.0,  # weight of what should stay
+) -> ChannelMask:
+    "The channels of the largest attribution, trade-aware if `mu` is above 0; attributions are made once for each seed."
+    key = 'attribution', tuple(gained), seed
     if key not in bench.acts:
-        kept = draw_items(bench.case.retained, bench.case.items, seed)
-        ends = bench.target, bench.donor
-        bench.acts[key] = [
-            attribute(*ends, items, bench.tok, check=False, **bench.reading) for items in (bench.sample(seed), kept)
-        ]
-    return bench.acts[key]
+        ends, options = (bench.target, donor), dict(check=False, **bench.reading)
+        drawn = (draw_items(names, bench.case.items, seed) for names in (gained, kept))
+        bench.acts[key] = [attribute(*ends, items, bench.tok, **options) for items in drawn]
+    gain, cost = bench.acts[key]
+    return top_p(trade_aware(gain, cost, mu) if mu else gain, p)
 
 
 def move_attributed(
@@ -160,8 +167,7 @@ def move_attributed(
     mu: float = 0.0,  # weight of what should stay
 ):  # a model
     "Move the channels of the largest attribution, trade-aware if `mu` is above 0: for `Method.make`."
-    gain, cost = _causal(bench, seed)
-    mask = top_p(trade_aware(gain, cost, mu) if mu else gain, p)
+    mask = causal_mask(bench, bench.donor, bench.case.recovered, bench.case.retained, seed, p, mu)
     return transfer(bench.target, bench.donor, mask, lam, check=False)
 
 

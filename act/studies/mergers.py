@@ -13,16 +13,15 @@ import numpy as np
 import pandas as pd
 from typing import Callable
 from fastcore.basics import patch
-from ..attribute import attribute, trade_aware
 from ..kit.errors import ActError
 from ..masks import ChannelMask, random_mask, top_p
 from ..overlap import iou
 from ..scores import weight_scores
 from ..sources import short_name
-from .alternatives import by_mergekit, tune_at, tune_jointly, unchanged
+from .alternatives import by_mergekit, causal_mask, tune_at, tune_jointly, unchanged
 from .bench import Bench, draw_items
 from .cases import MergeCase
-from .rivals import FUSIONS, busy_inputs, merge_with_fusion_bench, sparing
+from .rivals import busy_inputs, merge_with_fusion_bench, sparing
 from .methods import Method, by_p_and_lam, by_p_and_rank, rows_of, tries
 from ..transfer import mask_slices, transfer
 
@@ -170,20 +169,6 @@ def random_masks(bench, p, rank, seed):
     return {s: random_mask(mask, seed=100 * seed + i) for i, (s, mask) in enumerate(masks.items())}
 
 
-def _causal(bench, specialist, seed):
-    "Attributions of a specialist's own abilities and of all others', base against specialist, once for each seed."
-    key = 'attribution', specialist, seed
-    if key not in bench.acts:
-        own = bench.case.specialists[specialist]
-        rest = [a for names in bench.case.aims.values() for a in names if a not in own]
-        ends, size = (bench.target, bench.specialists[specialist]), bench.case.items
-        bench.acts[key] = [
-            attribute(*ends, draw_items(names, size, seed), bench.tok, check=False, **bench.reading)
-            for names in (own, rest)
-        ]
-    return bench.acts[key]
-
-
 def merge_attributed(
     bench,
     seed: int,  # of the localisation items
@@ -193,9 +178,9 @@ def merge_attributed(
 ):  # a model
     "Merge on the channels of the largest attribution, trade-aware if `mu` is above 0: for `Method.make`."
     masks = {}
-    for s in bench.specialists:
-        gain, cost = _causal(bench, s, seed)
-        masks[s] = top_p(trade_aware(gain, cost, mu) if mu else gain, p)
+    for s, own in bench.case.specialists.items():
+        rest = [a for names in bench.case.aims.values() for a in names if a not in own]
+        masks[s] = causal_mask(bench, bench.specialists[s], own, rest, seed, p, mu)
     return merge(bench.target, bench.specialists, masks, lam)
 
 

@@ -16,6 +16,7 @@ from scipy.integrate import quad
 from scipy.optimize import brentq
 from ..encoding import batches, encode
 from ..kit.errors import ActError
+from .cases import case_named
 
 # %% ../../nbs/65_rivals.ipynb #65r-restore
 REGIONS = dict(  # name -> whether a parameter's elements take part, from its name and number of axes
@@ -26,12 +27,6 @@ CHANGES = dict(  # name -> function from the parameter, the donor's, and a gener
     absolute=lambda ours, theirs, draw: (ours - theirs).abs(),
     random=lambda ours, theirs, draw: torch.rand(ours.shape, generator=draw),
 )
-
-
-def _named(name, table, what):
-    if name not in table:
-        raise ActError(f"no {what} is called {name!r}: choose one of {', '.join(table)}")
-    return table[name]
 
 
 @torch.no_grad()
@@ -46,7 +41,7 @@ def restored(
     "The target with the elements that changed most put back, as in parameter restoration."
     if not 0 < share <= 1:
         raise ActError(f"share is {share}: it is a part of the elements, above 0 and at most 1")
-    change, takes_part = _named(by, CHANGES, 'ranking'), _named(region, REGIONS, 'region')
+    change, takes_part = case_named(by, CHANGES, 'ranking'), case_named(region, REGIONS, 'region')
     out, theirs, draw = copy.deepcopy(target), dict(donor.named_parameters()), torch.Generator().manual_seed(seed)
     ours = {name: p for name, p in out.named_parameters() if takes_part(name, p.ndim)}
     scores = [change(p.float().cpu(), theirs[name].float().cpu(), draw).flatten() for name, p in ours.items()]
@@ -171,7 +166,7 @@ def merge_with_fusion_bench(
     weight: float = 1.0,  # of the merged task vector
 ):  # a new model; raises ActError when fusion_bench is not installed
     "Merge models with fusion_bench itself."
-    join = _named(method, FUSIONS, 'merge of fusion_bench')
+    join = case_named(method, FUSIONS, 'merge of fusion_bench')
     start = {name: p.detach().float().cpu() for name, p in base.named_parameters()}
     changes = [{n: p.detach().float().cpu() - start[n] for n, p in s.named_parameters()} for s in specialists]
     try:
