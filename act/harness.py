@@ -244,7 +244,7 @@ def _dataset(ability, eos=None):
 
 # %% ../nbs/36_harness.ipynb #14-024
 _TEMPLATES = {  # template -> sources, and how the names of its tasks end
-    'loglikelihood': (('gsm8k', 'mgsm', 'msvamp', 'xquad', 'xquad-text'), ''),
+    'loglikelihood': (('gsm8k', 'mgsm', 'msvamp', 'xquad', 'xquad-text', 'sciq-text'), ''),
     'generate': (('gsm8k', 'mgsm', 'msvamp'), '_generate'),
     'choices': (('exams', 'exams-science', 'arc', 'arc-easy', 'sciq', 'piqa', 'openbookqa'), ''),
 }

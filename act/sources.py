@@ -93,6 +93,11 @@ def _sciq(row):
     return _asked(row['question'], [row['correct_answer'], *(row[f'distractor{i}'] for i in (1, 2, 3))], 0)
 
 
+def _support(row):
+    "The passage of a textbook that a question was made from."
+    return _text(dict(context=row['support']))
+
+
 def _piqa(row):
     return _asked(row['goal'], [row['sol1'], row['sol2']], row['label'])
 
@@ -162,6 +167,7 @@ _EXAMS = Source(
     group='question',
     keep=_in_language,
 )
+_SCIQ = _questions('allenai/sciq', 'default', 'sciq', _sciq)
 SOURCES = {
     'gsm8k': Source(
         ('openai/gsm8k', 'main'), 'gsm8k/{file}.jsonl', _gsm8k, dict(test='test', other='train'), 'en', group='question'
@@ -196,9 +202,10 @@ SOURCES = {
     ),
     'exams-science': replace(_EXAMS, splits='exams', keep=_in_science),
     'arc-easy': _questions('allenai/ai2_arc', 'ARC-Easy', 'arc-easy', _lettered),
-    'sciq': _questions('allenai/sciq', 'default', 'sciq', _sciq),
+    'sciq': _SCIQ,
     'piqa': _questions('ybisk/piqa', 'plain_text', 'piqa', _piqa),
     'openbookqa': _questions('allenai/openbookqa', 'main', 'openbookqa', _lettered),
+    'sciq-text': replace(_SCIQ, item=_support, splits='sciq'),
 }
 
 # %% ../nbs/18_sources.ipynb #18-split

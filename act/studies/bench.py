@@ -9,6 +9,7 @@ __all__ = ['Bench', 'draw_items']
 import time
 import numpy as np
 import pandas as pd
+import torch
 from collections import defaultdict
 from contextlib import contextmanager
 from fastcore.basics import patch
@@ -86,6 +87,10 @@ class Bench:
         "How items are read for every score, as the case says: options of `localize`, `attribute` and the others."
         return dict(max_length=self.case.max_length, chat=self.case.chat, tied=self.case.tied, progress=False)
 
+    def passes(self):
+        "The precision of passes, as the case says: a context."
+        return torch.autocast(self.target.device.type, torch.bfloat16, enabled=self.case.bf16)
+
     @contextmanager
     def clock(self, stage):
         "Record how long a stage takes."
@@ -103,7 +108,7 @@ def values(
     "Per-item values of the case's metric."
     c = self.case
     options = dict(batch_size=c.batch_size, generate=c.generate, chat=c.chat, progress=False)
-    with self.clock(f'evaluate {sum(map(len, abilities))} items'):
+    with self.clock(f'evaluate {sum(map(len, abilities))} items'), self.passes():
         result = evaluate(model, abilities, self.tok, **options)
     items = result.items.assign(bits=result.bits)
     return {k: g[c.metric].to_numpy(float) for k, g in items.groupby('ability', sort=False)}
@@ -127,7 +132,7 @@ def sample(
     seed: int = 0,  # of the sample
 ) -> Ability:
     "The recovered abilities' localisation items for that seed."
-    return draw_items(self.case.recovered, self.case.items, seed)
+    return draw_items(self.case.read or self.case.recovered, self.case.items, seed)
 
 
 @patch
@@ -137,7 +142,7 @@ def localised(
     items: Ability,  # what both models read
 ) -> ChannelScores:
     "Scores of every channel: that model against the target."
-    with self.clock('localise'):
+    with self.clock('localise'), self.passes():
         return localize(self.target, self.given[name], items, self.tok, **self.reading)
 
 

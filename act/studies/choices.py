@@ -58,7 +58,7 @@ class Ranked(Bench):
     def once(self, key, make):
         "What `make` returns, kept under `key`; the clock runs."
         if key not in self.done:
-            with self.clock(f'{key}'):
+            with self.clock(f'{key}'), self.passes():
                 self.done[key] = make()
         return self.done[key]
 
@@ -91,7 +91,13 @@ def attributed(
 
     def score(bench):
         return attribute(
-            bench.target, getattr(bench, donor), getattr(bench, items), bench.tok, check=False, **bench.reading
+            bench.target,
+            getattr(bench, donor),
+            getattr(bench, items),
+            bench.tok,
+            points=bench.case.points,
+            check=False,
+            **bench.reading,
         )
 
     return score

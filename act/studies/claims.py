@@ -115,12 +115,16 @@ def value_text(
 CLAIM_ROWS = 'ACT', 'ACT (module-normalised)'  # the paper's ranking, and the module-normalised one
 
 
-def clearly_above(rec: Recovery, row: str, other: str, column: str = 'recovered') -> bool:
-    "Whether a row is above another, after Holm's correction and by a twentieth of the gap from target to donor."
+def clearly_above(
+    rec: Recovery,
+    row: str,  # name of a row
+    others: tuple,  # names of rows
+) -> list:  # of bool, one for each of the others
+    "Whether more is recovered than by other rows, after Holm's correction and by a twentieth of what was lost."
     d = rec.against(row)
-    d = d[(d.against == other) & (d.column == column)].iloc[0]
-    target, donor = (rec.metric.scale * rec.samples(r)[column][0] for r in ('target', 'donor'))
-    return bool(d.holm < 0.05 and rec.metric.sign * d.difference >= LEAST * abs(donor - target))
+    d = d[d.column == 'recovered'].set_index('against').loc[list(others)]
+    target, donor = (rec.metric.scale * rec.samples(r)['recovered'][0] for r in ('target', 'donor'))
+    return list((d.holm < 0.05) & (rec.metric.sign * d.difference >= LEAST * abs(donor - target)))
 
 
 def at_stake(
@@ -137,7 +141,7 @@ def recovery_claims(
 ) -> list:  # of (claim, measured, verdict)
     "The two statements about recovering."
     text = lambda row, column: value_text(rec, row, column)
-    above = [clearly_above(rec, row, other) for other in ('target', 'target + SFT', 'random mask + SFT')]
+    above = clearly_above(rec, row, ('target', 'target + SFT', 'random mask + SFT'))
     lost = 'target' in rec.sides(row, ('retained',))['retained']['worse']
     kept = 'does not hold' if lost else judgement(loses_little(rec, row), True)
     stake = at_stake(rec)

@@ -40,6 +40,7 @@ def plot_sizes(
     rows=SHOWN_ROWS,  # which lines
     line: str = TUNED_ROW,  # a row without a size
     tuned: bool = False,  # after fine-tuning
+    labels: dict = None,  # column -> its unit; those of COLUMNS by default
 ):
     "Recovered and retained against size, with bands of 95 %; returns the axes."
     fig, axes = plt.subplots(2, 1, figsize=(1.9 * WIDTH, 5), sharex=True)
@@ -54,7 +55,7 @@ def plot_sizes(
         for g in part[part.row == line].itertuples():
             ax.axhline(g.value, color='.3', ls='--', lw=0.8, label=line)
         ax.axhline(0, color='.7', lw=0.6, zorder=0)
-        ax.set_ylabel(COLUMNS[column].unit)
+        ax.set_ylabel(labels[column] if labels else COLUMNS[column].unit)
     sizes = sorted(100 * p for p in found.p.unique() if p)
     axes[1].set(xscale='log', xlabel='% of all channels (interpolation: lambda)')
     axes[1].set_xticks(sizes, [f'{p:g}' for p in sizes])

@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 from dataclasses import asdict
 from fastcore.basics import patch
-from functools import cached_property
 from pathlib import Path
 from ..evaluate import evaluate
 from ..fingerprints import weight_hash
@@ -35,7 +34,7 @@ def priced_answers(
     abilities: list,  # of Ability
 ) -> dict:  # ability -> bits of every item, and correct (packed) where the items have choices
     "What a model answers, item by item, for the record."
-    with bench.clock('evaluate'):
+    with bench.clock('evaluate'), bench.passes():
         result = evaluate(model, abilities, bench.tok, batch_size=bench.case.batch_size, progress=False)
     items, out = result.items.assign(bits=result.bits), {}
     for ability in abilities:
@@ -152,11 +151,6 @@ class Priced(Compared):
         "The abilities of a group, as they are called in tables."
         return [short_name(a) for a in self.case[group]]
 
-    @cached_property
-    def keys(self) -> list:  # of (row, p, tuned)
-        "All models."
-        return list(self.tests)
-
     def means(
         self,
         key: tuple,  # (row, p, tuned)
@@ -216,7 +210,7 @@ class Priced(Compared):
     def numbers(self) -> pd.DataFrame:  # row, p, tuned, column, value, low, high
         "All models and columns with 95 % intervals."
         columns = 'recovered', 'retained', *self.units
-        rows = [(*k, c, *interval(self.find(*k, c))) for k in self.keys for c in columns]
+        rows = [(*k, c, *interval(self.find(*k, c))) for k in self.tests for c in columns]
         return pd.DataFrame(rows, columns=['row', 'p', 'tuned', 'column', 'value', 'low', 'high'])
 
     def table(
