@@ -307,6 +307,20 @@ def test_questions_are_asked_without_their_choices_and_ties_are_wrong(source, ro
     assert len(set(choices)) == len(choices) >= 2
 
 
+def test_passages_stay_in_the_split_of_their_questions(monkeypatch, tmp_path):
+    wrong = {f'distractor{k}': f'not {k}' for k in (1, 2, 3)}
+    texts = ['' if i % 4 == 0 else f'A passage about the number {i}.' for i in range(60)]
+    rows = [dict(question=f'q {i}', correct_answer='a', **wrong, support=text) for i, text in enumerate(texts)]
+    (tmp_path / 'sciq').mkdir()
+    (tmp_path / 'sciq' / 'validation.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    monkeypatch.setenv('ACT_DATA', str(tmp_path))
+    split = lambda source: {o.id.split('/')[-1]: o for o in load_ability(f'{source}/en', 'localize')}
+    asked, told = split('sciq'), split('sciq-text')
+    assert set(told) == {i for i in asked if int(i) % 4}
+    assert all(o.prompt + o.answer == texts[int(i)] for i, o in told.items())
+    assert all(o.prompt and o.answer and not o.choices for o in told.values())
+
+
 def test_a_language_that_a_source_lacks_is_refused(mirror):
     for spec, known in (('gsm8k/es', 'en'), ('sciq/de', 'en'), ('exams/xx', 'ar, bg')):
         with pytest.raises(ActError, match=f"has no language .{spec[-2:]}.: choose one of {known}"):

@@ -1,10 +1,13 @@
 """A pair and its price: shares by hand, units by ability, pairs that lose nothing, runs that go on where they were."""
 
 import json
-import numpy as np, pytest
+import numpy as np, pytest, torch
+from dataclasses import replace
 from act.kit.errors import ActError
+from act.studies.cases import CASES
+from act.studies.choices import Ranked
 from act.studies.doses import pack
-from act.studies.priced import FORMAT, Priced, gather_priced
+from act.studies.priced import FORMAT, Priced, gather_priced, priced_answers
 
 CASE = dict(target='t', donor='d', recovered=['sciq/en'], retained=['gsm8k/en'], others=['piqa/en'])
 COUNTS = {'sciq-en': 40, 'gsm8k-en': 10, 'piqa-en': 20}
@@ -96,3 +99,21 @@ def test_files_that_do_not_go_together(tmp_path):
     path.write_text(json.dumps(dict(format='act-eval-1')))
     with pytest.raises(ActError, match='measure_priced'):
         Priced.load(path)
+
+
+def test_a_case_says_what_is_read_at_how_many_points_and_how_precisely():
+    few = replace(CASES['lab'], n=4, items=8, points=2, read=('lab/science-en',))
+    bench = Ranked(few, 0)
+    assert bench.read.name == 'science-en'
+    assert bench.kept.name == 'multiplication-en'
+    assert [a.name for a in bench.test[:2]] == ['multiplication-en', 'science-zh']
+    assert bench.ranking('attribution').meta['points'] == 2
+    coarse = Ranked(replace(few, bf16=True), 0)
+    with coarse.passes():
+        assert torch.is_autocast_enabled('cpu')
+    with bench.passes():
+        assert not torch.is_autocast_enabled('cpu')
+    fine, rough = (priced_answers(b, b.target, b.test)['science-zh']['bits'] for b in (bench, coarse))
+    assert fine != rough
+    np.testing.assert_allclose(fine, rough, atol=0.1, rtol=0.02)
+    assert coarse.ranking('attribution').flat() @ bench.ranking('attribution').flat() > 0
