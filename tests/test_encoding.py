@@ -388,7 +388,9 @@ def rows(tmp_path, monkeypatch):
         put(f'{name}/validation.jsonl', asked)
     wrong = {f'distractor{k}': f'not {k}' for k in (1, 2, 3)}
     support = dict(support='A passage of a textbook, with the answer in it.')
-    put('sciq/validation.jsonl', [dict(question=f'Which is {i}?', correct_answer=str(i), **wrong, **support) for i in n])
+    put(
+        'sciq/validation.jsonl', [dict(question=f'Which is {i}?', correct_answer=str(i), **wrong, **support) for i in n]
+    )
     put('piqa/validation.jsonl', [dict(goal=f'Make {i}', sol1='wait', sol2=f'add {i}', label=1) for i in n])
     monkeypatch.setenv('ACT_DATA', str(tmp_path))
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')

@@ -132,7 +132,8 @@ def real_pair(
 ) -> Case:
     "A pair of SmolLM2 with something to bring back and something to lose."
     sft = dict(steps=16, lr=1e-4, batch_size=4, max_length=160, bf16=True)
-    return Case(target, donor, recovered, retained, others, sft=sft, max_length=160, bf16=True, **more)
+    reading = dict(max_length=160, points=4, bf16=True)
+    return Case(target, donor, recovered, retained, others, sft=sft, **reading, **more)
 
 
 PAIRS = {
