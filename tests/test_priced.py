@@ -68,19 +68,31 @@ def test_a_pair_that_costs_nothing_is_refused():
 
 
 @pytest.mark.parametrize(
-    'ours, twin, bits, said',
+    'ours, twin, cheap, said',
     [
-        ((28, 0.52), 12, 0.5, 'holds'),
-        ((28, 0.6), 12, 0.5, 'in part'),  # it costs a quarter of the gain
-        ((28, 0.52), 24, 0.5, 'in part'),  # most of it is what choosing alone brings
-        ((20, 0.52), 12, 0.5, 'in part'),  # half comes back
-        ((10, 0.5), 10, 0.5, 'does not hold'),
+        ((28, 0.52), 12, 0.7, 'holds'),
+        ((28, 0.6), 12, 0.7, 'in part'),  # it costs a quarter of the gain
+        ((28, 0.52), 24, 0.7, 'in part'),  # most of it is what choosing alone brings
+        ((20, 0.52), 12, 0.7, 'in part'),  # half comes back
+        ((28, 0.52), 12, 0.5001, 'in part'),  # the interpolation brings back everything for as much
+        ((10, 0.5), 10, 0.7, 'does not hold'),
     ],
 )
-def test_the_rule_asks_for_all_three(ours, twin, bits, said):
-    rows = {'trade-aware attribution': ours, 'random': (10, 0.5), 'noise twin (trade-aware)': (twin, bits)}
+def test_the_rule_asks_for_all_four(ours, twin, cheap, said):
+    rows = {'trade-aware attribution': ours, 'random': (10, 0.5), 'noise twin (trade-aware)': (twin, 0.5)}
     files = [file(row, (0.01, answers(k, b, 12))) for row, (k, b) in rows.items()]
-    assert Priced([*ENDS, *files], n=400).verdict().startswith(said + ':')
+    found = Priced([*ENDS, halves(cheap), *files], n=400)
+    word, numbers = found.verdict()
+    assert word == said
+    assert 'from *interpolation at that price*' in numbers
+
+
+def test_the_interpolation_is_read_at_the_price_of_a_row():
+    rows = [file('random', (0.01, answers(12, bits, 12))) for bits in (0.52,)]
+    found = Priced([*ENDS, halves(0.7), *rows], n=200)  # costs half of the gain at every strength
+    assert found.at_same_price('random', 0.01)[0] == pytest.approx(2.5)  # a tenth of the way to 25 % for 50 %
+    free = Priced([*ENDS, halves(0.7), file('random', (0.01, answers(12, 0.49, 12)))], n=200)
+    assert free.at_same_price('random', 0.01)[0] == pytest.approx(0)  # what costs nothing is no strength at all
 
 
 def test_files_that_do_not_go_together(tmp_path):

@@ -20,7 +20,7 @@ from ..kit.processes import bar, peak_memory
 from ..kit.records import provenance, read_json, write_json
 from ..show.results import folded, table
 from ..sources import short_name
-from ..stats import interval
+from ..stats import interval, interval_text
 from .cases import Case, case_named
 from .choices import CHOICES, Ranked
 from .doses import pack, unpack
@@ -274,19 +274,37 @@ TWINS = {  # causal row -> the same score with a noise twin as donor
 
 
 @patch
+def at_same_price(
+    self: Priced,
+    row: str,
+    p: float,  # size
+    strengths: tuple = STRENGTHS,  # lambda of the interpolation, rising
+) -> np.ndarray:  # (n + 1,): percent of what was lost; the estimate, then its resamples
+    "What the interpolation brings back where it costs as much as a row."
+    curve = lambda column: np.stack([self.find('interpolation', lam, column=column) for lam in strengths])
+    back, cost = (np.pad(curve(column), ((1, 0), (0, 0))) for column in ('recovered', 'retained'))
+    cost = np.maximum.accumulate(cost)
+    return np.array([np.interp(*at) for at in zip(self.find(row, p, column='retained'), cost.T, back.T)])
+
+
+@patch
 def verdict(
     self: Priced,
     row: str = 'trade-aware attribution',  # a key of TWINS
-) -> str:
-    "Whether the aim is reached, in words made of the numbers."
+    strengths: tuple = STRENGTHS,  # lambda of the interpolation
+) -> tuple:  # (one of JUDGEMENTS, the numbers in words)
+    "Whether the aim is reached."
     p, twin = AIM['p'], case_named(row, TWINS, 'causal row')
-    back, cost = (interval(self.find(row, p, column=c)) for c in ('recovered', 'retained'))
-    gaps = {other: self.gap(row, other, p) for other in ('random', twin)}
-    part = all(low > 0 for _, low, _ in gaps.values())
-    whole = back[0] >= AIM['share'] and gaps[twin][0] >= AIM['beyond'] * back[0] and cost[0] <= AIM['cost']
-    said = lambda x: f'{x[0]:.0f} [{x[1]:.0f}, {x[2]:.0f}]'
-    more = ', '.join(f'{said(x)} points of the share above *{other}*' for other, x in gaps.items())
-    return (
-        f'{judgement(part and whole, part)}: at {100 * p:g} % of the channels *{row}* brings back {said(back)} % of'
-        f' what was lost, {more}, for {said(cost)} % of what had been gained'
+    found = self.find(row, p)
+    gaps = {other: interval(found - self.find(other, p)) for other in ('random', twin)}
+    beyond = all(low > 0 for _, low, _ in gaps.values())
+    gaps['interpolation at that price'] = interval(found - self.at_same_price(row, p, strengths))
+    back, cost = interval(found), interval(self.find(row, p, column='retained'))
+    enough = back[0] >= AIM['share'] and gaps[twin][0] >= AIM['beyond'] * back[0] and cost[0] <= AIM['cost']
+    whole = beyond and enough and gaps['interpolation at that price'][1] > 0
+    said = lambda x: interval_text(x, digits=0)
+    more = ', '.join(f'{interval_text(x, digits=0, signed=True)} from *{other}*' for other, x in gaps.items())
+    return judgement(whole, beyond), (
+        f'at {100 * p:g} % of the channels *{row}* brings back {said(back)} % of what was lost for {said(cost)} % of'
+        f' what had been gained; its share differs by {more}'
     )
