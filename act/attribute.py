@@ -162,8 +162,8 @@ def check_complete(
     found, fall = scores.flat().double().sum().item(), nats[0] - nats[-1]
     if abs(found - fall) > max(0.02, 0.2 * (max(nats) - min(nats))):
         warn(
-            f"the scores add up to {found:.3f} nats per answer token, but the loss falls by {fall:.3f}: take more points"
-            f" than {scores.meta['points']}"
+            f"the scores add up to {found:.3f} nats per answer token, but the loss falls by {fall:.3f}: take more"
+            f" points than {scores.meta['points']}"
         )
 
 # %% ../nbs/38_attribute.ipynb #at-attribute

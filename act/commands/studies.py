@@ -361,7 +361,7 @@ def _begin(case, ps, lams, sft, out, check):
         preflight(case.target, case.donor)
     names = [*case.recovered, *case.retained, *case.others]
     for a in names:
-        load_ability(a, 'validation', case.n)
+        load_ability(a, 'validation', case.most(a))
     n = len(ps) * len(lams) * 2 * len(sft)
     begin(
         [case.target, case.donor, *names],

@@ -45,9 +45,9 @@ class Bench:
         self.places = {}  # model of the case -> where it is kept, if that is not its name
         self.acts = {}  # seed -> activation scores
         self.costs, self.seconds, self.tokens = {}, defaultdict(list), 0
-        self.val = self.items('validation', case.aims, case.n)
+        self.val = self.items('validation', case.aims, case.most)
         self.sft = self.items('sft', case.aims)
-        self.test = self.items('test', case.groups, case.n)
+        self.test = self.items('test', case.groups, case.most)
 
     def __getattr__(self, name):
         if name not in ('target', 'donor', 'specialists', 'tok', 'weights', 'given') or 'given' in self.__dict__:
@@ -58,9 +58,9 @@ class Bench:
         self.load()
         return getattr(self, name)
 
-    def items(self, split, groups, n=None):
+    def items(self, split, groups, most=lambda ability: None):
         "The abilities of all groups."
-        return [load_ability(a, split, n=n) for names in groups.values() for a in names]
+        return [load_ability(a, split, n=most(a)) for names in groups.values() for a in names]
 
     def at(self, model):
         "Where a model of the case is kept."

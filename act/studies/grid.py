@@ -193,7 +193,7 @@ def record(
     "Make and score a model for every point, on validation items."
     case, start = case_named(case, CASES), time.time()
     bench = bench or Bench(case, device, progress)
-    items = bench.val + [load_ability(a, 'validation', n=case.n) for a in case.others]
+    items = bench.val + [load_ability(a, 'validation', n=case.most(a)) for a in case.others]
     rows, known, scores = [], {}, bench.scores(seed)
 
     def add(row, got, **at):

@@ -259,7 +259,7 @@ def _begun(recipe, out, smoke, hidden, device):
 # %% ../../nbs/41_lab_training.ipynb #41-train-lab
 def train_lab(
     out,  # folder to write the models to, and manifest.json, which lists those that are there already too
-    # names as in `lab_recipe`; those that ship by default. They start from a base in `out`, or else from the shipped one
+    # names as in `lab_recipe`; those that ship by default. They start from a base in `out`, or else from the shipped
     models: tuple = None,
     smoke: bool = False,  # 1 % of the steps, a tiny model, few items: to test the machinery
     progress: bool = True,  # show bars
