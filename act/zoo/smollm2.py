@@ -32,6 +32,9 @@ RECIPES = {  # abilities to train on (split train), and arguments of `finetune`;
         abilities=('xquad-text/es',), steps=60, lr=1e-3, batch_size=8, max_length=256, bf16=True, lora=LORA
     ),
     'maths-long': dict(abilities=('gsm8k/en',), steps=200, lr=6e-3, batch_size=4, max_length=160, bf16=True, lora=LORA),
+    'maths-fast': dict(
+        abilities=('gsm8k/en',), steps=320, lr=1.2e-2, batch_size=4, max_length=160, bf16=True, lora=LORA
+    ),
     'maths-full': dict(abilities=('gsm8k/en',), steps=80, lr=3e-4, batch_size=4, max_length=160, bf16=True, lora=None),
 }
 ADAPTERS = PACKAGE / 'models' / 'smollm2'
