@@ -79,6 +79,7 @@ class StraightPath:
         for name, p in self.parameters.items():
             ours = self.ours[name][1]().detach().to(p.device).float()
             p.copy_(ours + a * self.change(name) if a else ours)
+        torch.clear_autocast_cache()  # or else passes under autocast would go on with the weights from before
 
     def keep(self):
         "Hold the changes of all parameters in memory."

@@ -30,10 +30,11 @@ def test_adapters_are_small_and_those_of_the_manifest():
 
 
 def test_recorded_scores_show_a_gain_of_each_specialist():
-    results = {n: EvalResult.load(RESULTS / f'smollm2-{n}.json') for n in ('base', 'maths', 'spanish', 'maths-full')}
+    results = {n: EvalResult.load(RESULTS / f'smollm2-{n}.json') for n in ('base', *RECIPES)}
     t = gains(results)
     assert len(t) == len(WATCHED)
-    for name, own in (('maths', 'gsm8k-en'), ('spanish', 'xquad-text-es')):
+    for name, recipe in RECIPES.items():
+        own = recipe['abilities'][0].replace('/', '-')
         assert float(t.loc[own, name].split(', ')[1].rstrip(']')) < 0
 
 

@@ -77,7 +77,7 @@ def act_lab(
 @command(page='42_smollm2', note=NOTE)
 def act_smollm2(
     out: str = None,  # folder (study) or result file (--measure) to create
-    train: str = None,  # train a specialist: maths, spanish or maths-full
+    train: str = None,  # train a specialist: maths, maths-long, maths-fast, spanish or maths-full
     adapter: str = None,  # folder to create for the LoRA adapter of --train
     measure: str = None,  # score base, or a specialist, on the watched abilities
     n: int = 60,  # test items per ability for --measure

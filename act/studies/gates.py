@@ -55,6 +55,7 @@ class GatedModel:
             module, axis = self.places[name]
             shape = [-1 if i == axis else 1 for i in range(p.ndim)]
             p.copy_(self.start[name].float() + parts[module].to(p.device).view(shape) * self.path.change(name))
+        torch.clear_autocast_cache()
 
     def gradient(self) -> torch.Tensor:  # (channels,)
         "The gradient of the gates after a backward pass; those of the parameters are forgotten."

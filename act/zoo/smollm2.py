@@ -66,7 +66,7 @@ def merge_adapter(
 
 
 def smollm2_path(
-    name: str = 'base',  # base, maths or spanish; maths-full once it has been trained
+    name: str = 'base',  # base, or a key of RECIPES; maths-full once it has been trained
 ) -> Path:
     "The folder of SmolLM2 or of one of its specialists, made on first use."
     name = name or 'base'
