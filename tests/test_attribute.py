@@ -87,6 +87,16 @@ def test_the_losses_of_both_ends_are_those_of_the_models(family, tokenizer):
     assert s.meta['nats_donor'] == pytest.approx(nats(b, tokenizer), rel=1e-4)
 
 
+def test_passes_under_autocast_use_the_weights_of_their_own_point(tokenizer):
+    a, b = pair_of('qwen2')
+    plain = attribute(a, b, ABILITY, tokenizer, progress=False)
+    with torch.autocast('cpu', torch.bfloat16):  # keeps casts of the weights until it ends
+        rough = attribute(a, b, ABILITY, tokenizer, progress=False)
+    for end in ('nats_target', 'nats_donor'):
+        assert rough.meta[end] == pytest.approx(plain.meta[end], rel=0.01)
+    assert torch.corrcoef(torch.stack([plain.flat(), rough.flat()]))[0, 1] > 0.99
+
+
 def test_complete_on_the_lab():
     s = attribute('lab/maths-en', 'lab/base', 'lab/science-zh', dtype='float32', progress=False)
     fall = s.meta['nats_target'] - s.meta['nats_donor']

@@ -58,6 +58,15 @@ def test_at_both_ends_the_model_is_target_and_donor(family, tokenizer, work):
         assert nats(gated.model, work, tokenizer) == pytest.approx(nats(model, work, tokenizer), rel=1e-4)
 
 
+def test_passes_under_autocast_use_the_weights_of_the_gates(tokenizer, work):
+    a, b = tiny_model('qwen2'), tiny_model('qwen2', 1)
+    gated = GatedModel(a, b)
+    with torch.autocast('cpu', torch.bfloat16):  # keeps casts of the weights until it ends
+        for value, model in ((0.0, a), (1.0, b)):
+            gated.move(torch.full((gated.map.total,), value))
+            assert nats(gated.model, work, tokenizer) == pytest.approx(nats(model, work, tokenizer), rel=1e-3)
+
+
 def test_the_gradient_is_the_slope_of_the_loss(family, tokenizer, work):
     gated = GatedModel(tiny_model(family), tiny_model(family, 1))
     gates = torch.full((gated.map.total,), 0.1)
