@@ -36,10 +36,7 @@ class Options:
             if getattr(self, name) not in choices:
                 raise ActError(f"{name} is {getattr(self, name)!r}: choose {' or '.join(choices)}")
 
-    def most(
-        self,
-        ability: str,
-    ) -> int:  # or None for all
+    def most(self, ability: str) -> int:  # or None for all
         "How many validation and test items of an ability are used."
         return self.n.get(ability) if isinstance(self.n, dict) else self.n
 

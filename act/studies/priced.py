@@ -267,7 +267,7 @@ def accepted(
 
 # %% ../../nbs/47_priced.ipynb #47p-rule
 AIM = dict(p=0.01, share=80, beyond=0.5, cost=10)  # size; % back; part of it beyond the twin; % of the gain it may cost
-UNITS = dict(recovered='% of what was lost that came back', retained='% of what had been gained that is lost')
+UNITS = dict(recovered='% of what was lost, back', retained='% of what was gained, lost')
 TWINS = {  # causal row -> the same score with a noise twin as donor
     'attribution': 'noise twin',
     'trade-aware attribution': 'noise twin (trade-aware)',
