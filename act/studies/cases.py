@@ -134,7 +134,7 @@ def real_pair(
     others: tuple,  # abilities that are only watched
     **more,  # options of `Case`
 ) -> Case:
-    "A pair of SmolLM2 with something to bring back and something to lose."
+    "A pair of SmolLM2 that may have something to bring back and something to lose."
     sft = dict(steps=16, lr=1e-4, batch_size=4, max_length=160, bf16=True)
     reading = dict(max_length=160, points=4, bf16=True)
     return Case(target, donor, recovered, retained, others, sft=sft, **reading, **more)
@@ -150,15 +150,6 @@ PAIRS = {
     ),
     'science-into-maths': real_pair(
         'smollm2/maths-fast', 'smollm2', ('arc-easy/en',), ('gsm8k/en',), ('sciq/en', 'piqa/en'), n=ASKED
-    ),
-    'textbook-into-maths': real_pair(
-        'smollm2/maths-fast',
-        'smollm2',
-        ('arc-easy/en',),
-        ('gsm8k/en',),
-        ('sciq/en', 'piqa/en'),
-        n=ASKED,
-        read=('sciq-text/en',),
     ),
 }
 
