@@ -78,6 +78,22 @@ def shows(cell):
     )
 
 
+def mixes_imports(cell):
+    "Whether nbdev would warn that imports stand beside other code, and then run both."
+    opts = options(cell)
+    if (
+        cell['cell_type'] != 'code'
+        or {'export', 'exporti', 'exports', 'exec_doc'} & opts.keys()
+        or opts.get('eval') == 'false'
+    ):
+        return False
+    try:
+        kinds = {type(node) for node in ast.walk(ast.parse(source(cell)))}
+    except SyntaxError:  # a cell of shell lines or magics
+        return False
+    return bool(kinds & {ast.Import, ast.ImportFrom}) and bool(kinds & {ast.Expr, ast.Assign})
+
+
 def check_notebook(nb):
     "Title cell, outputs, headings, alt texts, machine paths, labels, module."
     faults, level, seen = [], 1, set()
@@ -100,6 +116,11 @@ def check_notebook(nb):
                 level = len(h)
             if re.search(r'!\[\s*\]\(|<img(?![^>]*\balt=)', prose(src)):
                 add(cell, 'a picture without alt text')
+        if exports and mixes_imports(cell):
+            add(
+                cell,
+                'imports beside other code: nbdev runs such a cell when it makes the page; put them in a cell of their own',
+            )
         if shows(cell) and not cell['outputs']:
             add(cell, 'its output is not there: run it')
         if label := opts.get('label', ''):

@@ -87,6 +87,10 @@ FIG = "#| label: fig-a\n#| fig-cap: \"A.\"\n"
             note(cell('code', 'f()', dict(output_type='error', ename='KeyError', evalue='', traceback=[]))),
             'error KeyError',
         ),
+        (
+            note(cell('code', '#| default_exp a'), cell('code', '#| export\ny = 1'), cell('code', 'import a\nx = a.b')),
+            'imports beside other code',
+        ),
         (note(cell('code', 'f()', says('x', 'stderr'))), 'stderr'),
         (note(cell('code', 'f()', says('UserWarning: old'))), 'UserWarning'),
         (note(cell('code', 'f()', says(' 40%|####  | 4/10'))), '40%|'),
@@ -104,6 +108,8 @@ def test_a_notebook_without_faults():
     assert not checks.check_notebook(
         note(
             cell('markdown', '## A\n\n### B\n\n```sh\n# not a heading, not ![](a picture)\n```\n\n## C'),
+            cell('code', 'import a\nfrom b import c'),
+            cell('code', '#| eval: false\nimport a\nx = a.b'),
             cell('code', 'x = 1'),
             cell('code', 'f(x)'),
             cell('code', 'x;'),
