@@ -24,7 +24,7 @@ test: setup check  ## the checks: sync of act/ and README.md, every notebook, th
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: setup  ## tests that start processes, kill them, open a browser, train or install
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 check: setup  ## act/ and README.md agree with nbs/, notebooks are clean, code is formatted
 	$(BIN)/python .ci/check_sync.py

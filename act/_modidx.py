@@ -1491,4 +1491,5 @@ d = { 'settings': { 'branch': 'main',
                                  'act.zoo.smollm2.smollm2_manifest': ('smollm2.html#smollm2_manifest', 'act/zoo/smollm2.py'),
                                  'act.zoo.smollm2.smollm2_path': ('smollm2.html#smollm2_path', 'act/zoo/smollm2.py'),
                                  'act.zoo.smollm2.train_smollm2': ('smollm2.html#train_smollm2', 'act/zoo/smollm2.py'),
+                                 'act.zoo.smollm2.train_specialist': ('smollm2.html#train_specialist', 'act/zoo/smollm2.py'),
                                  'act.zoo.smollm2.unpack_base': ('smollm2.html#unpack_base', 'act/zoo/smollm2.py')}}}

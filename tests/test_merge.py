@@ -105,8 +105,9 @@ def test_the_oracle_takes_the_best_of_each_item():
 @pytest.mark.parametrize('name', MERGERS)
 def test_every_method_makes_a_model_of_its_own(bench, name):
     o = MERGERS[name]
-    s = o.settings((0.1,), (1.0,))[0]
+    s, *_, last = o.settings((0.1, 0.2), (0.5, 1.0))
     before, after = bench.model(o, sft=False, **s), bench.model(o, **s)
+    assert weight_hash(bench.model(o, **last)) != weight_hash(after)
     assert weight_hash(after) != weight_hash(before)
     assert (weight_hash(before) == weight_hash(bench.target)) == (name in ('light SFT only', 'joint SFT'))
     assert len({str(x) for x in o.settings((0.05, 0.1, 0.2, 0.3), (0.5, 1.0))}) == 8

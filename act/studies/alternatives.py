@@ -84,7 +84,7 @@ def by_mergekit(
         if scale == 1:
             return merged
         start = load_model(bench.at(bench.case.base), dtype=bench.case.dtype, device=bench.target.device)[0]
-        return transfer(start, merged, modules_mask(bench.weights.map), scale, check=False)
+        return transfer(start, merged, modules_mask(enumerate_channels(start, bench.case.tied)), scale, check=False)
 
     return make
 
@@ -199,7 +199,7 @@ def move_embedding(
     lam: float,  # lambda
 ):  # a model
     "Move the embedding's columns and nothing else: for `Method.make`."
-    mask = modules_mask(bench.weights.map, lambda m: m.kind == 'embedding')
+    mask = modules_mask(enumerate_channels(bench.target, bench.case.tied), lambda m: m.kind == 'embedding')
     return transfer(bench.target, bench.donor, mask, lam, check=False)
 
 # %% ../../nbs/65_alternatives.ipynb #32-019

@@ -151,77 +151,6 @@ class Priced(Compared):
         "The abilities of a group, as they are called in tables."
         return [short_name(a) for a in self.case[group]]
 
-    def means(
-        self,
-        key: tuple,  # (row, p, tuned)
-        ability: str,
-        unit: str = None,  # correct or bits; by default that of the ability
-    ) -> np.ndarray:  # (n + 1,): the mean, then its resamples; higher is better
-        "The mean of a model's answers; samples of localisation items and test items drawn anew."
-        if key not in self.tests:
-            raise ActError(f"{key[0]!r} was not measured at {100 * key[1]:g} %{' after fine-tuning' * key[2]}")
-        unit, by_seed = unit or self.units[ability], self.tests[key]
-        read = lambda t: unpack(t['correct'], self.counts[ability]) if unit == 'correct' else -np.array(t['bits'])
-        values = np.stack([read(by_seed.get(s, next(iter(by_seed.values())))[ability]) for s in self.seeds])
-        seeds, items = self._drawn('seeds', len(self.seeds)), self._drawn(ability, values.shape[1])
-        return np.einsum('ns,si,ni->n', seeds, values, items)
-
-    def _drawn(self, name, size):
-        "The same weights for the same thing in every row."
-        if name not in self._weights:
-            self._weights[name] = draws(size, self.n, np.random.default_rng([*name.encode()]))
-        return self._weights[name]
-
-    def find(
-        self,
-        row: str,
-        p: float = 0,  # size; 0 for a row without one
-        tuned: bool = False,  # after fine-tuning
-        column: str = 'recovered',  # recovered or retained (shares), or an ability (difference from the target)
-    ) -> np.ndarray:  # (n + 1,): the estimate, then its resamples
-        "What a model brings back or costs, in percent; of an ability, points or bits gained."
-        key = (row, 0, tuned) if (row, 0, tuned) in self.tests else (row, p, tuned)
-        if column not in ('recovered', 'retained'):
-            gain = self.means(key, column) - self.means(('target', 0, False), column)
-            return 100 * gain if self.units[column] == 'correct' else gain
-        shares = []
-        for ability in self.names(column):
-            x, target, donor = (self.means(k, ability) for k in (key, ('target', 0, False), ('donor', 0, False)))
-            moved = x - target if column == 'recovered' else target - x
-            shares.append(moved / (donor - target if column == 'recovered' else target - donor))
-        return 100 * np.mean(shares, 0)
-
-    def gaps(self) -> pd.DataFrame:  # ability x unit, items, target, donor, difference of the donor with its interval
-        "What there is to bring back and to lose."
-        rows = {}
-        for ability, unit in self.units.items():
-            target, donor = (self.means((r, 0, False), ability) for r in ('target', 'donor'))
-            scale = 100 if unit == 'correct' else -1
-            found = interval(scale * (donor - target))
-            rows[ability] = dict(
-                unit='% right' if unit == 'correct' else 'bits per byte',
-                items=self.counts[ability],
-                target=scale * target[0],
-                donor=scale * donor[0],
-                **dict(zip(('difference', 'low', 'high'), found)),
-            )
-        return pd.DataFrame(rows).T.rename_axis('ability')
-
-    def numbers(self) -> pd.DataFrame:  # row, p, tuned, column, value, low, high
-        "All models and columns with 95 % intervals."
-        columns = 'recovered', 'retained', *self.units
-        rows = [(*k, c, *interval(self.find(*k, c))) for k in self.tests for c in columns]
-        return pd.DataFrame(rows, columns=['row', 'p', 'tuned', 'column', 'value', 'low', 'high'])
-
-    def table(
-        self,
-        p: float = 0.01,  # size
-        tuned: bool = False,  # after fine-tuning
-    ) -> pd.DataFrame:
-        "All rows of one size, and those without a size."
-        found = self.numbers().query('p in (0, @p) and tuned == @tuned')
-        return text_table(found, 'row', 'column', digits=2).rename_axis(index=None, columns=None)
-
     def __repr__(self):
         return self.table().to_string()
 
@@ -240,6 +169,91 @@ def gather_priced(
     "All rows in a folder."
     paths = sorted(Path(folder).glob('*.json'))
     return Priced([read_json(p, FORMAT, 'measurement of a pair', 'measure_priced') for p in paths])
+
+# %% ../../nbs/47_priced.ipynb #47-means
+@patch
+def means(
+    self: Priced,
+    key: tuple,  # (row, p, tuned)
+    ability: str,
+    unit: str = None,  # correct or bits; by default that of the ability
+) -> np.ndarray:  # (n + 1,): the mean, then its resamples; higher is better
+    "The mean of a model's answers; samples of localisation items and test items drawn anew."
+    if key not in self.tests:
+        raise ActError(f"{key[0]!r} was not measured at {100 * key[1]:g} %{' after fine-tuning' * key[2]}")
+    unit, by_seed = unit or self.units[ability], self.tests[key]
+    read = lambda t: unpack(t['correct'], self.counts[ability]) if unit == 'correct' else -np.array(t['bits'])
+    values = np.stack([read(by_seed.get(s, next(iter(by_seed.values())))[ability]) for s in self.seeds])
+    seeds, items = self._drawn('seeds', len(self.seeds)), self._drawn(ability, values.shape[1])
+    return np.einsum('ns,si,ni->n', seeds, values, items)
+
+
+@patch
+def _drawn(self: Priced, name, size):
+    "The same weights for the same thing in every row."
+    if name not in self._weights:
+        self._weights[name] = draws(size, self.n, np.random.default_rng([*name.encode()]))
+    return self._weights[name]
+
+# %% ../../nbs/47_priced.ipynb #47-find
+@patch
+def find(
+    self: Priced,
+    row: str,
+    p: float = 0,  # size; 0 for a row without one
+    tuned: bool = False,  # after fine-tuning
+    column: str = 'recovered',  # recovered or retained (shares), or an ability (difference from the target)
+) -> np.ndarray:  # (n + 1,): the estimate, then its resamples
+    "What a model brings back or costs, in percent; of an ability, points or bits gained."
+    key = (row, 0, tuned) if (row, 0, tuned) in self.tests else (row, p, tuned)
+    if column not in ('recovered', 'retained'):
+        gain = self.means(key, column) - self.means(('target', 0, False), column)
+        return 100 * gain if self.units[column] == 'correct' else gain
+    shares = []
+    for ability in self.names(column):
+        x, target, donor = (self.means(k, ability) for k in (key, ('target', 0, False), ('donor', 0, False)))
+        moved = x - target if column == 'recovered' else target - x
+        shares.append(moved / (donor - target if column == 'recovered' else target - donor))
+    return 100 * np.mean(shares, 0)
+
+# %% ../../nbs/47_priced.ipynb #47-gaps
+@patch
+def gaps(
+    self: Priced,
+) -> pd.DataFrame:  # ability x unit, items, target, donor, difference of the donor with its interval
+    "What there is to bring back and to lose."
+    rows = {}
+    for ability, unit in self.units.items():
+        target, donor = (self.means((r, 0, False), ability) for r in ('target', 'donor'))
+        scale = 100 if unit == 'correct' else -1
+        found = interval(scale * (donor - target))
+        rows[ability] = dict(
+            unit='% right' if unit == 'correct' else 'bits per byte',
+            items=self.counts[ability],
+            target=scale * target[0],
+            donor=scale * donor[0],
+            **dict(zip(('difference', 'low', 'high'), found)),
+        )
+    return pd.DataFrame(rows).T.rename_axis('ability')
+
+# %% ../../nbs/47_priced.ipynb #47-table
+@patch
+def numbers(self: Priced) -> pd.DataFrame:  # row, p, tuned, column, value, low, high
+    "All models and columns with 95 % intervals."
+    columns = 'recovered', 'retained', *self.units
+    rows = [(*k, c, *interval(self.find(*k, c))) for k in self.tests for c in columns]
+    return pd.DataFrame(rows, columns=['row', 'p', 'tuned', 'column', 'value', 'low', 'high'])
+
+
+@patch
+def table(
+    self: Priced,
+    p: float = 0.01,  # size
+    tuned: bool = False,  # after fine-tuning
+) -> pd.DataFrame:
+    "All rows of one size, and those without a size."
+    found = self.numbers().query('p in (0, @p) and tuned == @tuned')
+    return text_table(found, 'row', 'column', digits=2).rename_axis(index=None, columns=None)
 
 # %% ../../nbs/47_priced.ipynb #47p-price
 @patch
