@@ -51,11 +51,11 @@ def test_verdicts_of_recovering(rec, verdicts):
 
 def test_where_nothing_could_be_lost_there_is_no_verdict():
     rec = recovery(20, 40, 30, 60)
-    rec.rows['full task vector + SFT'] = [dict(k=at(95), r=at(90))]
+    rec.rows['WiSE-FT + SFT'] = [dict(k=at(95), r=at(90))]
     assert [r['verdict'] for r in recovery_rows(dict(x=rec))] == ['holds', ''] * 2
     assert 'nothing was at stake' in recovery_rows(dict(x=rec))[1]['measured']
     rec = recovery(20, 40, 30, 60)
-    rec.rows['full task vector + SFT'] = [dict(k=at(50), r=at(90))]
+    rec.rows['WiSE-FT + SFT'] = [dict(k=at(50), r=at(90))]
     assert [r['verdict'] for r in recovery_rows(dict(x=rec))] == ['holds', 'holds'] * 2
 
 

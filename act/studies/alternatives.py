@@ -265,8 +265,7 @@ _GATED = tries('p mu', *((p, mu) for mu in (1.0, 2.0) for p in (0.02, 0.05, 0.1,
 
 
 BASELINES = {
-    **{name: m for name, m in METHODS.items() if name != 'full task vector'},
-    'WiSE-FT': METHODS['full task vector'],
+    **METHODS,
     'attribution': Method(move_attributed, _SMALL),
     'trade-aware attribution': Method(move_attributed, _TRADED),
     'learned gates': Method(move_gated, _GATED),

@@ -154,7 +154,7 @@ def clearly_above(
 
 def at_stake(
     rec: Recovery,
-    whole: str = 'full task vector + SFT',  # the row that moves all channels by a part
+    whole: str = 'WiSE-FT + SFT',  # the row that moves all channels by a part
 ) -> bool:
     "Whether the retained ability could be lost: it is, where the whole model moves."
     return whole not in rec.rows or not loses_little(rec, whole)

@@ -168,7 +168,7 @@ def random_masks(bench, p, rank, seed):
     masks = top_masks(bench.scores(seed), p)
     return {s: random_mask(mask, seed=100 * seed + i) for i, (s, mask) in enumerate(masks.items())}
 
-
+# %% ../../nbs/64_mergers.ipynb #64-attributed
 def merge_attributed(
     bench,
     seed: int,  # of the localisation items
@@ -183,7 +183,7 @@ def merge_attributed(
         masks[s] = causal_mask(bench, bench.specialists[s], own, rest, seed, p, mu)
     return merge(bench.target, bench.specialists, masks, lam)
 
-
+# %% ../../nbs/64_mergers.ipynb #64-other
 def by_fusion_bench(
     method: str,  # a key of FUSIONS
 ):  # for `Method.make`
@@ -207,7 +207,7 @@ def merge_sparing(
     merged = by_mergekit('task_arithmetic')(bench, seed, weight)
     return sparing(bench.target, merged, bench.acts[key], omega)
 
-
+# %% ../../nbs/64_mergers.ipynb #64-table
 _WEIGHTS = tries('weight', *((w,) for w in (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)))
 _AVERAGES = tries('weight', *((w,) for w in (0.25, 0.2, 0.15, 0.1, 0.22, 0.18, 0.12, 0.05)))
 _DENSITIES = (0.25, 0.5), (0.5, 0.5), (0.25, 0.2), (0.5, 0.2), (0.75, 0.5), (1.0, 0.2), (0.25, 0.8), (0.5, 0.8)

@@ -76,7 +76,7 @@ METHODS = {
         moving(lambda bench, p, rank, seed: random_mask(top_p(bench.scores(seed), p), seed=seed)), by_p_and_lam()
     ),
     'weight mask': Method(moving(lambda bench, p, rank, seed: top_p(bench.weights, p, rank)), by_p_and_rank),
-    'full task vector': Method(ACTIVATIONS, evenly('lam', 2, p=1.0)),
+    'WiSE-FT': Method(ACTIVATIONS, evenly('lam', 2, p=1.0)),
     'ACT': Method(ACTIVATIONS, by_p_and_lam()),
     'ACT (module-normalised)': Method(ACTIVATIONS, by_p_and_lam('module')),
 }
@@ -86,7 +86,7 @@ ROWS = {  # row -> (method or none, with SFT or not)
     'target + SFT': (None, True),
     'random mask + SFT': ('random mask', True),
     'weight mask + SFT': ('weight mask', True),
-    'full task vector + SFT': ('full task vector', True),
+    'WiSE-FT + SFT': ('WiSE-FT', True),
     'ACT without SFT': ('ACT', False),
     'ACT': ('ACT', True),
     'ACT (module-normalised) without SFT': ('ACT (module-normalised)', False),

@@ -89,7 +89,7 @@ class Compared(Shown):
         "The paired difference of two rows of equal size."
         return interval(self.find(row, p, tuned, column) - self.find(other, p, tuned, column))
 
-
+# %% ../../nbs/46_size_results.ipynb #46-results
 class EqualSizes(Compared):
     "All rows at all sizes, over all trainings; shows itself: `.numbers()`, `.differences()`, `.best()`, `.plot()`."
 
@@ -167,43 +167,6 @@ class EqualSizes(Compared):
             raise ActError("the targets lost nothing that the donor has: there is no share that could come back")
         return {k: COLUMNS[column].value(x, target, donor) for k, x in zip(keys, found)}
 
-    def find(
-        self,
-        row: str,
-        p: float,  # size
-        tuned: bool = False,  # after fine-tuning
-        column: str = 'recovered',
-    ) -> np.ndarray:  # (n + 1,); raises ActError when it was not measured
-        "Samples of a model of this size, or of the row's only model when it has no size."
-        known = self.samples[column]
-        for key in ((row, p, tuned), (row, 0, tuned)):
-            if key in known:
-                return known[key]
-        raise ActError(f"{row!r} was not measured at {100 * p:g} %{' after fine-tuning' if tuned else ''} ({column})")
-
-    def numbers(self) -> pd.DataFrame:  # row, p (0: no size), tuned, column, value, low, high (95 %)
-        "Long table of all estimates and their intervals."
-        rows = [(*k, column, *interval(x)) for column, found in self.samples.items() for k, x in found.items()]
-        return pd.DataFrame(rows, columns=['row', 'p', 'tuned', 'column', 'value', 'low', 'high'])
-
-    def table(
-        self,
-        p: float = 0.02,  # size
-        tuned: bool = False,  # after fine-tuning
-    ) -> pd.DataFrame:  # rows x columns, each cell `estimate [low, high]`
-        "All rows of one size, and those without a size."
-        found = self.numbers().query('p in (0, @p) and tuned == @tuned')
-        return text_table(found, 'row', 'column', digits=1).rename_axis(index=None, columns=None)
-
-    def trainings(self) -> pd.DataFrame:  # recipes x (before, after fine-tuning)
-        "How many trainings stand behind the rows."
-        each = zip(self.cases, self.models)
-        rows = {(c['recipe'], c['training'], tuned) for c, models in each for _, _, tuned in models}
-        count = lambda recipe, tuned: sum(r == recipe and t == tuned for r, _, t in rows)
-        recipes = dict.fromkeys(c['recipe'] for c in self.cases)
-        stages = dict(before=False, after=True)
-        return pd.DataFrame({k: {r: count(r, tuned) for r in recipes} for k, tuned in stages.items()})
-
     def __repr__(self):
         return self.table().to_string()
 
@@ -214,6 +177,51 @@ class EqualSizes(Compared):
     def _parts(self):
         yield table(self.table(), '2 % of the channels, no fine-tuning, with 95 % intervals')
         yield folded('where it comes from', self.meta)
+
+# %% ../../nbs/46_size_results.ipynb #46-find
+@patch
+def find(
+    self: EqualSizes,
+    row: str,
+    p: float,  # size
+    tuned: bool = False,  # after fine-tuning
+    column: str = 'recovered',
+) -> np.ndarray:  # (n + 1,); raises ActError when it was not measured
+    "Samples of a model of this size, or of the row's only model when it has no size."
+    known = self.samples[column]
+    for key in ((row, p, tuned), (row, 0, tuned)):
+        if key in known:
+            return known[key]
+    raise ActError(f"{row!r} was not measured at {100 * p:g} %{' after fine-tuning' if tuned else ''} ({column})")
+
+# %% ../../nbs/46_size_results.ipynb #46-numbers
+@patch
+def numbers(self: EqualSizes) -> pd.DataFrame:  # row, p (0: no size), tuned, column, value, low, high (95 %)
+    "Long table of all estimates and their intervals."
+    rows = [(*k, column, *interval(x)) for column, found in self.samples.items() for k, x in found.items()]
+    return pd.DataFrame(rows, columns=['row', 'p', 'tuned', 'column', 'value', 'low', 'high'])
+
+
+@patch
+def table(
+    self: EqualSizes,
+    p: float = 0.02,  # size
+    tuned: bool = False,  # after fine-tuning
+) -> pd.DataFrame:  # rows x columns, each cell `estimate [low, high]`
+    "All rows of one size, and those without a size."
+    found = self.numbers().query('p in (0, @p) and tuned == @tuned')
+    return text_table(found, 'row', 'column', digits=1).rename_axis(index=None, columns=None)
+
+
+@patch
+def trainings(self: EqualSizes) -> pd.DataFrame:  # recipes x (before, after fine-tuning)
+    "How many trainings stand behind the rows."
+    each = zip(self.cases, self.models)
+    rows = {(c['recipe'], c['training'], tuned) for c, models in each for _, _, tuned in models}
+    count = lambda recipe, tuned: sum(r == recipe and t == tuned for r, _, t in rows)
+    recipes = dict.fromkeys(c['recipe'] for c in self.cases)
+    stages = dict(before=False, after=True)
+    return pd.DataFrame({k: {r: count(r, tuned) for r in recipes} for k, tuned in stages.items()})
 
 # %% ../../nbs/46_size_results.ipynb #46-differences
 @patch
