@@ -67,6 +67,17 @@ def test_a_pair_that_costs_nothing_is_refused():
     np.testing.assert_allclose(price['retained', 'value'], [50] * 4)
 
 
+def test_the_other_direction_is_read_from_the_same_models():
+    found = Priced([*ENDS, halves(0.6), file('random', (0.01, answers(15, 0.54, 14)))], n=200)
+    back = found.turned()
+    assert (back.case['target'], back.case['recovered']) == ('d', ['gsm8k/en'])
+    assert back.find('interpolation', 0.75)[0] == pytest.approx(75)  # 0.3 of 0.4 bits
+    assert back.find('interpolation', 0.75, column='retained')[0] == pytest.approx(75)  # 15 of 20 items lost
+    np.testing.assert_allclose(back.find('interpolation', 1.0), 100)
+    with pytest.raises(ActError, match='no measurement of the interpolation'):
+        Priced(list(ENDS), n=200).turned()
+
+
 @pytest.mark.parametrize(
     'ours, twin, cheap, said',
     [

@@ -145,9 +145,6 @@ PAIRS = {
     'maths-into-spanish': real_pair(
         'smollm2/spanish', 'smollm2/maths-long', ('gsm8k/en',), ('xquad-text/es',), ('xquad-text/de',), n=100
     ),
-    'spanish-into-maths': real_pair(
-        'smollm2/maths-long', 'smollm2/spanish', ('xquad-text/es',), ('gsm8k/en',), ('xquad-text/de',), n=100
-    ),
     'science-into-maths': real_pair(
         'smollm2/maths-fast', 'smollm2', ('arc-easy/en',), ('gsm8k/en',), ('sciq/en', 'piqa/en'), n=ASKED
     ),

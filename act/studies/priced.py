@@ -279,6 +279,23 @@ def accepted(
     free = (t['recovered', 'low'] > 0) & (t['retained', 'low'] <= 0)
     return bool(not free.any() and t['retained', 'low'].iloc[-1] > 0)
 
+# %% ../../nbs/47_priced.ipynb #47-turned
+@patch
+def turned(self: Priced) -> Priced:  # target, donor and interpolation; raises ActError when they were not measured
+    "The price of the pair with target and donor exchanged, and with them the recovered and the retained abilities."
+    names = dict(target='donor', donor='target', recovered='retained', retained='recovered')
+    case = self.case | {new: self.case[old] for new, old in names.items()}
+    part = {f['row']: f for f in self.files if f['row'] in ('target', 'donor', 'interpolation')}
+    if missing := {'target', 'donor', 'interpolation'} - part.keys():
+        raise ActError(f"there is no measurement of the {min(missing)}: the other direction is not known")
+    between = [dict(m, p=1 - m['p']) for m in part['interpolation']['models'] if m['p'] < 1]
+    models = {
+        'target': part['donor']['models'][:1],
+        'donor': part['target']['models'][:1],
+        'interpolation': [*between, dict(part['target']['models'][0], p=1.0)],
+    }
+    return Priced([dict(f, case=case, models=models[row]) for row, f in part.items()], self.n)
+
 # %% ../../nbs/47_priced.ipynb #47p-rule
 AIM = dict(p=0.01, share=80, beyond=0.5, cost=10)  # size; % back; part of it beyond the twin; % of the gain it may cost
 UNITS = dict(recovered='% of what was lost, back', retained='% of what was gained, lost')
