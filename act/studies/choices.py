@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'TUNED', 'SCORES', 'NO_SIZE', 'CHOICES', 'exactly', 'Ranked', 'attributed', 'both', 'repeatedly', 'Choice',
-           'moving', 'at_random', 'interpolated', 'gated', 'trained_on_items', 'models_of']
+           'moving', 'at_random', 'interpolated', 'gated', 'trained_on_items', 'put_back', 'embedding_alone',
+           'models_of']
 
 # %% ../../nbs/44_choices.ipynb #44-imports
 import torch
@@ -21,6 +22,7 @@ from .cases import Case, case_named
 from .concentration import noise_twin
 from .doses import largest
 from .gates import learn_gates
+from .rivals import denoised, restored
 from ..transfer import transfer
 
 # %% ../../nbs/44_choices.ipynb #44-exactly
@@ -187,6 +189,20 @@ def trained_on_items(
     "Fine-tune the target on items that scores were made from, as the case's light fine-tuning does."
     return lambda bench, p, draw: bench.tune(bench.target, bench.seed, items=[getattr(bench, name) for name in items])
 
+# %% ../../nbs/44_choices.ipynb #44-unread
+def put_back(
+    by: str,  # one of CHANGES
+) -> Callable:  # for `Choice.make`
+    "Put back as large a share of the weights, as parameter restoration does."
+    return lambda bench, p, draw: restored(bench.target, bench.donor, p, by, seed=1000 * bench.seed + draw)
+
+
+def embedding_alone(bench, p, draw):  # for `Choice.make`
+    "Move the columns of the embedding and nothing else."
+    channels = bench.weights.map
+    mask = ChannelMask({m.path: torch.full((m.width,), m.kind == 'embedding') for m in channels}, channels)
+    return transfer(bench.target, bench.donor, mask, check=False)
+
 # %% ../../nbs/44_choices.ipynb #44-choices
 NO_SIZE = dict(sizes=(0,))  # for models that move no channel of the donor
 CHOICES = {
@@ -205,6 +221,11 @@ CHOICES = {
     'repeated attribution': Choice(moving('repeated'), sizes=SIZES[:6]),
     'learned gates': Choice(gated, sizes=TUNED[:3]),
     'interpolation': Choice(interpolated),
+    'parameter restoration': Choice(put_back('relative')),
+    'parameter restoration (absolute)': Choice(put_back('absolute')),
+    'random elements': Choice(put_back('random')),
+    'DG-Hard': Choice(lambda bench, p, draw: denoised(bench.target, bench.donor), **NO_SIZE),
+    'embedding alone': Choice(embedding_alone, **NO_SIZE),
     'noise twin': Choice(moving('twin', donor='twin')),
     'noise twin (trade-aware)': Choice(moving('twin trade-aware', donor='twin')),
     'tuned on the items': Choice(trained_on_items('read'), tuned=False, **NO_SIZE),

@@ -99,8 +99,8 @@ def pair_rows(
 ) -> list:  # of what `claim_row` makes
     "Rows for the claim and the rule on pairs of a pretrained model."
     claim = (
-        f"{100 * AIM['p']:g} % of the channels, chosen causally, bring back at least {AIM['share']} % of what was lost,"
-        f" half of it beyond the noise twin, for at most {AIM['cost']} % of what had been gained, and more than the"
+        f"{100 * AIM['p']:g} % of the channels, chosen causally, close at least {AIM['share']} % of the gap,"
+        f" half of it beyond the noise twin, for at most {AIM['cost']} % of the lead, and more than the"
         ' interpolation at that price'
     )
     rule = replace(RULES['rule'], limits=RULES['rule'].limits | dict(size=AIM['p']))

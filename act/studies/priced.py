@@ -222,19 +222,20 @@ def gaps(
     self: Priced,
 ) -> pd.DataFrame:  # ability x unit, items, target, donor, difference of the donor with its interval
     "What there is to bring back and to lose."
-    rows = {}
+    rows = []
     for ability, unit in self.units.items():
         target, donor = (self.means((r, 0, False), ability) for r in ('target', 'donor'))
         scale = 100 if unit == 'correct' else -1
         found = interval(scale * (donor - target))
-        rows[ability] = dict(
+        row = dict(
+            ability=ability,
             unit='% right' if unit == 'correct' else 'bits per byte',
             items=self.counts[ability],
             target=scale * target[0],
             donor=scale * donor[0],
-            **dict(zip(('difference', 'low', 'high'), found)),
         )
-    return pd.DataFrame(rows).T.rename_axis('ability')
+        rows.append(row | dict(zip(('difference', 'low', 'high'), found)))
+    return pd.DataFrame(rows).set_index('ability')
 
 # %% ../../nbs/47_priced.ipynb #47-table
 @patch
@@ -297,8 +298,8 @@ def turned(self: Priced) -> Priced:  # target, donor and interpolation; raises A
     return Priced([dict(f, case=case, models=models[row]) for row, f in part.items()], self.n)
 
 # %% ../../nbs/47_priced.ipynb #47p-rule
-AIM = dict(p=0.01, share=80, beyond=0.5, cost=10)  # size; % back; part of it beyond the twin; % of the gain it may cost
-UNITS = dict(recovered='% of what was lost, back', retained='% of what was gained, lost')
+AIM = dict(p=0.01, share=80, beyond=0.5, cost=10)  # size; % of the gap; part of it beyond the twin; % of the lead
+UNITS = dict(recovered='% of the gap, closed', retained='% of the lead, lost')
 TWINS = {  # causal row -> the same score with a noise twin as donor
     'attribution': 'noise twin',
     'trade-aware attribution': 'noise twin (trade-aware)',
@@ -311,8 +312,8 @@ def at_same_price(
     row: str,
     p: float,  # size
     strengths: tuple = STRENGTHS,  # lambda of the interpolation, rising
-) -> np.ndarray:  # (n + 1,): percent of what was lost; the estimate, then its resamples
-    "What the interpolation brings back where it costs as much as a row."
+) -> np.ndarray:  # (n + 1,): percent of the gap; the estimate, then its resamples
+    "How much of the gap the interpolation closes where it costs as much as a row."
     curve = lambda column: np.stack([self.find('interpolation', lam, column=column) for lam in strengths])
     back, cost = (np.pad(curve(column), ((1, 0), (0, 0))) for column in ('recovered', 'retained'))
     cost = np.maximum.accumulate(cost)
@@ -337,6 +338,6 @@ def verdict(
     said = lambda x: interval_text(x, digits=0)
     more = ', '.join(f'{interval_text(x, digits=0, signed=True)} from *{other}*' for other, x in gaps.items())
     return judgement(whole, beyond), (
-        f'at {100 * p:g} % of the channels *{row}* brings back {said(back)} % of what was lost for {said(cost)} % of'
-        f' what had been gained; its share differs by {more}'
+        f'at {100 * p:g} % of the channels *{row}* closes {said(back)} % of the gap and loses {said(cost)} % of the'
+        f' lead; in percent of the gap it differs by {more}'
     )
