@@ -69,8 +69,8 @@ def noise_cut(
 ) -> float:  # in the unit of the values
     "Where to cut singular values so that a noisy matrix is best approximated: Gavish and Donoho's hard threshold."
     beta = min(shape) / max(shape)
-    omega = math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + math.sqrt(beta**2 + 14 * beta + 1)))
-    return omega * float(values.median()) / noise_median(beta)
+    cut = math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + math.sqrt(beta**2 + 14 * beta + 1)))
+    return cut * float(values.median()) / noise_median(beta)
 
 # %% ../../nbs/65_rivals.ipynb #65r-filter
 LEAST_MATRIX = 1024  # elements; smaller ones keep the target's values
