@@ -50,6 +50,13 @@ def test_a_difference_must_survive_the_number_of_comparisons(rivals, verdict):
     assert len(rec.sides('ACT')['recovered'][verdict]) == rivals
 
 
+def test_a_plain_difference_is_significant_among_any_number_of_rows():
+    x = np.r_[np.ones(20), np.zeros(20)]
+    others = {f'rival {i}': [dict(r=x, k=x)] for i in range(120)}
+    rec = Recovery(Case('t', 'd', ('r',), ('k',), ()), {'ACT': [dict(r=x * 0 + 1, k=x)], **others}, None, {}, {})
+    assert len(rec.sides('ACT')['recovered']['better']) == 120
+
+
 def test_rows_are_paired_by_items():
     x = np.random.default_rng(0).integers(2, size=100).astype(float)
     rec = Recovery(

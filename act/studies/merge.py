@@ -13,7 +13,7 @@ import pandas as pd
 from ..kit.files import check_absent
 from ..show.heatmap import heatmap
 from ..sources import short_name
-from ..stats import METRICS, interval
+from ..stats import METRICS, interval, interval_text
 from .cases import MERGES, MergeCase, case_named
 from .mergers import MERGERS, MERGE_ROWS, MergeBench, claims, conflicts, merging, top_masks
 from .methods import Method
@@ -108,7 +108,7 @@ def plot_merged(
 ):
     "The specialists' own abilities (mean over specialists) against the base's, for every row; returns the axes."
     if ax is None:
-        _, ax = plt.subplots(figsize=(7, 4), constrained_layout=True)
+        _, ax = plt.subplots(figsize=(7, max(4, 0.13 * len(rec.rows))), constrained_layout=True)
     metric, own = rec.metric, [c for c in rec.case.aims if c != 'base']
     for i, row in enumerate(rec.rows):
         samples = rec.samples(row)
