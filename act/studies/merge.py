@@ -13,7 +13,7 @@ import pandas as pd
 from ..kit.files import check_absent
 from ..show.heatmap import heatmap
 from ..sources import short_name
-from ..stats import METRICS, interval, interval_text
+from ..stats import METRICS, interval
 from .cases import MERGES, MergeCase, case_named
 from .mergers import MERGERS, MERGE_ROWS, MergeBench, claims, conflicts, merging, top_masks
 from .methods import Method
