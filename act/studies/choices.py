@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'TUNED', 'SCORES', 'NO_SIZE', 'CHOICES', 'exactly', 'Ranked', 'attributed', 'both', 'repeatedly', 'Choice',
-           'moving', 'at_random', 'interpolated', 'gated', 'trained_on_items', 'put_back', 'embedding_alone',
-           'models_of']
+           'moving', 'at_random', 'interpolated', 'gated', 'trained_on_items', 'put_back', 'models_of']
 
 # %% ../../nbs/44_choices.ipynb #44-imports
 import torch
@@ -17,6 +16,7 @@ from ..masks import ChannelMask, random_mask
 from ..own_change import own_change
 from ..repeated import attribute_repeatedly
 from ..scores import ChannelScores
+from .alternatives import move_embedding
 from .bench import Bench, draw_items
 from .cases import Case, case_named
 from .concentration import noise_twin
@@ -196,13 +196,6 @@ def put_back(
     "Put back as large a share of the weights, as parameter restoration does."
     return lambda bench, p, draw: restored(bench.target, bench.donor, p, by, seed=1000 * bench.seed + draw)
 
-
-def embedding_alone(bench, p, draw):  # for `Choice.make`
-    "Move the columns of the embedding and nothing else."
-    channels = bench.weights.map
-    mask = ChannelMask({m.path: torch.full((m.width,), m.kind == 'embedding') for m in channels}, channels)
-    return transfer(bench.target, bench.donor, mask, check=False)
-
 # %% ../../nbs/44_choices.ipynb #44-choices
 NO_SIZE = dict(sizes=(0,))  # for models that move no channel of the donor
 CHOICES = {
@@ -225,7 +218,7 @@ CHOICES = {
     'parameter restoration (absolute)': Choice(put_back('absolute')),
     'random elements': Choice(put_back('random')),
     'DG-Hard': Choice(lambda bench, p, draw: denoised(bench.target, bench.donor), **NO_SIZE),
-    'embedding alone': Choice(embedding_alone, **NO_SIZE),
+    'embedding alone': Choice(lambda bench, p, draw: move_embedding(bench, bench.seed, lam=1.0), **NO_SIZE),
     'noise twin': Choice(moving('twin', donor='twin')),
     'noise twin (trade-aware)': Choice(moving('twin trade-aware', donor='twin')),
     'tuned on the items': Choice(trained_on_items('read'), tuned=False, **NO_SIZE),

@@ -24,7 +24,7 @@ from ..stats import interval, interval_text
 from .cases import Case, case_named
 from .choices import CHOICES, Ranked
 from .doses import pack, unpack
-from .findings import judgement, plain, text_table
+from .findings import judgement, plain
 from .size_results import Compared, draws
 
 # %% ../../nbs/47_priced.ipynb #47p-one
@@ -108,6 +108,8 @@ def measure_priced(
 class Priced(Compared):
     "All rows of a pair: `.gaps()`, `.numbers()`, `.table()`, `.gap()`, `.price()`, `.verdict()`."
 
+    size, digits = 0.01, 2  # of the table
+
     def __init__(
         self,
         files: list,  # of dicts, as `measure_priced` writes them
@@ -150,9 +152,6 @@ class Priced(Compared):
     ) -> list:
         "The abilities of a group, as they are called in tables."
         return [short_name(a) for a in self.case[group]]
-
-    def __repr__(self):
-        return self.table().to_string()
 
     def _title(self):
         return f"Priced: {', '.join(self.case['recovered'])} into {self.case['target']} from {self.case['donor']}"
@@ -244,17 +243,6 @@ def numbers(self: Priced) -> pd.DataFrame:  # row, p, tuned, column, value, low,
     columns = 'recovered', 'retained', *self.units
     rows = [(*k, c, *interval(self.find(*k, c))) for k in self.tests for c in columns]
     return pd.DataFrame(rows, columns=['row', 'p', 'tuned', 'column', 'value', 'low', 'high'])
-
-
-@patch
-def table(
-    self: Priced,
-    p: float = 0.01,  # size
-    tuned: bool = False,  # after fine-tuning
-) -> pd.DataFrame:
-    "All rows of one size, and those without a size."
-    found = self.numbers().query('p in (0, @p) and tuned == @tuned')
-    return text_table(found, 'row', 'column', digits=2).rename_axis(index=None, columns=None)
 
 # %% ../../nbs/47_priced.ipynb #47p-price
 @patch

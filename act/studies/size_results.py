@@ -76,7 +76,9 @@ def group_models(
 
 
 class Compared(Shown):
-    "A result with samples of every row, from `.find()`."
+    "A result with samples of every row, from `.find()`, and their `.numbers()`."
+
+    size, digits = 0.02, 1  # of the table
 
     def gap(
         self,
@@ -88,6 +90,19 @@ class Compared(Shown):
     ) -> tuple:  # (difference, low, high)
         "The paired difference of two rows of equal size."
         return interval(self.find(row, p, tuned, column) - self.find(other, p, tuned, column))
+
+    def table(
+        self,
+        p: float = None,  # size; by default the result's own
+        tuned: bool = False,  # after fine-tuning
+    ) -> pd.DataFrame:  # rows x columns, each cell `estimate [low, high]`
+        "All rows of one size, and those without a size."
+        p = self.size if p is None else p
+        found = self.numbers().query('p in (0, @p) and tuned == @tuned')
+        return text_table(found, 'row', 'column', digits=self.digits).rename_axis(index=None, columns=None)
+
+    def __repr__(self):
+        return self.table().to_string()
 
 # %% ../../nbs/46_size_results.ipynb #46-results
 class EqualSizes(Compared):
@@ -167,9 +182,6 @@ class EqualSizes(Compared):
             raise ActError("the targets lost nothing that the donor has: there is no share that could come back")
         return {k: COLUMNS[column].value(x, target, donor) for k, x in zip(keys, found)}
 
-    def __repr__(self):
-        return self.table().to_string()
-
     def _title(self):
         trainings = len({c['training'] for c in self.cases})
         return f'EqualSizes: {len(self.cases)} cases of {trainings} trainings, {len(self.models[0])} models of each'
@@ -200,17 +212,6 @@ def numbers(self: EqualSizes) -> pd.DataFrame:  # row, p (0: no size), tuned, co
     "Long table of all estimates and their intervals."
     rows = [(*k, column, *interval(x)) for column, found in self.samples.items() for k, x in found.items()]
     return pd.DataFrame(rows, columns=['row', 'p', 'tuned', 'column', 'value', 'low', 'high'])
-
-
-@patch
-def table(
-    self: EqualSizes,
-    p: float = 0.02,  # size
-    tuned: bool = False,  # after fine-tuning
-) -> pd.DataFrame:  # rows x columns, each cell `estimate [low, high]`
-    "All rows of one size, and those without a size."
-    found = self.numbers().query('p in (0, @p) and tuned == @tuned')
-    return text_table(found, 'row', 'column', digits=1).rename_axis(index=None, columns=None)
 
 
 @patch

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LORA', 'RECIPES', 'ADAPTERS', 'WATCHED', 'unpack_base', 'merge_adapter', 'smollm2_path', 'smollm2_manifest',
-           'train_specialist', 'train_smollm2', 'measure_smollm2', 'gains']
+           'train_smollm2', 'measure_smollm2', 'gains']
 
 # %% ../../nbs/42_smollm2.ipynb #42-imports
 import importlib.util, json
@@ -52,16 +52,15 @@ def unpack_base(
 
 
 def merge_adapter(
-    adapter,  # folder of a LoRA adapter of SmolLM2, or of a specialist
+    adapter,  # folder of a LoRA adapter of SmolLM2
     out,  # folder to create
-    start: str = 'base',  # what it was trained from: base, or a key of RECIPES
 ) -> Path:
-    "A model and its adapter merged into one bf16 checkpoint folder."
+    "Base and adapter merged into one bf16 checkpoint folder."
     from peft import PeftModel
 
     if not (Path(adapter) / 'adapter_model.safetensors').is_file():
         raise ActError(f"there is no adapter in {adapter}: make one with act_smollm2 --train")
-    model, tok = load_model(smollm2_path(start), dtype='float32')
+    model, tok = load_model(smollm2_path(), dtype='float32')
     model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     return save_model(model.to(torch.bfloat16), tok, out)
 
@@ -77,8 +76,7 @@ def smollm2_path(
     ships = name == 'base' or RECIPES[name]['lora'] is not None
     if not ships and not out.exists():
         raise ActError(f"smollm2/{name} does not ship with the package: make it with act_smollm2 --train {name}")
-    merge = partial(merge_adapter, ADAPTERS / name, start=RECIPES.get(name, {}).get('start', 'base'))
-    make = unpack_base if name == 'base' else merge
+    make = unpack_base if name == 'base' else partial(merge_adapter, ADAPTERS / name)
     return cached(out, make, need=270e6, work=f'make smollm2/{name}')
 
 # %% ../../nbs/42_smollm2.ipynb #33-016
@@ -87,24 +85,24 @@ def smollm2_manifest() -> dict:
     return json.loads((ADAPTERS / 'manifest.json').read_text(encoding='utf-8'))
 
 # %% ../../nbs/42_smollm2.ipynb #33-014
-def train_specialist(
-    start,  # the model to start from: hub id, folder or name
-    recipe: dict,  # as in RECIPES
-    out,  # folder for the model
+def train_smollm2(
+    name: str,  # a key of RECIPES
+    out=None,  # folder for the model, the cache by default
     adapter=None,  # folder for the adapter
     progress: bool = True,  # show a bar
-    need: float = 0,  # bytes of the model, so that there is room for it
 ) -> dict:  # recipe, cost, losses
-    "Train a model on the abilities of a recipe."
-    settings = {k: v for k, v in recipe.items() if k not in ('abilities', 'start')}
-    data, out = [load_ability(a, 'train') for a in recipe['abilities']], check_absent(out)
+    "Train a specialist from its recipe."
+    if name not in RECIPES:
+        raise ActError(f"no recipe is called {name!r}: choose one of {', '.join(RECIPES)}")
+    r, out = dict(RECIPES[name]), check_absent(out or cache_dir() / 'smollm2' / name)
+    data = [load_ability(a, 'train') for a in r.pop('abilities')]
     begin(
-        [start, *recipe['abilities']],
-        {out: need, **({adapter: 10e6} if adapter else {})},
-        f"{recipe['steps']} steps of {recipe['batch_size']} items, out of {sum(map(len, data)):,}",
+        ['smollm2', *RECIPES[name]['abilities']],
+        {out: 270e6, **({adapter: 10e6} if adapter else {})},
+        f"{r['steps']} steps of {r['batch_size']} items, out of {sum(map(len, data)):,}",
     )
-    model, tok = load_model(start, dtype='float32')
-    report = finetune(model, data, tok, inplace=True, adapter=adapter, progress=progress, **settings)
+    model, tok = load_model('smollm2', dtype='float32')
+    report = finetune(model, data, tok, inplace=True, adapter=adapter, progress=progress, **r)
     record = dict(
         report.meta,
         losses=[round(l, 4) for l in report.losses],
@@ -115,20 +113,6 @@ def train_specialist(
     )
     save_model(report.model.to(torch.bfloat16), tok, out, {'act_finetune.json': record})
     return record
-
-
-def train_smollm2(
-    name: str,  # a key of RECIPES
-    out=None,  # folder for the model, the cache by default
-    adapter=None,  # folder for the adapter
-    progress: bool = True,  # show a bar
-) -> dict:  # recipe, cost, losses
-    "Train a specialist of SmolLM2 from its recipe."
-    if name not in RECIPES:
-        raise ActError(f"no recipe is called {name!r}: choose one of {', '.join(RECIPES)}")
-    recipe, out = RECIPES[name], out or cache_dir() / 'smollm2' / name
-    start = f"smollm2/{recipe['start']}" if 'start' in recipe else 'smollm2'
-    return train_specialist(start, recipe, out, adapter, progress, need=270e6)
 
 # %% ../../nbs/42_smollm2.ipynb #33-021
 WATCHED = ('gsm8k/en', 'xquad-text/en', 'xquad-text/es', 'xquad-text/de')
